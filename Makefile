@@ -1,0 +1,42 @@
+# `make quickstart` and `make test` do all the set-up they need, once, in .venv.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
+export PYTHONUNBUFFERED := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test test-all test-lowest lint format clean
+
+quickstart: $(STAMP)
+	$(VENV)/bin/python examples/quickstart.py $(ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+
+test-all: $(STAMP)
+	$(VENV)/bin/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(LOWEST) .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,22 @@
+"""Branch-Train-Stitch as a PEFT method: combine specialised language models into one generalist.
+
+Importing this package registers the method `STITCH` with PEFT.
+"""
+
+from peft.utils import register_peft_method
+
+from ._compat import add_peft_type
+
+
+add_peft_type("STITCH")
+
+from .config import StitchConfig  # noqa: E402  (the config's default needs the PeftType member)
+from .layer import StitchLayer  # noqa: E402
+from .model import StitchModel  # noqa: E402
+from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
+
+
+register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchModel)
+
+__version__ = "0.1.0"
+__all__ = ["ExpertsIntoHub", "HubIntoExperts", "StitchConfig", "StitchLayer", "StitchModel"]

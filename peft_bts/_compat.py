@@ -1,0 +1,74 @@
+"""Everything that touches the insides of PEFT and transformers, in one place.
+
+PEFT keeps its methods in an enum, `PeftType`, that has no door for methods from outside. This file adds the
+member `STITCH`; it can shrink to nothing the day PEFT knows the method itself.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+from peft import PeftType
+from torch import nn
+
+
+try:  # transformers >= 5: outputs are captured by hooks that consult one active collector
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # older transformers have no collector to shield
+    _active_collector = None
+
+# Taken at import, before anybody's `init_empty_weights` can have replaced them.
+_REGISTER_PARAMETER = nn.Module.register_parameter
+_REGISTER_BUFFER = nn.Module.register_buffer
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return `PeftType[name]`, adding the member if PEFT has none.
+
+    Follows what `enum` itself does for a member of a `str` enum (Python 3.9 to 3.13), then makes it visible under
+    all three lookups: by name, by value, in iteration.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)  # `PeftType.NAME`; EnumMeta refuses plain setattr
+    return member
+
+
+@contextmanager
+def real_weights():
+    """Allocate real memory inside PEFT's `init_empty_weights`.
+
+    `low_cpu_mem_usage=True` builds the adapter with a patched `register_parameter` that sends every new parameter to
+    the meta device. Experts are loaded during that build, and they need their weights.
+    """
+    patched = nn.Module.register_parameter, nn.Module.register_buffer
+    nn.Module.register_parameter, nn.Module.register_buffer = _REGISTER_PARAMETER, _REGISTER_BUFFER
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter, nn.Module.register_buffer = patched
+
+
+@contextmanager
+def no_output_capture():
+    """Keep an expert's layers out of the hub's `output_hidden_states` and `output_attentions`.
+
+    transformers collects such outputs by hooks on layers, into one collector per thread. An expert that was once
+    asked for its hidden states still has the hooks, and would add its layers to the hub's.
+    """
+    if _active_collector is None:
+        yield
+        return
+    token = _active_collector.set(None)
+    try:
+        yield
+    finally:
+        _active_collector.reset(token)

@@ -1,0 +1,116 @@
+"""One transformers `Cache` for all models.
+
+`generate()` knows one cache, and reorders, crops, repeats, resets and returns it. So the experts' cache layers are
+appended to the hub's `cache.layers`, once, behind the hub's own: whatever generate does to the cache, it does to
+every model. The experts meanwhile see caches of their own, which hold the very same layer objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
+
+from .experts import Expert
+
+
+_JOINED = "_stitched_caches"  # attribute of a joined cache: expert name -> that expert's cache
+
+
+def find_cache(args: tuple, kwargs: dict[str, Any]) -> Optional[Cache]:
+    """The cache among a decoder layer's arguments. By type: gpt2 passes it by position, others by several names."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def check_cache(cache: Cache, experts: dict[str, Expert]) -> None:
+    """Raise `ValueError` if what the cache holds cannot be continued with these experts.
+
+    Called before anything is computed, so that a refused cache is left as it was.
+    """
+    joined: Optional[dict[str, Cache]] = getattr(cache, _JOINED, None)
+    if joined is None:
+        if _length(cache) not in (0, None):
+            raise ValueError(
+                f"The cache holds {_length(cache)} tokens of the hub alone: it was filled while the adapter was "
+                "disabled, or by another model, and has no expert states. Start with an empty cache."
+            )
+        return
+    if sorted(joined) != sorted(experts):
+        raise ValueError(
+            f"The cache was filled with the experts {sorted(joined)}, but the active ones are {sorted(experts)}. "
+            "Start with an empty cache."
+        )
+    for name, own in joined.items():
+        if None not in (_length(cache), _length(own)) and _length(cache) != _length(own):
+            raise ValueError(
+                f"The cache holds {_length(cache)} tokens of the hub but {_length(own)} of expert {name!r}: it was "
+                "used while the adapter was disabled. Start with an empty cache."
+            )
+
+
+def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> dict[str, Cache]:
+    """Return every expert's own cache, appending its layers to the hub's cache if that was not done yet.
+
+    Args:
+        cache: The cache of the hub's call.
+        hub_layers: Number of the hub's decoder layers.
+        experts: The experts to run, by name.
+
+    Raises:
+        ValueError: For a kind of cache that cannot be made for an expert.
+    """
+    joined = getattr(cache, _JOINED, None)
+    if joined is not None:
+        return joined
+    joined = {name: _cache_like(cache, expert.config, name) for name, expert in experts.items()}
+    if getattr(cache, "layer_class_to_replicate", None) is not None:
+        # DynamicCache() makes layers as they come; the hub's must all be there before the experts' are appended.
+        while len(cache.layers) < hub_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+    for own in joined.values():
+        cache.layers.extend(own.layers)
+    setattr(cache, _JOINED, joined)
+    return joined
+
+
+def _length(cache: Cache) -> Optional[int]:
+    """Tokens held, where that is known without waiting for a device; static caches count in a tensor."""
+    if isinstance(cache, StaticCache):
+        return None
+    try:
+        length = cache.get_seq_length()
+    except ValueError:  # linear attention only: no length is kept
+        return None
+    return length if isinstance(length, int) else None
+
+
+def _cache_like(cache: Cache, config: Any, name: str) -> Cache:
+    """An empty cache of the same kind, for a model of this config."""
+    offloading = {}
+    if getattr(cache, "offloading", False):
+        offloading = {"offloading": True, "offload_only_non_sliding": cache.only_non_sliding}
+    if isinstance(cache, StaticCache):
+        return StaticCache(config=config, max_cache_len=cache.get_max_length(), **offloading)
+    if isinstance(cache, QuantizedCache):
+        return _quantized_like(cache, config)
+    if type(cache) is DynamicCache:
+        own = DynamicCache(config=config, **offloading)
+        if any(getattr(layer, "record_past", False) for layer in cache.layers):
+            own.activate_past_recording()  # an assistant's cache, to be rolled back
+        return own
+    raise ValueError(
+        f"Cannot make a {type(cache).__name__} for expert {name!r}: stitched models take DynamicCache, StaticCache "
+        "and QuantizedCache."
+    )
+
+
+def _quantized_like(cache: QuantizedCache, config: Any) -> QuantizedCache:
+    layer = cache.layers[0]
+    backends = {"QuantoQuantizedLayer": "quanto", "HQQQuantizedLayer": "hqq", "Fp8QuantizedLayer": "fp8"}
+    options = ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
+    backend = backends[type(layer).__name__]
+    kwargs = {} if backend == "fp8" else {option: getattr(layer, option) for option in options}
+    return QuantizedCache(backend=backend, config=config, **kwargs)

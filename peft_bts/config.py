@@ -1,0 +1,181 @@
+"""`StitchConfig`: what a stitched model is made of, and where its stitches sit.
+
+An expert is kept as a *reference*, a small dict that says where its weights are:
+
+    {"model": id or path, "revision": commit or branch, "subfolder": ..., "adapter": LoRA id or path, "config": {...}}
+
+Only these keys are read; a config file can therefore never make a loader run code. `config` is written at attach:
+the sizes that the stitches were made for, compared with the expert that a later load finds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from peft import PeftConfig, PeftType
+
+
+EXPERTS_INTO_HUB = "experts_into_hub"
+HUB_INTO_EXPERTS = "hub_into_experts"
+
+REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "config")
+_NAME = re.compile(r"[A-Za-z0-9_]+")
+
+
+def check_expert_name(name: Any) -> None:
+    """Raise `ValueError` unless `name` can stand in a tensor's key: letters, digits, `_`, and not `hub`."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"Expert name {name!r} is not usable: it becomes part of tensor names, so it must be made of letters, "
+            "digits and '_' only."
+        )
+    if name == "hub":
+        raise ValueError("Expert name 'hub' is taken: it stands for the seed model. Choose another name.")
+
+
+def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[str, Any]:
+    """Normalise one entry of `experts` to a reference dict; raise `ValueError` for what is not one."""
+    check_expert_name(name)
+    if value is None or isinstance(value, (str, os.PathLike)):
+        return {"model": None if value is None else os.fspath(value)}
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"Expert {name!r} is a {type(value).__name__}, expected an id, a path or a dict with the keys "
+            f"{', '.join(REFERENCE_KEYS)}. To use a loaded model, call `model.attach_expert({name!r}, loaded_model)` "
+            "after `get_peft_model`."
+        )
+    unknown = sorted(set(value) - set(REFERENCE_KEYS))
+    if unknown:
+        raise ValueError(
+            f"Expert {name!r} has the unknown key(s) {unknown}; a reference has only {', '.join(REFERENCE_KEYS)}."
+        )
+    return dict(value)
+
+
+@dataclass
+class StitchConfig(PeftConfig):
+    """Configuration of a Branch-Train-Stitch adapter (arXiv 2502.00075).
+
+    Args:
+        experts (`dict[str, str | dict]`): The experts by name: a Hub id, a path, or a dict with `model` and
+            optionally `revision`, `subfolder`, `adapter` (a LoRA on top of `model`). They are loaded, frozen, when the
+            adapter is made. Loaded models are attached later, by `model.attach_expert(name, model)`.
+        num_stitches (`int`): K. With L hub layers they sit after layers s, 2s, ..., (K-1)s and L, where s = L // K.
+        layers_to_stitch (`list[int]`, *optional*): 0-based hub layers that get a stitch, instead of `num_stitches`;
+            the last must be the hub's last layer.
+        pattern (`str`): `"alternating"` (the paper): counted from the end, Experts-into-Hub and Hub-into-Experts take
+            turns. `"experts_into_hub"`: every stitch is of that kind; the experts then run without any gradient.
+        expert_streams (`str`): What an Experts-into-Hub stitch does to the experts' own states: `"intact"` leaves
+            them, `"projected"` replaces them by their projections (eq. 3 to the letter; needs equal widths).
+        gate (`str`): `"channel"` (the paper): one gate value per channel. `"token"`: one per token and model.
+        gate_bias (`bool`): Whether the gates have a bias, which starts at zero.
+        gate_dropout (`float`): Dropout on the gate logits in training (eq. 3).
+        r (`int`, *optional*): Rank of the projections: identity + up @ down, of which only up and down are trained
+            and stored. `None`: full matrices.
+        init_weights (`bool`): `True`: projections start as the identity and gates at zero. `False`: random (tests).
+        modules_to_save (`list[str]`, *optional*): Modules of the hub to train and save besides the stitches.
+        target_modules (`str`, *optional*): Filled in by PEFT's machinery; leave it alone.
+    """
+
+    experts: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Experts by name: an id, a path, or a dict with `model`, `revision`, ..."},
+    )
+    num_stitches: int = field(default=4, metadata={"help": "Number of stitch layers, K."})
+    layers_to_stitch: Optional[list[int]] = field(
+        default=None, metadata={"help": "0-based hub layers that get a stitch, ending with the last layer."}
+    )
+    pattern: Literal["alternating", "experts_into_hub"] = field(
+        default="alternating", metadata={"help": "Kinds of the stitches: alternating, or all Experts-into-Hub."}
+    )
+    expert_streams: Literal["intact", "projected"] = field(
+        default="intact", metadata={"help": "Whether Experts-into-Hub leaves the experts' states or projects them."}
+    )
+    gate: Literal["channel", "token"] = field(
+        default="channel", metadata={"help": "One gate value per channel, or one per token."}
+    )
+    gate_bias: bool = field(default=True, metadata={"help": "Whether the gates have a bias."})
+    gate_dropout: float = field(default=0.0, metadata={"help": "Dropout on the gate logits."})
+    r: Optional[int] = field(default=None, metadata={"help": "Rank of the projections; None for full matrices."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "Identity projections and zero gates (True), or random weights (False)."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules of the hub to train and save besides the stitches."}
+    )
+    target_modules: Optional[str] = field(
+        default=None, metadata={"help": "Set by the tuner from the stitch schedule; not meant to be set by users."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.STITCH
+        if not isinstance(self.experts, dict):
+            raise ValueError(f"experts must be a dict of name -> id, path or dict, got {type(self.experts).__name__}.")
+        self.experts = {name: as_reference(name, value) for name, value in self.experts.items()}
+        for option, allowed in (
+            ("pattern", ("alternating", EXPERTS_INTO_HUB)),
+            ("expert_streams", ("intact", "projected")),
+            ("gate", ("channel", "token")),
+        ):
+            if getattr(self, option) not in allowed:
+                raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {getattr(self, option)!r}.")
+        if not _is_int(self.num_stitches) or self.num_stitches < 1:
+            raise ValueError(f"num_stitches must be a whole number of at least 1, got {self.num_stitches!r}.")
+        if self.r is not None and (not _is_int(self.r) or self.r < 1):
+            raise ValueError(f"r must be None or a whole number of at least 1, got {self.r!r}.")
+        if not 0.0 <= self.gate_dropout < 1.0:
+            raise ValueError(f"gate_dropout must lie in [0, 1), got {self.gate_dropout!r}.")
+        if self.layers_to_stitch is not None:
+            layers = list(self.layers_to_stitch)
+            if not layers or not all(map(_is_int, layers)) or layers != sorted(set(layers)) or layers[0] < 0:
+                raise ValueError(
+                    f"layers_to_stitch must be a rising list of 0-based layer numbers, got {self.layers_to_stitch!r}."
+                )
+            self.layers_to_stitch = layers
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and add the experts to the model card if PEFT has just written one there."""
+        super().save_pretrained(save_directory, **kwargs)
+        from .card import update_model_card  # here, since only saving needs it
+
+        update_model_card(self, save_directory)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, str]:
+    """Where the stitches sit and of which kind they are: 0-based hub layer -> kind, in order (paper, section 2.2).
+
+    Raises `ValueError` where the config does not fit a hub of `num_layers` layers.
+    """
+    if config.layers_to_stitch is not None:
+        layers = config.layers_to_stitch
+        if layers[-1] != num_layers - 1:
+            raise ValueError(
+                f"layers_to_stitch={layers} must end with the hub's last layer, {num_layers - 1} (the hub has "
+                f"{num_layers} layers): only the last layer's state reaches the hub's head."
+            )
+    else:
+        stitches = config.num_stitches
+        if stitches > num_layers:
+            raise ValueError(
+                f"num_stitches={stitches} does not fit a hub of {num_layers} layers; use at most {num_layers}."
+            )
+        step = num_layers // stitches
+        layers = [step * k - 1 for k in range(1, stitches)] + [num_layers - 1]
+    kinds = [
+        EXPERTS_INTO_HUB if config.pattern == EXPERTS_INTO_HUB or from_end % 2 == 0 else HUB_INTO_EXPERTS
+        for from_end in reversed(range(len(layers)))
+    ]
+    return dict(zip(layers, kinds))
+
+
+def expert_boundary(hub_layers_done: int, hub_layers: int, expert_layers: int) -> int:
+    """How many of its own layers an expert has run when the hub has run `hub_layers_done` of its `hub_layers`."""
+    return round(hub_layers_done * expert_layers / hub_layers)

@@ -1,0 +1,308 @@
+"""An expert beside the hub: its decoder layers, run a few at a time, with everything they need.
+
+A decoder layer wants more than hidden states: rotary positions, masks for its kind of attention, cache arguments.
+What those are differs with every architecture, and only the expert's own backbone knows. So the backbone runs
+once per forward, unchanged, with *recorders* in the place of its layers: each stores the arguments its layer would
+get and passes the hidden states through. The layers then run later, when the stitches ask for them, with just
+those arguments. The result equals the expert alone bit for bit, for every architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from ._compat import no_output_capture
+
+
+# What belongs to the hub's own call: experts get a cache of their own, and nobody reads their other outputs.
+_NOT_FOR_EXPERTS = {
+    "past_key_values",
+    "use_cache",
+    "labels",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+}
+
+
+class PerThread:
+    """A slot with one value per thread, so that threads can share a model.
+
+    torch.compile cannot trace thread locals; while it traces, the value is a plain attribute, which it sees through.
+    Copies of a model (deepcopy, pickle) start with an empty slot.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._traced: Any = None
+
+    def get(self) -> Any:
+        if torch.compiler.is_compiling():
+            return self._traced
+        value = getattr(self._local, "value", None)
+        return self._traced if value is None else value  # a forward of which only parts are compiled
+
+    def set(self, value: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = value
+        else:
+            self._local.value = value
+
+    def __reduce__(self):
+        return PerThread, ()
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Where a causal LM keeps its decoder layers."""
+
+    backbone: nn.Module  # the module whose forward loops over the layers
+    list_name: str  # its attribute that holds them, a ModuleList
+    path: str  # dotted path of that list from the model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self.backbone, self.list_name)
+
+    @property
+    def cache_argument(self) -> bool:
+        return "past_key_values" in inspect.signature(self.backbone.forward).parameters
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the model's language part, or `None`."""
+    config = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+
+
+def find_decoder(model: nn.Module, what: str) -> Decoder:
+    """Find the decoder layers of a causal LM.
+
+    Args:
+        model: A Hugging Face causal LM, or a PEFT model around one.
+        what: What to call it in errors, e.g. `"The hub"`.
+
+    Raises:
+        ValueError: If there is no list of `num_hidden_layers` layers, more than one, or the model keeps its state
+            outside a `past_key_values` cache (state-space models such as Mamba).
+    """
+    config = text_config(model)
+    kind = getattr(config, "model_type", type(model).__name__)
+    num_layers = getattr(config, "num_hidden_layers", None)
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            if not any(path.startswith(outer + ".") for outer in found):  # not a list inside a decoder layer
+                found[path] = module
+    if len(found) != 1:
+        raise ValueError(
+            f"{what} ({kind}) is of an unknown architecture: expected one list of config.num_hidden_layers="
+            f"{num_layers} decoder layers, found {sorted(found) or 'none'}. Stitches need a decoder-only language "
+            "model of transformers."
+        )
+    path = next(iter(found))
+    parent, _, list_name = path.rpartition(".")
+    decoder = Decoder(model.get_submodule(parent), list_name, path)
+    if not decoder.cache_argument:
+        raise ValueError(
+            f"{what} ({kind}) keeps its state outside `past_key_values`, as state-space models do; its layers cannot "
+            "be run one by one beside another model. Use a model with attention layers, or a hybrid such as bamba."
+        )
+    return decoder
+
+
+class _Recorder(nn.Module):
+    """Stands in for one decoder layer: records the call, hands the hidden states on in the layer's own shape."""
+
+    def __init__(self, layer: Callable[[], nn.Module], tape: PerThread, tuple_size: Optional[int]) -> None:
+        super().__init__()
+        self._layer, self._tape, self._tuple_size = layer, tape, tuple_size
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._layer(), name)  # backbones look at a layer's `attention_type` and the like
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        self._tape.get().append((hidden, args, kwargs))
+        return hidden if self._tuple_size is None else (hidden, *[None] * (self._tuple_size - 1))
+
+
+class _Probe(nn.Module):
+    """Runs a decoder layer once to see what it returns: a tensor (`None`) or a tuple of some size."""
+
+    def __init__(self, layer: nn.Module, sizes: dict[type, Optional[int]], widths: set[int]) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer
+        self._sizes, self._widths = sizes, widths
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self._layer(*args, **kwargs)
+        self._sizes[type(self._layer)] = len(out) if isinstance(out, tuple) else None
+        self._widths.add((out[0] if isinstance(out, tuple) else out).shape[-1])
+        return out
+
+
+def _with_layers(decoder: Decoder, layers: list[nn.Module]) -> nn.Module:
+    """A shallow twin of the backbone that shares all but its decoder layers."""
+    twin = copy.copy(decoder.backbone)
+    for patched in ("forward", "_old_forward", "_hf_hook"):  # accelerate's hooks are bound to the original
+        twin.__dict__.pop(patched, None)
+    for hooks in [name for name in twin.__dict__ if name.startswith(("_forward_", "_backward_"))]:
+        twin.__dict__[hooks] = type(twin.__dict__[hooks])() if twin.__dict__[hooks] is not None else None
+    twin.__dict__["_modules"] = {**decoder.backbone._modules, decoder.list_name: nn.ModuleList(layers)}
+    return twin.eval()  # sets the twin's own flag and the recorders'; its submodules are the expert's, in eval anyway
+
+
+class Expert(nn.Module):
+    """A frozen causal LM that runs beside the hub.
+
+    Args:
+        model: The expert, used as it is. It is put into eval mode and frozen; `release` undoes that.
+        what: What to call it in errors, e.g. `"Expert 'code'"`.
+
+    Attributes:
+        width: Of its hidden states.
+        num_layers: Number of its decoder layers.
+
+    Raises:
+        ValueError: As `find_decoder`.
+    """
+
+    def __init__(self, model: nn.Module, what: str) -> None:
+        super().__init__()
+        self._decoder = find_decoder(model, what)
+        self._restore = model.training, [p for p in model.parameters() if p.requires_grad]
+        self.model = model.eval().requires_grad_(False)
+        self.num_layers = len(self._decoder.layers)
+        signature = inspect.signature(self._decoder.backbone.forward).parameters
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+        self._takes = set(signature)
+        sizes, self.width = self._probe()
+        self._tape = PerThread()
+        recorders = [_Recorder(_Nth(self._decoder.layers, i), self._tape, sizes[i]) for i in range(self.num_layers)]
+        self.__dict__["_recording_backbone"] = _with_layers(self._decoder, recorders)
+
+    def _probe(self) -> tuple[list[Optional[int]], int]:
+        """Run one layer of each class on two tokens: the shape of return value of every layer, and the width."""
+        sizes: dict[type, Optional[int]] = {}
+        widths: set[int] = set()
+        twin = _with_layers(self._decoder, [_Probe(layer, sizes, widths) for layer in self._decoder.layers])
+        device = self.model.get_input_embeddings().weight.device
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+        with torch.no_grad(), no_output_capture():
+            twin(input_ids=tokens, past_key_values=None, use_cache=False)
+        return [sizes[type(layer)] for layer in self._decoder.layers], widths.pop()
+
+    def release(self) -> nn.Module:
+        """Give the model back with the training flag and the `requires_grad` flags that it came with."""
+        was_training, trainable = self._restore
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        return self.model.train(was_training)
+
+    def train(self, mode: bool = True) -> Expert:
+        """Experts have no dropout of their own, whatever the mode of the whole model."""
+        return super().train(False)
+
+    @property
+    def config(self) -> Any:
+        return text_config(self.model)
+
+    def start(self, call: dict[str, Any], cache: Optional[Cache]) -> Stream:
+        """Begin a forward: embed the inputs of the hub's call and record every layer's arguments.
+
+        Args:
+            call: Arguments of the hub's backbone by name; those that the expert's backbone knows are passed on.
+            cache: The expert's own cache, or `None`.
+        """
+        kwargs = {
+            name: value
+            for name, value in call.items()
+            if name not in _NOT_FOR_EXPERTS and (self._takes_any or name in self._takes)
+        }
+        if kwargs.get("input_ids") is not None:
+            kwargs.pop("inputs_embeds", None)
+        device = self.model.get_input_embeddings().weight.device
+        if device.type != "meta":
+            kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        tape: list[tuple] = []
+        self._tape.set(tape)
+        try:
+            self._recording_backbone(past_key_values=cache, use_cache=cache is not None, **kwargs)
+        finally:
+            self._tape.set(None)
+        return Stream(self._decoder, tape)
+
+
+class _Nth:
+    """The n-th layer of a list, looked up when called: libraries may wrap layers after the expert was attached."""
+
+    def __init__(self, layers: nn.ModuleList, n: int) -> None:
+        self.layers, self.n = layers, n
+
+    def __call__(self) -> nn.Module:
+        return self.layers[self.n]
+
+
+class Stream:
+    """An expert's forward under way: its hidden states (B, T, D_i) and the layers still to run."""
+
+    def __init__(self, decoder: Decoder, tape: list[tuple]) -> None:
+        self._decoder, self._tape = decoder, tape
+        self.state: Tensor = tape[0][0]
+        self._done = 0
+
+    def advance(self, layers_done: int, checkpoint: Optional[Callable] = None) -> Tensor:
+        """Run layers until `layers_done` of them are done; return the hidden states.
+
+        Args:
+            checkpoint: The hub's gradient checkpointing function, if it is on: layers whose input carries a gradient
+                run under it.
+        """
+        hooked = any(
+            getattr(module, "_output_capturing_hooks_installed", False) for module in (self._decoder.backbone,)
+        )
+        with no_output_capture() if hooked else nullcontext():
+            for i in range(self._done, layers_done):
+                layer = self._decoder.layers[i]
+                _, args, kwargs = self._tape[i]
+                if checkpoint is not None and self.state.requires_grad:
+                    out = checkpoint(_WithKwargs(layer, kwargs), self.state, *args)
+                else:
+                    out = layer(self.state, *args, **kwargs)
+                self.state = out[0] if isinstance(out, tuple) else out
+        self._done = max(self._done, layers_done)
+        return self.state
+
+
+class _WithKwargs:
+    """A layer with its keyword arguments bound, for checkpoint functions that take positional arguments only."""
+
+    def __init__(self, layer: nn.Module, kwargs: dict[str, Any]) -> None:
+        self.layer, self.kwargs = layer, kwargs
+
+    def __call__(self, *args: Any) -> Any:
+        return self.layer(*args, **self.kwargs)

@@ -1,0 +1,215 @@
+"""From a reference to an expert: load it, share it, check it.
+
+Whatever is wrong with an expert is found here, before anything of the stitched model has changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, Optional
+
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from ._compat import real_weights
+from .config import as_reference
+from .experts import Expert, text_config
+from .layer import StitchLayer, place_for_stitch
+
+
+# What stitches are made for; kept in the reference, compared at every later load.
+_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_expert(name: str, reference: Any, hub: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the model that a reference names: frozen, in the hub's dtype, on its device.
+
+    Returns:
+        The model, and the reference with what was found out: the commit, and whether it is a LoRA of the hub.
+
+    Raises:
+        ValueError: If it cannot be resolved, or is not what the adapter was made with.
+    """
+    reference = as_reference(name, reference)
+    where = {key: reference[key] for key in ("revision", "subfolder") if reference.get(key)}
+    if reference.get("model") is None and reference.get("adapter") is None:
+        raise ValueError(
+            f"Expert {name!r} has no reference: it was attached as a model object that came from no id or path. "
+            + _how_to_replace(name)
+        )
+    try:
+        with real_weights():
+            if reference.get("adapter") is None and _is_adapter(reference["model"], where):
+                reference = {**reference, "model": None, "adapter": reference["model"]}
+            if reference.get("adapter") is None:
+                model = _load_model(reference["model"], where, hub)
+            else:
+                base = reference.get("model")
+                base = share_weights(hub) if base is None else _load_model(base, {}, hub)
+                model = _load_adapter(base, reference["adapter"], where)
+    except (OSError, ValueError) as error:
+        source = reference.get("adapter") or reference["model"]
+        at = f" at revision {where['revision']!r}" if "revision" in where else ""
+        raise ValueError(
+            f"Expert {name!r} could not be loaded from {source!r}{at}: {error}\n{_how_to_replace(name)}"
+        ) from error
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit is not None and reference.get("adapter") is None:
+        reference = {**reference, "revision": commit}
+    return model, reference
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """The reference of a model object: where it says it came from, as far as that is known."""
+    if isinstance(model, PeftModel):  # its own adapter may exist in memory only; the base alone would be another model
+        return {"model": None}
+    config = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", "") or None
+    commit = getattr(config, "_commit_hash", None)
+    return {"model": source} if commit is None else {"model": source, "revision": commit}
+
+
+def check_expert(name: str, expert: Expert, reference: dict[str, Any], hub: nn.Module, streams: str) -> dict[str, Any]:
+    """Check an expert against the hub and its reference; return the reference with the expert's sizes.
+
+    Raises:
+        ValueError: If tokenizers disagree, the sizes are not those the adapter was made with, or
+            `expert_streams="projected"` meets another width.
+    """
+    sizes = {key: getattr(expert.config, key, None) for key in _SIZES}
+    expected = reference.get("config") or {}
+    wrong = [
+        f"{k} is {sizes[k]!r}, expected {expected[k]!r}" for k in _SIZES if k in expected and expected[k] != sizes[k]
+    ]
+    if wrong:
+        raise ValueError(
+            f"Expert {name!r} is not the one that the adapter was made with: {'; '.join(wrong)}. {_how_to_replace(name)}"
+        )
+    hub_width = text_config(hub).hidden_size
+    if streams == "projected" and expert.width != hub_width:
+        raise ValueError(
+            f"Expert {name!r} has width {expert.width}, the hub {hub_width}: expert_streams='projected' hands the "
+            "hub's width back to the expert, which needs equal widths. Use expert_streams='intact'."
+        )
+    check_tokenizers(name, expert.model, hub)
+    return {**reference, "config": sizes}
+
+
+def check_tokenizers(name: str, expert: nn.Module, hub: nn.Module) -> None:
+    """Raise `ValueError` if the expert would read other tokens out of the hub's ids.
+
+    Compares the token -> id maps where both are known, that is, where a tokenizer lies beside the model. Vocabularies
+    that only pad differently are fine. Where a tokenizer is unknown, the expert needs as many embeddings as the hub.
+    """
+    theirs, ours = _vocabulary(expert), _vocabulary(hub)
+    rows, hub_rows = (m.get_input_embeddings().weight.shape[0] for m in (expert, hub))
+    if theirs is None or ours is None:
+        if rows < hub_rows:
+            raise ValueError(
+                f"Expert {name!r} has {rows} token embeddings, the hub {hub_rows}, and no tokenizer lies beside both "
+                "to show that only padding differs. Save the tokenizers with the models, or use an expert of the "
+                "hub's vocabulary."
+            )
+        return
+    for token, id_ in ours.items():
+        if theirs.get(token, id_) != id_:
+            raise ValueError(
+                f"Expert {name!r} has another tokenizer than the hub: token {token!r} is id {theirs[token]}, "
+                f"expected {id_} as in the hub. Stitched models read the same token ids; use an expert that was "
+                "trained from the same seed."
+            )
+    their_tokens = {id_: token for token, id_ in theirs.items()}
+    for token, id_ in ours.items():
+        if their_tokens.get(id_, token) != token:
+            raise ValueError(
+                f"Expert {name!r} has another tokenizer than the hub: id {id_} is {their_tokens[id_]!r}, expected "
+                f"{token!r} as in the hub. Stitched models read the same token ids."
+            )
+    if max(ours.values()) >= rows:
+        raise ValueError(
+            f"Expert {name!r} has {rows} token embeddings, but the hub's tokenizer has ids up to {max(ours.values())}. "
+            "Resize the expert's embeddings, or use a hub without the added tokens."
+        )
+
+
+def share_weights(hub: nn.Module) -> nn.Module:
+    """A second module tree over the hub's own parameters and buffers, without stitches: no memory but its objects.
+
+    A LoRA injected into it costs only the LoRA's weights, and leaves the hub alone.
+    """
+    memo: dict[int, Any] = {id(t): t for t in (*hub.parameters(), *hub.buffers())}
+    for module in hub.modules():
+        # Hooks are bound to their owners, the tuner with all experts among them; the copy gets none.
+        for hooks in [v for k, v in module.__dict__.items() if k.startswith("_forward_") and k.endswith("hooks")]:
+            memo[id(hooks)] = type(hooks)()
+    twin = copy.deepcopy(hub, memo)
+    twin.__dict__.pop("peft_config", None)
+    for path, module in list(twin.named_modules()):
+        if isinstance(module, StitchLayer):
+            _set_module(twin, path, module.base_layer)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            _set_module(twin, path, module.original_module)
+    return twin
+
+
+def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+def _load_model(source: str, where: dict[str, Any], hub: nn.Module) -> nn.Module:
+    device, dtype = place_for_stitch(hub)
+    # Never `trust_remote_code`, and nothing but these arguments: references come out of downloaded files.
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+    return model.to(device)
+
+
+def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Module:
+    config = PeftConfig.from_pretrained(source, **where)
+    if config.is_prompt_learning or str(config.peft_type) == "STITCH":
+        raise ValueError(f"{config.peft_type} adapters cannot be experts; use a LoRA-like adapter or a full model.")
+    model = PeftModel.from_pretrained(base, source, **where)
+    return model.to(place_for_stitch(base)[0])
+
+
+def _is_adapter(source: str, where: dict[str, Any]) -> bool:
+    """Whether an id or path holds a PEFT adapter rather than a model."""
+    if os.path.isdir(source):
+        folder = os.path.join(source, where.get("subfolder", ""))
+        return os.path.isfile(os.path.join(folder, CONFIG_NAME)) and not os.path.isfile(
+            os.path.join(folder, "config.json")
+        )
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return (
+        cached_file(source, CONFIG_NAME, **where, **missing, _raise_exceptions_for_gated_repo=False) is not None
+        and cached_file(source, "config.json", **where, **missing, _raise_exceptions_for_gated_repo=False) is None
+    )
+
+
+def _vocabulary(model: nn.Module) -> Optional[dict[str, int]]:
+    """Token -> id of the tokenizer beside a model, or `None` where none is known."""
+    config = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", "")
+    if not source:
+        return None
+    if os.path.isdir(source) and not any(os.path.isfile(os.path.join(source, file)) for file in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=getattr(config, "_commit_hash", None)).get_vocab()
+    except (OSError, ValueError, KeyError):  # no tokenizer there, out of reach, or one that needs code from the repo
+        return None
+
+
+def _how_to_replace(name: str) -> str:
+    return (
+        "To use another copy of this expert, say where it is and hand the config over:\n"
+        "    config = StitchConfig.from_pretrained(adapter)\n"
+        f'    config.experts["{name}"]["model"] = "another id or path"\n'
+        "    AutoPeftModelForCausalLM.from_pretrained(adapter, config=config)"
+    )

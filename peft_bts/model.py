@@ -1,0 +1,477 @@
+"""`StitchModel`: the tuner that PEFT puts around a hub.
+
+It wraps the stitched layers of the hub in `StitchLayer`s, keeps the experts, and opens a `Run` for every forward.
+The experts live here, beside the hub and keyed by adapter: they move and cast with the model and are never saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import re
+import sys
+import warnings
+from contextlib import contextmanager
+from typing import Any, Optional, Union
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import Cache
+
+from .cache import check_cache
+from .config import EXPERTS_INTO_HUB, StitchConfig, as_reference, check_expert_name, stitch_schedule
+from .experts import Expert, PerThread, find_decoder, text_config
+from .layer import StitchLayer, place_for_stitch
+from .loading import check_expert, describe_model, load_expert
+from .run import Plan, Run
+from .stitch import ExpertsIntoHub, HubIntoExperts, Init, PerModel, check_init
+
+
+_KEY = re.compile(
+    rf"^(?P<layer>.*\.stitch_layer)\.(?P<adapter>[^.]+)\.(?P<role>gate|proj)\.{PerModel.PREFIX}(?P<rest>.+)$"
+)
+
+
+class StitchModel(BaseTuner):
+    """Branch-Train-Stitch around a causal language model, made by `get_peft_model(hub, StitchConfig(...))`.
+
+    Args:
+        model: The hub, any decoder-only causal LM of transformers with a `past_key_values` cache. It is frozen.
+        config: The `StitchConfig`, or a dict of them by adapter name.
+        adapter_name: Name of the adapter.
+
+    Attributes:
+        experts: Per adapter, the `Expert`s by name.
+
+    Raises:
+        ValueError: For anything that does not fit, before the hub is changed.
+    """
+
+    prefix: str = "stitch_"
+    tuner_layer_cls = StitchLayer
+    target_module_mapping: dict[str, list[str]] = {}
+    uses_shared_state = True  # PEFT then refuses direct injection, which would lose this object and the experts
+
+    # ---------------------------------------------------------------- experts come and go
+
+    def attach_expert(
+        self,
+        name: str,
+        model: Union[nn.Module, str, dict[str, Any]],
+        *,
+        revision: Optional[str] = None,
+        init: Init = "zero",
+    ) -> None:
+        """Add an expert to the active adapter, before or after training.
+
+        Args:
+            name: Letters, digits and `_`; not `hub`, not taken.
+            model: A loaded causal LM (used as it is, no copy), or an id, path or reference dict, which is loaded
+                frozen in the hub's dtype and on its device. An id or path of a LoRA of the hub shares its weights.
+            revision: Branch, tag or commit, for an id.
+            init: Start of the new expert's gates, see `ExpertsIntoHub.add_expert`.
+
+        Raises:
+            ValueError: If the name, the model, its tokenizer or `init` does not fit; nothing is changed then.
+        """
+        adapter = self._single_active_adapter()
+        config = self.peft_config[adapter]
+        check_expert_name(name)
+        if name in config.experts:
+            raise ValueError(
+                f"Adapter {adapter!r} has an expert {name!r} already; detach it first, or choose another name."
+            )
+        check_init(init, config.gate_bias)
+        expert, reference = self._make_expert(name, model, config, revision)
+        stitches = [layer.stitch_layer[adapter] for layer in self._layers_of(adapter)]
+        try:
+            for stitch in stitches:
+                trainable = any(parameter.requires_grad for parameter in stitch.parameters())
+                stitch.add_expert(name, expert.width, init=init)
+                stitch.gate.of(name).requires_grad_(trainable)
+                stitch.proj.of(name).requires_grad_(trainable)
+        except BaseException:
+            for stitch in stitches:
+                if name in stitch.experts:
+                    stitch.remove_expert(name)
+            self._release(expert)
+            raise
+        self.experts[adapter][name] = expert
+        self._set_experts(adapter, {**config.experts, name: reference})
+
+    def detach_expert(self, name: str) -> nn.Module:
+        """Remove an expert and its stitch weights from the active adapter; return its model.
+
+        The gates' softmax renormalises over the models that stay; nothing else changes.
+
+        Raises:
+            ValueError: If there is no such expert.
+        """
+        adapter = self._single_active_adapter()
+        experts = self.experts[adapter]
+        if name not in experts:
+            raise ValueError(f"Adapter {adapter!r} has no expert {name!r}; it has {sorted(experts)}.")
+        for layer in self._layers_of(adapter):
+            layer.stitch_layer[adapter].remove_expert(name)
+        expert = experts[name]
+        del experts[name]
+        references = {other: ref for other, ref in self.peft_config[adapter].experts.items() if other != name}
+        self._set_experts(adapter, references)
+        return self._release(expert)
+
+    def _make_expert(
+        self, name: str, model: Union[nn.Module, str, dict], config: StitchConfig, revision: Optional[str] = None
+    ) -> tuple[Expert, dict[str, Any]]:
+        """Load or adopt, check and freeze an expert; return it with its reference."""
+        if not isinstance(model, nn.Module):
+            reference = as_reference(name, model)
+            if revision is not None:
+                reference["revision"] = revision
+            shared = self._loaded_already(reference)
+            if shared is not None:
+                return shared, check_expert(name, shared, reference, self.model, config.expert_streams)
+            model, reference = load_expert(name, reference, self.model)
+        elif model is self.model or any(isinstance(module, StitchLayer) for module in model.modules()):
+            raise ValueError(f"Expert {name!r} is the hub itself, or another stitched model; attach a plain model.")
+        else:
+            reference = describe_model(model)
+        known = [e for experts in self.experts.values() for e in experts.values() if e.model is model]
+        expert = known[0] if known else Expert(model, f"Expert {name!r}")
+        try:
+            return expert, check_expert(name, expert, reference, self.model, config.expert_streams)
+        except ValueError:
+            self._release(expert)
+            raise
+
+    def _loaded_already(self, reference: dict[str, Any]) -> Optional[Expert]:
+        """The expert that another adapter loaded from the same reference."""
+        place = _place(reference)
+        for adapter, config in self.peft_config.items():
+            for name, other in config.experts.items():
+                if place == _place(as_reference(name, other)) and name in self.experts.get(adapter, {}):
+                    return self.experts[adapter][name]
+        return None
+
+    def _release(self, expert: Expert) -> nn.Module:
+        """Hand an expert's model back as it came, unless another adapter still uses it."""
+        if any(expert is other for experts in self.experts.values() for other in experts.values()):
+            return expert.model
+        return expert.release()
+
+    def _set_experts(self, adapter: str, references: dict[str, Any]) -> None:
+        """Note an adapter's experts in its config (in a copy: callers may hold, and share, the old one)."""
+        self.peft_config[adapter] = dataclasses.replace(self.peft_config[adapter], experts=references)
+        self._fresh.discard(adapter)
+        self._make_plan(adapter)
+
+    # ---------------------------------------------------------------- adapters come and go
+
+    def _pre_injection_hook(self, model: nn.Module, config: StitchConfig, adapter_name: str) -> None:
+        # Called once, by BaseTuner.__init__, before anything else of ours.
+        self._decoder = find_decoder(model, "The hub")
+        self._call_names = list(inspect.signature(self._decoder.backbone.forward).parameters)
+        self.experts = _Experts()
+        self._plans: dict[str, Plan] = {}
+        self._runs = PerThread()
+        self._hooks: list[Any] = []
+        self._stitches_enabled = True
+        self._fresh: set[str] = set()  # adapters that were just made: nobody has run, changed or loaded them
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Make an adapter: load its experts, check all, then wrap the hub's layers. On an error nothing is left."""
+        config = self.peft_config[adapter_name]
+        self._check_adapter_name(adapter_name)
+        stitch_schedule(config, len(self._decoder.layers))
+        experts, references = {}, {}
+        for name, reference in config.experts.items():
+            experts[name], references[name] = self._make_expert(name, reference, config)
+        self.experts[adapter_name] = _Experts(experts)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self._forget(adapter_name)
+            raise
+        if references != config.experts:
+            self._set_experts(adapter_name, references)
+        self._make_plan(adapter_name)
+        self._fresh.add(adapter_name)
+        if not self._hooks:
+            backbone = self._decoder.backbone
+            self._hooks = [
+                backbone.register_forward_pre_hook(self._open_run, with_kwargs=True),
+                backbone.register_forward_hook(self._close_run, always_call=True),
+            ]
+
+    def _check_adapter_name(self, name: str) -> None:
+        # PEFT drops every key with `.<name of another adapter>.` in it when it saves an adapter.
+        parts = {"base_model", "model", "stitch_layer", "gate", "proj", "up", "down", *self._decoder.path.split(".")}
+        if name in parts or name.startswith(PerModel.PREFIX):
+            raise ValueError(
+                f"Adapter name {name!r} is part of the stitches' tensor names, which would confuse saving when there "
+                f"are several adapters. Choose a name that is none of {sorted(parts)} and does not start with "
+                f"{PerModel.PREFIX!r}."
+            )
+
+    def _prepare_adapter_config(self, peft_config: StitchConfig, model_config: dict) -> StitchConfig:
+        # A copy: the caller's config may serve another hub with another schedule.
+        schedule = stitch_schedule(peft_config, len(self._decoder.layers))
+        prepared = copy.copy(peft_config)
+        prepared.target_modules = rf"{re.escape(self._decoder.path)}\.({'|'.join(map(str, schedule))})"
+        return prepared
+
+    def _create_and_replace(
+        self,
+        peft_config: StitchConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        index = int(target_name)
+        layer = target if isinstance(target, StitchLayer) else StitchLayer(target, index, self._runs)
+        kind = stitch_schedule(peft_config, len(self._decoder.layers))[index]
+        device, dtype = place_for_stitch(layer.base_layer)
+        layer.stitch_layer[adapter_name] = (ExpertsIntoHub if kind == EXPERTS_INTO_HUB else HubIntoExperts)(
+            text_config(self.model).hidden_size,
+            {name: expert.width for name, expert in self.experts[adapter_name].items()},
+            gate=peft_config.gate,
+            gate_bias=peft_config.gate_bias,
+            gate_dropout=peft_config.gate_dropout,
+            r=peft_config.r,
+            init_weights=peft_config.init_weights,
+            device=device,
+            dtype=dtype,
+        )
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _make_plan(self, adapter: str) -> None:
+        config = self.peft_config[adapter]
+        hub_layers = len(self._decoder.layers)
+        experts = {name: self.experts[adapter][name] for name in sorted(self.experts[adapter].keys())}
+        schedule = stitch_schedule(config, hub_layers)
+        self._plans[adapter] = Plan(schedule, hub_layers, experts, config.expert_streams == "projected")
+
+    def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
+        """Make one adapter the active one. Raises `ValueError` for more than one."""
+        if not isinstance(adapter_name, str) and len(adapter_name) > 1:
+            raise ValueError(f"Only one stitch adapter can be active at a time, got {list(adapter_name)}.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, with its experts. Without the last one, the hub is what it was before."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        if adapter_name in self.active_adapters:
+            # Chosen here, for all layers alike: they do not all know all adapters.
+            rest = [name for name in self.peft_config if name != adapter_name]
+            if rest:
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {rest[0]}."
+                )
+            self.set_adapter(rest[:1])
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        self.active_adapter = active
+        self._forget(adapter_name)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        hub = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        for adapter in list(self.experts.keys()):
+            self._forget(adapter)
+        return hub
+
+    def _forget(self, adapter: str) -> None:
+        """Drop what is left of an adapter: stitches, wrappers that serve no other, experts, and the last one's hooks."""
+        for index, layer in enumerate(self._decoder.layers):
+            if isinstance(layer, StitchLayer):
+                if adapter in layer.stitch_layer:
+                    del layer.stitch_layer[adapter]
+                if not layer.stitch_layer:
+                    self._decoder.layers[index] = layer.base_layer
+        experts = list(self.experts[adapter].values()) if adapter in self.experts else []
+        if experts or adapter in self.experts:
+            del self.experts[adapter]
+        for expert in experts:
+            self._release(expert)
+        self._plans.pop(adapter, None)
+        self._fresh.discard(adapter)
+        if not self._plans:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._stitches_enabled = enabled
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "Stitches cannot be merged into the hub: they mix the states of several models, which no weight of one "
+            "model can express. Keep the adapter, or call `unload()` to get the hub back."
+        )
+
+    def _single_active_adapter(self) -> str:
+        if len(self.active_adapters) != 1:
+            raise ValueError(f"This needs one active adapter, found {self.active_adapters}; call `set_adapter` first.")
+        return self.active_adapters[0]
+
+    def _layers_of(self, adapter: str) -> list[StitchLayer]:
+        return [x for x in self._decoder.layers if isinstance(x, StitchLayer) and adapter in x.stitch_layer]
+
+    # ---------------------------------------------------------------- a forward
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("Stitch adapters cannot be mixed within a batch: `adapter_names` is not supported.")
+        yield
+
+    def _open_run(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        plan = None
+        if self._stitches_enabled and self.active_adapters:
+            plan = self._plans.get(self.active_adapters[0])
+        call = {**dict(zip(self._call_names, args)), **kwargs}
+        outer = self._runs.get()
+        if outer is not None and not torch.compiler.is_compiling():
+            outer = self._without_dead_runs(outer)
+        self._runs.set(Run(plan, call, outer))  # first of all, for `_close_run` is called even if the next line raises
+        if plan is not None:
+            if not torch.compiler.is_compiling():
+                self._fresh.discard(self.active_adapters[0])
+            self._check_call(plan, call)
+
+    def _close_run(self, backbone: nn.Module, args: tuple, output: Any) -> None:
+        run = self._runs.get()
+        self._runs.set(None if run is None else run.outer)
+
+    def _without_dead_runs(self, run: Run) -> Optional[Run]:
+        """Drop runs whose forward is over: a KeyboardInterrupt skips even hooks that are always called.
+
+        A run is alive while its backbone's call is on this thread's stack; runs nest, so counting those calls tells.
+        """
+        backbone, alive, frame = self._decoder.backbone, -1, sys._getframe()  # -1: the call that is just being opened
+        call = nn.Module._call_impl.__code__
+        while frame is not None:
+            if frame.f_code is call and frame.f_locals.get("self") is backbone:
+                alive += 1
+            frame = frame.f_back
+        runs = []
+        while run is not None:
+            runs.append(run)
+            run = run.outer
+        return runs[-alive] if alive > 0 else None
+
+    def _check_call(self, plan: Plan, call: dict[str, Any]) -> None:
+        """Raise `ValueError` for inputs that the experts cannot take, before anything is computed."""
+        if not plan.experts:
+            raise ValueError(
+                "No expert is attached, so there is nothing to stitch. Call `model.attach_expert(name, model)`, or "
+                "name the experts in StitchConfig(experts=...)."
+            )
+        embeds = call.get("inputs_embeds")
+        if embeds is not None and call.get("input_ids") is None:
+            for name, expert in plan.experts.items():
+                width = expert.model.get_input_embeddings().weight.shape[1]
+                if width != embeds.shape[-1]:
+                    raise ValueError(
+                        f"inputs_embeds has width {embeds.shape[-1]}, but expert {name!r} embeds tokens in {width} "
+                        "channels. Pass `input_ids`, so that every model can embed them itself."
+                    )
+        cache = call.get("past_key_values")
+        if isinstance(cache, Cache):
+            check_cache(cache, plan.experts)
+
+    # ---------------------------------------------------------------- adapter files
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The stitch weights of one adapter: never an expert's or the hub's, whatever the state dict holds."""
+        matches = {key: _KEY.match(key) for key in state_dict}
+        return {key: state_dict[key] for key, match in matches.items() if match and match["adapter"] == adapter_name}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """`...stitch_layer.<adapter>.gate.for_code.weight` -> `...stitch_layer.gate.code.weight`"""
+        match = _KEY.match(key)
+        if match and match["adapter"] == adapter_name:
+            return f"{match['layer']}.{match['role']}.{match['rest']}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """File keys to model keys. Raises `ValueError` unless the file fits the adapter exactly."""
+        full = model.state_dict()
+        own = cls._get_adapter_state_dict(model, config, adapter_name, full, [])
+        model_key = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
+        # Besides stitches a file may hold what the user asked PEFT to save: modules_to_save, resized embeddings.
+        auxiliary = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+        stitches = {
+            key: tensor
+            for key, tensor in state_dict.items()
+            if not (auxiliary and key.startswith(auxiliary))
+            and not (key in full and key.split(".")[-2] in EMBEDDING_LAYER_NAMES)
+        }
+        problems = [f"missing: {key}" for key in model_key if key not in stitches]
+        problems += [f"not part of this adapter: {key}" for key in stitches if key not in model_key]
+        problems += [
+            f"{key} has shape {tuple(tensor.shape)}, expected {tuple(full[model_key[key]].shape)}"
+            for key, tensor in stitches.items()
+            if key in model_key and tensor.shape != full[model_key[key]].shape
+        ]
+        tuner = getattr(model, "base_model", None)
+        if problems:
+            if isinstance(tuner, cls) and adapter_name in tuner._fresh:  # made for this load only
+                tuner._discard(adapter_name)
+            shown = "\n  ".join(problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else []))
+            raise ValueError(
+                f"The weights do not fit stitch adapter {adapter_name!r} ({len(problems)} problems):\n  {shown}\n"
+                "The file and the config (experts, num_stitches, gate, r, ...) must be of the same adapter; nothing "
+                "was loaded."
+            )
+        if isinstance(tuner, cls):
+            tuner._fresh.discard(adapter_name)
+        # Cast here: with low_cpu_mem_usage the tensors themselves become the weights.
+        return {
+            model_key.get(key, key): tensor.to(full[model_key[key]].dtype) if key in model_key else tensor
+            for key, tensor in state_dict.items()
+        }
+
+    def _discard(self, adapter: str) -> None:
+        """Undo the making of an adapter whose weights could not be loaded."""
+        if len(self.peft_config) == 1:
+            self.unload()
+        else:
+            self.delete_adapter(adapter)
+
+
+class _Experts(nn.ModuleDict):
+    """Modules by a user's names, which may be those of attributes of `nn.Module`, such as `half`."""
+
+    def add_module(self, name: str, module: Optional[nn.Module]) -> None:
+        self._modules[name] = module
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+
+def _place(reference: dict[str, Any]) -> tuple:
+    return tuple(reference.get(key) for key in ("model", "revision", "subfolder", "adapter"))

@@ -1,0 +1,269 @@
+"""An independent, slow and literal Branch-Train-Stitch forward, to hold the package against.
+
+Nothing here comes from the package. Each model is a plain causal LM that runs its own unchanged forward in a thread
+of its own; hooks on its decoder layers make all models meet at each stitch, where the paper's equations are applied
+with loops over the models. Inputs are the tensors and the config of an adapter *file*, so that the format is checked
+along with the maths: every tensor must be used, and none may be missing.
+
+    logits = reference_forward(hub, {"code": model}, load_file("adapter_model.safetensors"), config, input_ids)
+"""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+
+TIMEOUT = 60.0  # seconds that a model waits for the others before it gives up
+DECODER_LAYERS = ["model.layers", "model.decoder.layers", "transformer.h", "transformer.blocks", "gpt_neox.layers"]
+
+
+# ---------------------------------------------------------------------------------------------------- the equations
+
+
+def linear(x, weight, bias=None):
+    """(..., d_in) -> (..., d_out) by a weight of shape (d_out, d_in)."""
+    y = x @ weight.transpose(0, 1)
+    return y if bias is None else y + bias
+
+
+def experts_into_hub(h_hub, h, gate, proj):
+    """Equation 3. A gate holds d_hub rows, or a single one (a value per token) that is spread over all channels.
+
+    h_hub (..., d_hub); h {expert: (..., d_e)}; gate {"hub" or expert: (weight (d_hub or 1, d_hub), bias or None)};
+    proj {expert: (d_hub, d_e)}. Returns the hub's new state (..., d_hub) and the projected {expert: (..., d_hub)}.
+    """
+    logits = {name: linear(h_hub, weight, bias) for name, (weight, bias) in gate.items()}
+    largest = reduce(torch.maximum, logits.values()).detach()  # cancels in the softmax; keeps exp in range
+    scores = {name: torch.exp(logit - largest) for name, logit in logits.items()}
+    total = sum(scores.values())
+    g = {name: score / total for name, score in scores.items()}
+
+    p = {name: linear(h[name], proj[name]) for name in h}
+    new_hub = g["hub"] * h_hub
+    for name in h:
+        new_hub = new_hub + g[name] * p[name]
+    return new_hub, p
+
+
+def hub_into_experts(h_hub, h, gate, proj):
+    """Equation 4. h_hub (..., d_hub); h {expert: (..., d_e)}; gate {expert: (weight (d_e or 1, d_hub), bias or None)};
+    proj {expert: (d_e, d_hub)}. Returns the experts' new states {expert: (..., d_e)}; the hub keeps its own."""
+    new = {}
+    for name in h:
+        g = torch.sigmoid(linear(h_hub, *gate[name]))
+        new[name] = (1 - g) * h[name] + g * linear(h_hub, proj[name])
+    return new
+
+
+# ---------------------------------------------------------------------- where stitches sit, and what the file holds
+
+
+def decoder_layers(model):
+    """The dotted path and the list of a causal LM's decoder layers."""
+    for path in DECODER_LAYERS:
+        try:
+            return path, model.get_submodule(path)
+        except AttributeError:
+            pass
+    raise ValueError(f"{type(model).__name__} has its decoder layers at none of {DECODER_LAYERS}")
+
+
+def width(model):
+    return model.get_input_embeddings().weight.shape[1]
+
+
+def schedule(config, depth):
+    """[(hub layer index, into_hub)], first stitch first."""
+    indices = config.get("layers_to_stitch")
+    if indices is None:
+        k = config.get("num_stitches", 4)
+        indices = [i * (depth // k) - 1 for i in range(1, k)] + [depth - 1]
+    if config.get("pattern", "alternating") == "experts_into_hub":
+        return [(index, True) for index in indices]
+    return [(index, (len(indices) - 1 - i) % 2 == 0) for i, index in enumerate(indices)]
+
+
+@dataclass
+class Stitch:
+    into_hub: bool
+    boundary: dict  # model -> how many of its layers run before this stitch
+    gate: dict  # model -> (weight, bias or None)
+    proj: dict  # expert -> matrix
+    projected: bool  # an Experts-into-Hub stitch hands the projected states on to the experts
+
+    def __call__(self, states):
+        """{model: (B, T, d_model)} -> the same, after the stitch; the maths runs in the stitch's dtype."""
+        dtype = next(iter(self.proj.values())).dtype
+        h = {name: states[name].to(dtype) for name in self.proj}
+        h_hub = states["hub"].to(dtype)
+        if self.into_hub:
+            h_hub, p = experts_into_hub(h_hub, h, self.gate, self.proj)
+            new = {"hub": h_hub, **(p if self.projected else {})}
+        else:
+            new = hub_into_experts(h_hub, h, self.gate, self.proj)
+        return {name: new[name].to(state.dtype) if name in new else state for name, state in states.items()}
+
+
+def make_stitches(hub, experts, config, take):
+    """All stitches, in order. `take(key, shape)` supplies each tensor of the file: this is the format's definition."""
+    path, hub_layers = decoder_layers(hub)
+    depth = {name: len(decoder_layers(model)[1]) for name, model in {"hub": hub, **experts}.items()}
+    dim = {name: width(model) for name, model in {"hub": hub, **experts}.items()}
+    projected = config.get("expert_streams", "intact") == "projected"
+    if projected and len(set(dim.values())) > 1:
+        raise ValueError(f"projected expert streams take one width for all models, found {dim}")
+
+    stitches = []
+    for index, into_hub in schedule(config, len(hub_layers)):
+        prefix = f"base_model.model.{path}.{index}.stitch_layer"
+
+        gate = {}
+        for name in ["hub", *experts] if into_hub else experts:
+            rows = 1 if config.get("gate", "channel") == "token" else dim["hub" if into_hub else name]
+            weight = take(f"{prefix}.gate.{name}.weight", (rows, dim["hub"]))
+            bias = take(f"{prefix}.gate.{name}.bias", (rows,)) if config.get("gate_bias", True) else None
+            gate[name] = weight, bias
+
+        proj = {}
+        for name in experts:
+            d_out, d_in = (dim["hub"], dim[name]) if into_hub else (dim[name], dim["hub"])
+            if (r := config.get("r")) is None:
+                proj[name] = take(f"{prefix}.proj.{name}.weight", (d_out, d_in))
+            else:
+                down = take(f"{prefix}.proj.{name}.down.weight", (r, d_in))
+                up = take(f"{prefix}.proj.{name}.up.weight", (d_out, r))
+                proj[name] = torch.eye(d_out, d_in, dtype=up.dtype) + up @ down
+
+        # Halves go to the even side: the middle of the hub meets 5 layers after the 2nd, 7 layers after the 4th.
+        boundary = {name: round((index + 1) * depth[name] / depth["hub"]) for name in depth}
+        stitches.append(Stitch(into_hub, boundary, gate, proj, projected))
+    return stitches
+
+
+def read_stitches(hub, experts, config, tensors):
+    """The stitches of an adapter file; KeyError or ValueError for a missing, misshapen or leftover tensor."""
+    unused = dict(tensors)
+
+    def take(key, shape):
+        tensor = unused.pop(key)
+        if tensor.shape != shape:
+            raise ValueError(f"{key} has shape {tuple(tensor.shape)}, expected {shape}")
+        return tensor
+
+    stitches = make_stitches(hub, experts, config, take)
+    if unused:
+        raise ValueError(f"no stitch uses {sorted(unused)}")
+    return stitches
+
+
+def random_stitch_tensors(hub, experts, config, seed=0, dtype=torch.float32):
+    """A random adapter file: gates far from uniform (but not saturated), projections near the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+
+    def take(key, shape):
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if key.endswith("bias"):
+            tensor = noise
+        elif ".gate." in key or ".down." in key:
+            tensor = noise / shape[1] ** 0.5
+        elif ".up." in key:
+            tensor = 0.5 * noise
+        else:
+            tensor = torch.eye(*shape, dtype=torch.float64) + 0.5 * noise / shape[1] ** 0.5
+        tensors[key] = tensor.to(dtype)
+        return tensors[key]
+
+    make_stitches(hub, experts, config, take)
+    return tensors
+
+
+# ------------------------------------------------------------------------------------------------------- the forward
+
+
+class Meeting:
+    """All models hand in their states, the last to arrive stitches them, each leaves with its new state."""
+
+    def __init__(self, stitch, parties):
+        self.stitch, self.states = stitch, {}
+        self.barrier = threading.Barrier(parties, action=self.apply, timeout=TIMEOUT)
+
+    def apply(self):
+        self.states = self.stitch(self.states)
+
+    def attend(self, name, state):
+        self.states[name] = state
+        self.barrier.wait()
+        return self.states[name]
+
+
+def hook_layers(name, model, meetings, this_thread):
+    """Hooks that send `model` to its meetings; the same module may serve several models, each in its own thread."""
+    _, layers = decoder_layers(model)
+
+    def attend(boundary, state):
+        if this_thread.name == name:
+            for meeting in meetings:
+                if meeting.stitch.boundary[name] == boundary:
+                    state = meeting.attend(name, state)
+        return state
+
+    def before_first(layer, args, kwargs):
+        if args:
+            return (attend(0, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": attend(0, kwargs["hidden_states"])}
+
+    def after(boundary):
+        def hook(layer, args, output):
+            if isinstance(output, torch.Tensor):
+                return attend(boundary, output)
+            return (attend(boundary, output[0]), *output[1:])
+
+        return hook
+
+    yield layers[0].register_forward_pre_hook(before_first, with_kwargs=True)
+    for i, layer in enumerate(layers):
+        yield layer.register_forward_hook(after(i + 1))
+
+
+def reference_forward(hub, experts, tensors, config, input_ids, attention_mask=None, **kwargs):
+    """The hub's logits (B, T, V) with `experts` {name: model}, all plain causal LMs, stitched into it.
+
+    tensors: what adapter_model.safetensors holds; config: what adapter_config.json holds (gate_dropout is ignored);
+    kwargs go to every model. An error in any model is raised here; BrokenBarrierError is a model that never came to a
+    stitch. Gradients reach `tensors` (and the models) if grad mode is on.
+    """
+    models = {"hub": hub, **experts}
+    meetings = [Meeting(stitch, len(models)) for stitch in read_stitches(hub, experts, config, tensors)]
+    grad = torch.is_grad_enabled()
+    this_thread = threading.local()
+
+    def run(name):
+        this_thread.name = name
+        try:
+            with torch.set_grad_enabled(grad):  # grad mode belongs to a thread
+                inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **kwargs}
+                return models[name](**inputs).logits
+        except BaseException:
+            for meeting in meetings:  # nobody shall wait for this model
+                meeting.barrier.abort()
+            raise
+
+    hooks = []
+    try:
+        for name, model in models.items():
+            hooks.extend(hook_layers(name, model, meetings, this_thread))
+        with ThreadPoolExecutor(len(models)) as pool:
+            runs = {name: pool.submit(run, name) for name in models}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    errors = [error for error in (future.exception() for future in runs.values()) if error]
+    errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))  # the cause, not who waited for it
+    if errors:
+        raise errors[0]
+    return runs["hub"].result()
