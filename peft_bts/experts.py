@@ -102,9 +102,9 @@ def find_decoder(model: nn.Module, what: str) -> Decoder:
     num_layers = getattr(config, "num_hidden_layers", None)
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            if not any(path.startswith(outer + ".") for outer in found):  # not a list inside a decoder layer
-                found[path] = module
+        inside_a_layer = any(path.startswith(outer + ".") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not inside_a_layer:
+            found[path] = module
     if len(found) != 1:
         raise ValueError(
             f"{what} ({kind}) is of an unknown architecture: expected one list of config.num_hidden_layers="

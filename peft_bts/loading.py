@@ -89,7 +89,8 @@ def check_expert(name: str, expert: Expert, reference: dict[str, Any], hub: nn.M
     ]
     if wrong:
         raise ValueError(
-            f"Expert {name!r} is not the one that the adapter was made with: {'; '.join(wrong)}. {_how_to_replace(name)}"
+            f"Expert {name!r} is not the one that the adapter was made with: {'; '.join(wrong)}. "
+            + _how_to_replace(name)
         )
     hub_width = text_config(hub).hidden_size
     if streams == "projected" and expert.width != hub_width:
@@ -133,8 +134,8 @@ def check_tokenizers(name: str, expert: nn.Module, hub: nn.Module) -> None:
             )
     if max(ours.values()) >= rows:
         raise ValueError(
-            f"Expert {name!r} has {rows} token embeddings, but the hub's tokenizer has ids up to {max(ours.values())}. "
-            "Resize the expert's embeddings, or use a hub without the added tokens."
+            f"Expert {name!r} has {rows} token embeddings, but the hub's tokenizer has ids up to "
+            f"{max(ours.values())}. Resize the expert's embeddings, or use a hub without the added tokens."
         )
 
 

@@ -152,7 +152,11 @@ class StitchModel(BaseTuner):
         place = _place(reference)
         for adapter, config in self.peft_config.items():
             for name, other in config.experts.items():
-                if place == _place(as_reference(name, other)) and name in self.experts.get(adapter, {}):
+                if (
+                    place == _place(as_reference(name, other))
+                    and adapter in self.experts
+                    and name in self.experts[adapter]
+                ):
                     return self.experts[adapter][name]
         return None
 
@@ -276,7 +280,8 @@ class StitchModel(BaseTuner):
             rest = [name for name in self.peft_config if name != adapter_name]
             if rest:
                 warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {rest[0]}."
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {rest[0]}.",
+                    stacklevel=3,
                 )
             self.set_adapter(rest[:1])
         active = self.active_adapters
@@ -291,7 +296,7 @@ class StitchModel(BaseTuner):
         return hub
 
     def _forget(self, adapter: str) -> None:
-        """Drop what is left of an adapter: stitches, wrappers that serve no other, experts, and the last one's hooks."""
+        """Drop what is left of an adapter: stitches, wrappers that serve no other, experts, and at last the hooks."""
         for index, layer in enumerate(self._decoder.layers):
             if isinstance(layer, StitchLayer):
                 if adapter in layer.stitch_layer:
@@ -468,9 +473,6 @@ class _Experts(nn.ModuleDict):
 
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:
         self._modules[name] = module
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
 
 
 def _place(reference: dict[str, Any]) -> tuple:
