@@ -10,12 +10,8 @@ from contextlib import contextmanager
 
 from peft import PeftType
 from torch import nn
+from transformers.utils.output_capturing import _active_collector
 
-
-try:  # transformers >= 5: outputs are captured by hooks that consult one active collector
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:  # older transformers have no collector to shield
-    _active_collector = None
 
 # Taken at import, before anybody's `init_empty_weights` can have replaced them.
 _REGISTER_PARAMETER = nn.Module.register_parameter
@@ -64,9 +60,6 @@ def no_output_capture():
     transformers collects such outputs by hooks on layers, into one collector per thread. An expert that was once
     asked for its hidden states still has the hooks, and would add its layers to the hub's.
     """
-    if _active_collector is None:
-        yield
-        return
     token = _active_collector.set(None)
     try:
         yield
