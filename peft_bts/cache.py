@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 
-from .experts import Expert
+from .experts import Expert, cached_tokens
 
 
 _JOINED = "_stitched_caches"  # attribute of a joined cache: expert name -> that expert's cache
@@ -32,7 +32,7 @@ def check_cache(cache: Cache, experts: dict[str, Expert]) -> None:
     """
     joined: Optional[dict[str, Cache]] = getattr(cache, _JOINED, None)
     if joined is None:
-        if _length(cache) not in (0, None):
+        if _length(cache):
             raise ValueError(
                 f"The cache holds {_length(cache)} tokens of the hub alone: it was filled while the adapter was "
                 "disabled, or by another model, and has no expert states. Start with an empty cache."
@@ -77,14 +77,8 @@ def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> di
 
 
 def _length(cache: Cache) -> Optional[int]:
-    """Tokens held, where that is known without waiting for a device; static caches count in a tensor."""
-    if isinstance(cache, StaticCache):
-        return None
-    try:
-        length = cache.get_seq_length()
-    except ValueError:  # linear attention only: no length is kept
-        return None
-    return length if isinstance(length, int) else None
+    # Static caches count in a tensor on the device; nobody should wait for it once per token.
+    return None if isinstance(cache, StaticCache) else cached_tokens(cache)
 
 
 def _cache_like(cache: Cache, config: Any, name: str) -> Cache:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ._compat import no_output_capture
+from .masks import expert_mask
 
 
 # What belongs to the hub's own call: experts get a cache of their own, and nobody reads their other outputs.
@@ -231,12 +232,13 @@ class Expert(nn.Module):
     def config(self) -> Any:
         return text_config(self.model)
 
-    def start(self, call: dict[str, Any], cache: Optional[Cache]) -> Stream:
+    def start(self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any) -> Stream:
         """Begin a forward: embed the inputs of the hub's call and record every layer's arguments.
 
         Args:
             call: Arguments of the hub's backbone by name; those that the expert's backbone knows are passed on.
             cache: The expert's own cache, or `None`.
+            hub_config: The hub's text config, for which the masks in `call` may have been made.
         """
         kwargs = {
             name: value
@@ -245,6 +247,11 @@ class Expert(nn.Module):
         }
         if kwargs.get("input_ids") is not None:
             kwargs.pop("inputs_embeds", None)
+        if kwargs.get("attention_mask") is not None:
+            tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+            kwargs["attention_mask"] = expert_mask(
+                kwargs["attention_mask"], hub_config, self.config, cached_tokens(cache), tokens.shape[1]
+            )
         device = self.model.get_input_embeddings().weight.device
         if device.type != "meta":
             kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
@@ -255,6 +262,17 @@ class Expert(nn.Module):
         finally:
             self._tape.set(None)
         return Stream(self._decoder, tape)
+
+
+def cached_tokens(cache: Optional[Cache]) -> Optional[int]:
+    """Tokens that a cache holds; `None` where that is not known: static caches count in a tensor while compiling."""
+    if cache is None:
+        return 0
+    try:
+        length = cache.get_seq_length()
+    except ValueError:  # linear attention only: no length is kept
+        return None
+    return None if isinstance(length, Tensor) and torch.compiler.is_compiling() else int(length)
 
 
 class _Nth:

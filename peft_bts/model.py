@@ -27,6 +27,7 @@ from .config import EXPERTS_INTO_HUB, StitchConfig, as_reference, check_expert_n
 from .experts import Expert, PerThread, find_decoder, text_config
 from .layer import StitchLayer, place_for_stitch
 from .loading import check_expert, describe_model, load_expert
+from .masks import check_mask
 from .run import Plan, Run
 from .stitch import ExpertsIntoHub, HubIntoExperts, Init, PerModel, check_init
 
@@ -263,7 +264,9 @@ class StitchModel(BaseTuner):
         hub_layers = len(self._decoder.layers)
         experts = {name: self.experts[adapter][name] for name in sorted(self.experts[adapter].keys())}
         schedule = stitch_schedule(config, hub_layers)
-        self._plans[adapter] = Plan(schedule, hub_layers, experts, config.expert_streams == "projected")
+        self._plans[adapter] = Plan(
+            schedule, hub_layers, text_config(self.model), experts, config.expert_streams == "projected"
+        )
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
         """Make one adapter the active one. Raises `ValueError` for more than one."""
@@ -392,6 +395,8 @@ class StitchModel(BaseTuner):
                         f"inputs_embeds has width {embeds.shape[-1]}, but expert {name!r} embeds tokens in {width} "
                         "channels. Pass `input_ids`, so that every model can embed them itself."
                     )
+        for name, expert in plan.experts.items():
+            check_mask(call.get("attention_mask"), plan.hub_config, expert.config, name)
         cache = call.get("past_key_values")
         if isinstance(cache, Cache):
             check_cache(cache, plan.experts)

@@ -25,6 +25,7 @@ class Plan:
 
     schedule: dict[int, str]
     hub_layers: int
+    hub_config: Any  # the hub's text config
     experts: dict[str, Expert]
     projected: bool  # expert_streams="projected"
 
@@ -45,7 +46,9 @@ class Run:
     def _open(self, cache: Optional[Cache]) -> dict[str, Stream]:
         experts = self.plan.experts
         caches = {} if cache is None else join_caches(cache, self.plan.hub_layers, experts)
-        return {name: experts[name].start(self.call, caches.get(name)) for name in sorted(experts)}
+        return {
+            name: experts[name].start(self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)
+        }
 
     def cross(self, layer: int, stitch: nn.Module, hub_BTD: Tensor, args: tuple, kwargs: dict, checkpoint) -> Tensor:
         """Bring every expert up to the stitch behind a hub layer, apply it, and return the hub's new state.
