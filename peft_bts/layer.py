@@ -8,8 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .experts import PerThread
-from .run import Run, checkpoint_function
+from .run import Runs, checkpoint_function
 
 
 class StitchLayer(nn.Module, BaseTunerLayer):
@@ -18,7 +17,7 @@ class StitchLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: The hub's decoder layer.
         index: Its 0-based place in the hub.
-        runs: Where the forward under way is found (`StitchModel` opens and closes it).
+        runs: Where the forward under way is found (`Runs` opens and closes it).
 
     Attributes:
         stitch_layer: The stitches by adapter name. An adapter that has none here passes the layer through.
@@ -26,7 +25,7 @@ class StitchLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("stitch_layer",)
 
-    def __init__(self, base_layer: nn.Module, index: int, runs: PerThread) -> None:
+    def __init__(self, base_layer: nn.Module, index: int, runs: Runs) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.index = index
@@ -48,7 +47,7 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         stitch = self._active_stitch()
         if stitch is None:
             return out
-        run: Optional[Run] = self._runs.get()
+        run = self._runs.current()
         if run is None or run.plan is None:
             raise RuntimeError(
                 f"Hub layer {self.index} was called by itself. A stitched layer works only inside a forward of the "

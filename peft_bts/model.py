@@ -8,33 +8,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import re
-import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import Cache
 
-from .cache import check_cache
 from .config import EXPERTS_INTO_HUB, StitchConfig, as_reference, check_expert_name, stitch_schedule
-from .experts import Expert, PerThread, find_decoder, text_config
+from .experts import Expert, find_decoder, text_config
+from .files import file_key, fit_to_model, stitch_weights
 from .layer import StitchLayer, place_for_stitch
 from .loading import check_expert, describe_model, load_expert
-from .masks import check_mask
-from .run import Plan, Run
+from .run import Plan, Runs
 from .stitch import ExpertsIntoHub, HubIntoExperts, Init, PerModel, check_init
-
-
-_KEY = re.compile(
-    rf"^(?P<layer>.*\.stitch_layer)\.(?P<adapter>[^.]+)\.(?P<role>gate|proj)\.{PerModel.PREFIX}(?P<rest>.+)$"
-)
 
 
 class StitchModel(BaseTuner):
@@ -124,6 +115,36 @@ class StitchModel(BaseTuner):
         self._set_experts(adapter, references)
         return self._release(expert)
 
+    def set_active_experts(self, names: Optional[Iterable[str]] = None) -> _ActiveExperts:
+        """Run the active adapter with some of its experts only, without detaching the others.
+
+        The others cost nothing: they are not run, and every softmax goes over the models that are left. Saving is not
+        affected. Works as a statement, until the next call, or as a context manager that goes back at its end:
+
+            with model.set_active_experts(["code"]):
+                model.generate(...)
+
+        Args:
+            names: Names of experts of the active adapter, at least one; `None` for all of them.
+
+        Raises:
+            ValueError: If there is no such expert, or `names` is empty (`disable_adapter()` runs the hub alone).
+        """
+        adapter = self._single_active_adapter()
+        known = set(self.experts[adapter].keys())
+        names = None if names is None else {names} if isinstance(names, str) else set(names)
+        if names is not None and not names <= known:
+            raise ValueError(f"Adapter {adapter!r} has no expert {sorted(names - known)}; it has {sorted(known)}.")
+        if names is not None and not names:
+            raise ValueError("At least one expert must be active; use `disable_adapter()` to run the hub alone.")
+        before = self._inactive.get(adapter, set())
+        self._set_inactive(adapter, set() if names is None else known - names)
+        return _ActiveExperts(self, adapter, before)
+
+    def _set_inactive(self, adapter: str, names: set[str]) -> None:
+        self._inactive[adapter] = names
+        self._make_plan(adapter)
+
     def _make_expert(
         self, name: str, model: Union[nn.Module, str, dict], config: StitchConfig, revision: Optional[str] = None
     ) -> tuple[Expert, dict[str, Any]]:
@@ -178,11 +199,10 @@ class StitchModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: StitchConfig, adapter_name: str) -> None:
         # Called once, by BaseTuner.__init__, before anything else of ours.
         self._decoder = find_decoder(model, "The hub")
-        self._call_names = list(inspect.signature(self._decoder.backbone.forward).parameters)
         self.experts = _Experts()
         self._plans: dict[str, Plan] = {}
-        self._runs = PerThread()
-        self._hooks: list[Any] = []
+        self._inactive: dict[str, set[str]] = {}  # experts that `set_active_experts` left out, by adapter
+        self._runs = Runs(self._decoder.backbone, self._active_plan)
         self._stitches_enabled = True
         self._fresh: set[str] = set()  # adapters that were just made: nobody has run, changed or loaded them
 
@@ -204,12 +224,7 @@ class StitchModel(BaseTuner):
             self._set_experts(adapter_name, references)
         self._make_plan(adapter_name)
         self._fresh.add(adapter_name)
-        if not self._hooks:
-            backbone = self._decoder.backbone
-            self._hooks = [
-                backbone.register_forward_pre_hook(self._open_run, with_kwargs=True),
-                backbone.register_forward_hook(self._close_run, always_call=True),
-            ]
+        self._runs.watch()
 
     def _check_adapter_name(self, name: str) -> None:
         # PEFT drops every key with `.<name of another adapter>.` in it when it saves an adapter.
@@ -262,7 +277,8 @@ class StitchModel(BaseTuner):
     def _make_plan(self, adapter: str) -> None:
         config = self.peft_config[adapter]
         hub_layers = len(self._decoder.layers)
-        experts = {name: self.experts[adapter][name] for name in sorted(self.experts[adapter].keys())}
+        names = sorted(set(self.experts[adapter].keys()) - self._inactive.get(adapter, set()))
+        experts = {name: self.experts[adapter][name] for name in names}
         schedule = stitch_schedule(config, hub_layers)
         self._plans[adapter] = Plan(
             schedule, hub_layers, text_config(self.model), experts, config.expert_streams == "projected"
@@ -312,11 +328,10 @@ class StitchModel(BaseTuner):
         for expert in experts:
             self._release(expert)
         self._plans.pop(adapter, None)
+        self._inactive.pop(adapter, None)
         self._fresh.discard(adapter)
         if not self._plans:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
+            self._runs.unwatch()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
@@ -336,7 +351,15 @@ class StitchModel(BaseTuner):
     def _layers_of(self, adapter: str) -> list[StitchLayer]:
         return [x for x in self._decoder.layers if isinstance(x, StitchLayer) and adapter in x.stitch_layer]
 
-    # ---------------------------------------------------------------- a forward
+    # ---------------------------------------------------------------- a forward (see run.py)
+
+    def _active_plan(self) -> Optional[Plan]:
+        """What a forward that starts now runs; `None` for the hub alone."""
+        if not self._stitches_enabled or not self.active_adapters:
+            return None
+        if not torch.compiler.is_compiling():
+            self._fresh.discard(self.active_adapters[0])
+        return self._plans.get(self.active_adapters[0])
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
@@ -344,126 +367,32 @@ class StitchModel(BaseTuner):
             raise ValueError("Stitch adapters cannot be mixed within a batch: `adapter_names` is not supported.")
         yield
 
-    def _open_run(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        plan = None
-        if self._stitches_enabled and self.active_adapters:
-            plan = self._plans.get(self.active_adapters[0])
-        call = {**dict(zip(self._call_names, args)), **kwargs}
-        outer = self._runs.get()
-        if outer is not None and not torch.compiler.is_compiling():
-            outer = self._without_dead_runs(outer)
-        self._runs.set(Run(plan, call, outer))  # first of all, for `_close_run` is called even if the next line raises
-        if plan is not None:
-            if not torch.compiler.is_compiling():
-                self._fresh.discard(self.active_adapters[0])
-            self._check_call(plan, call)
-
-    def _close_run(self, backbone: nn.Module, args: tuple, output: Any) -> None:
-        run = self._runs.get()
-        self._runs.set(None if run is None else run.outer)
-
-    def _without_dead_runs(self, run: Run) -> Optional[Run]:
-        """Drop runs whose forward is over: a KeyboardInterrupt skips even hooks that are always called.
-
-        A run is alive while its backbone's call is on this thread's stack; runs nest, so counting those calls tells.
-        """
-        backbone, alive, frame = self._decoder.backbone, -1, sys._getframe()  # -1: the call that is just being opened
-        call = nn.Module._call_impl.__code__
-        while frame is not None:
-            if frame.f_code is call and frame.f_locals.get("self") is backbone:
-                alive += 1
-            frame = frame.f_back
-        runs = []
-        while run is not None:
-            runs.append(run)
-            run = run.outer
-        return runs[-alive] if alive > 0 else None
-
-    def _check_call(self, plan: Plan, call: dict[str, Any]) -> None:
-        """Raise `ValueError` for inputs that the experts cannot take, before anything is computed."""
-        if not plan.experts:
-            raise ValueError(
-                "No expert is attached, so there is nothing to stitch. Call `model.attach_expert(name, model)`, or "
-                "name the experts in StitchConfig(experts=...)."
-            )
-        embeds = call.get("inputs_embeds")
-        if embeds is not None and call.get("input_ids") is None:
-            for name, expert in plan.experts.items():
-                width = expert.model.get_input_embeddings().weight.shape[1]
-                if width != embeds.shape[-1]:
-                    raise ValueError(
-                        f"inputs_embeds has width {embeds.shape[-1]}, but expert {name!r} embeds tokens in {width} "
-                        "channels. Pass `input_ids`, so that every model can embed them itself."
-                    )
-        for name, expert in plan.experts.items():
-            check_mask(call.get("attention_mask"), plan.hub_config, expert.config, name)
-        cache = call.get("past_key_values")
-        if isinstance(cache, Cache):
-            check_cache(cache, plan.experts)
-
-    # ---------------------------------------------------------------- adapter files
+    # ---------------------------------------------------------------- adapter files (see files.py)
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: PeftConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor], *_: Any, **__: Any
     ) -> dict[str, Tensor]:
-        """The stitch weights of one adapter: never an expert's or the hub's, whatever the state dict holds."""
-        matches = {key: _KEY.match(key) for key in state_dict}
-        return {key: state_dict[key] for key, match in matches.items() if match and match["adapter"] == adapter_name}
+        return stitch_weights(state_dict, adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """`...stitch_layer.<adapter>.gate.for_code.weight` -> `...stitch_layer.gate.code.weight`"""
-        match = _KEY.match(key)
-        if match and match["adapter"] == adapter_name:
-            return f"{match['layer']}.{match['role']}.{match['rest']}"
-        return super()._remove_adapter_name_from_key(key, adapter_name)
+        return file_key(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """File keys to model keys. Raises `ValueError` unless the file fits the adapter exactly."""
-        full = model.state_dict()
-        own = cls._get_adapter_state_dict(model, config, adapter_name, full, [])
-        model_key = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in own}
-        # Besides stitches a file may hold what the user asked PEFT to save: modules_to_save, resized embeddings.
-        auxiliary = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
-        stitches = {
-            key: tensor
-            for key, tensor in state_dict.items()
-            if not (auxiliary and key.startswith(auxiliary))
-            and not (key in full and key.split(".")[-2] in EMBEDDING_LAYER_NAMES)
-        }
-        problems = [f"missing: {key}" for key in model_key if key not in stitches]
-        problems += [f"not part of this adapter: {key}" for key in stitches if key not in model_key]
-        problems += [
-            f"{key} has shape {tuple(tensor.shape)}, expected {tuple(full[model_key[key]].shape)}"
-            for key, tensor in stitches.items()
-            if key in model_key and tensor.shape != full[model_key[key]].shape
-        ]
         tuner = getattr(model, "base_model", None)
-        if problems:
+        try:
+            fitted = fit_to_model(model, adapter_name, state_dict)
+        except ValueError:
             if isinstance(tuner, cls) and adapter_name in tuner._fresh:  # made for this load only
                 tuner._discard(adapter_name)
-            shown = "\n  ".join(problems[:10] + ([f"... and {len(problems) - 10} more"] if len(problems) > 10 else []))
-            raise ValueError(
-                f"The weights do not fit stitch adapter {adapter_name!r} ({len(problems)} problems):\n  {shown}\n"
-                "The file and the config (experts, num_stitches, gate, r, ...) must be of the same adapter; nothing "
-                "was loaded."
-            )
+            raise
         if isinstance(tuner, cls):
             tuner._fresh.discard(adapter_name)
-        # Cast here: with low_cpu_mem_usage the tensors themselves become the weights.
-        return {
-            model_key.get(key, key): tensor.to(full[model_key[key]].dtype) if key in model_key else tensor
-            for key, tensor in state_dict.items()
-        }
+        return fitted
 
     def _discard(self, adapter: str) -> None:
         """Undo the making of an adapter whose weights could not be loaded."""
@@ -478,6 +407,20 @@ class _Experts(nn.ModuleDict):
 
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:
         self._modules[name] = module
+
+
+class _ActiveExperts:
+    """What `set_active_experts` returns: leaving it as a context brings the former experts back."""
+
+    def __init__(self, tuner: StitchModel, adapter: str, inactive_before: set[str]) -> None:
+        self._tuner, self._adapter, self._before = tuner, adapter, inactive_before
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        if self._adapter in self._tuner.experts:
+            self._tuner._set_inactive(self._adapter, self._before)
 
 
 def _place(reference: dict[str, Any]) -> tuple:

@@ -7,16 +7,20 @@ returns. Threads have their own, and a forward inside a forward has its own.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .cache import find_cache, join_caches
+from .cache import check_cache, find_cache, join_caches
 from .config import EXPERTS_INTO_HUB, expert_boundary
-from .experts import Expert, Stream
+from .experts import Expert, PerThread, Stream
+from .masks import check_mask
 
 
 @dataclass
@@ -77,6 +81,91 @@ class Run:
         for name, stream in streams.items():
             stream.state = new_states[name].to(stream.state.device)
         return hub_BTD
+
+
+class Runs:
+    """Opens a `Run` when the hub's backbone is called and closes it when the backbone returns.
+
+    Args:
+        backbone: The module that loops over the hub's decoder layers.
+        active_plan: Says what a forward that starts now runs; `None` for the hub alone.
+    """
+
+    def __init__(self, backbone: nn.Module, active_plan: Callable[[], Optional[Plan]]) -> None:
+        self._backbone, self._active_plan = backbone, active_plan
+        self._argument_names = list(inspect.signature(backbone.forward).parameters)
+        self._slot = PerThread()
+        self._hooks: list[Any] = []
+
+    def current(self) -> Optional[Run]:
+        """The run of the forward under way in this thread."""
+        return self._slot.get()
+
+    def watch(self) -> None:
+        """Hook into the backbone; nothing happens if that is done already."""
+        if not self._hooks:
+            self._hooks = [
+                self._backbone.register_forward_pre_hook(self._open, with_kwargs=True),
+                self._backbone.register_forward_hook(self._close, always_call=True),
+            ]
+
+    def unwatch(self) -> None:
+        """Remove every trace from the backbone."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _open(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        plan = self._active_plan()
+        call = {**dict(zip(self._argument_names, args)), **kwargs}
+        outer = self._slot.get()
+        if outer is not None and not torch.compiler.is_compiling():
+            outer = self._without_dead_runs(outer)
+        self._slot.set(Run(plan, call, outer))  # before the checks: `_close` is called even if they raise
+        if plan is not None:
+            check_call(plan, call)
+
+    def _close(self, backbone: nn.Module, args: tuple, output: Any) -> None:
+        run = self._slot.get()
+        self._slot.set(None if run is None else run.outer)
+
+    def _without_dead_runs(self, run: Run) -> Optional[Run]:
+        """Drop runs whose forward is over: a KeyboardInterrupt skips even hooks that are always called.
+
+        A run is alive while its backbone's call is on this thread's stack; runs nest, so counting those calls tells.
+        """
+        alive, frame, call = -1, sys._getframe(), nn.Module._call_impl.__code__  # -1: the call that is being opened
+        while frame is not None:
+            if frame.f_code is call and frame.f_locals.get("self") is self._backbone:
+                alive += 1
+            frame = frame.f_back
+        runs = []
+        while run is not None:
+            runs.append(run)
+            run = run.outer
+        return runs[-alive] if alive > 0 else None
+
+
+def check_call(plan: Plan, call: dict[str, Any]) -> None:
+    """Raise `ValueError` for inputs that the experts cannot take, before anything is computed."""
+    if not plan.experts:
+        raise ValueError(
+            "No expert is attached, so there is nothing to stitch. Call `model.attach_expert(name, model)`, or name "
+            "the experts in StitchConfig(experts=...)."
+        )
+    embeds = call.get("inputs_embeds")
+    for name, expert in plan.experts.items():
+        check_mask(call.get("attention_mask"), plan.hub_config, expert.config, name)
+        if embeds is not None and call.get("input_ids") is None:
+            width = expert.model.get_input_embeddings().weight.shape[1]
+            if width != embeds.shape[-1]:
+                raise ValueError(
+                    f"inputs_embeds has width {embeds.shape[-1]}, but expert {name!r} embeds tokens in {width} "
+                    "channels. Pass `input_ids`, so that every model can embed them itself."
+                )
+    cache = call.get("past_key_values")
+    if isinstance(cache, Cache):
+        check_cache(cache, plan.experts)
 
 
 def checkpoint_function(layer: nn.Module) -> Optional[Callable]:
