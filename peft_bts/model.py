@@ -25,7 +25,7 @@ from .files import file_key, fit_to_model, stitch_weights
 from .layer import StitchLayer, place_for_stitch
 from .loading import check_expert, describe_model, load_expert
 from .run import Plan, Runs
-from .stitch import ExpertsIntoHub, HubIntoExperts, Init, PerModel, check_init
+from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, Init, PerModel, check_init
 
 
 class StitchModel(BaseTuner):
@@ -79,17 +79,18 @@ class StitchModel(BaseTuner):
             )
         check_init(init, config.gate_bias)
         expert, reference = self._make_expert(name, model, config, revision)
-        stitches = [layer.stitch_layer[adapter] for layer in self._layers_of(adapter)]
+        layers = self._layers_of(adapter)
+        like = layers[-1].stitch_layer[adapter].gate.of(HUB).weight  # the one weight that is there without any expert
         try:
-            for stitch in stitches:
-                trainable = any(parameter.requires_grad for parameter in stitch.parameters())
-                stitch.add_expert(name, expert.width, init=init)
-                stitch.gate.of(name).requires_grad_(trainable)
-                stitch.proj.of(name).requires_grad_(trainable)
+            for layer in layers:
+                stitch, (device, _) = layer.stitch_layer[adapter], place_for_stitch(layer.base_layer)
+                stitch.add_expert(name, expert.width, init=init, device=device, dtype=like.dtype)
+                stitch.gate.of(name).requires_grad_(like.requires_grad)
+                stitch.proj.of(name).requires_grad_(like.requires_grad)
         except BaseException:
-            for stitch in stitches:
-                if name in stitch.experts:
-                    stitch.remove_expert(name)
+            for layer in layers:
+                if name in layer.stitch_layer[adapter].experts:
+                    layer.stitch_layer[adapter].remove_expert(name)
             self._release(expert)
             raise
         self.experts[adapter][name] = expert

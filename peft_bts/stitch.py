@@ -102,9 +102,9 @@ class _Stitch(nn.Module):
             ValueError: If `init` is unknown, or needs a bias and the gates have none.
         """
         check_init(init, self.gate_bias)
-        like = next(self.parameters(), None)  # a stitch that exists knows its place
+        like = next(self.parameters(), None)  # unless told otherwise, where and what the other weights are
         if like is not None:
-            device, dtype = like.device, like.dtype
+            device, dtype = device or like.device, dtype or like.dtype
         factory = {"device": device, "dtype": dtype}
         gate, projection = self._new_gate(d_expert, factory), self._new_projection(d_expert, factory)
         if init != "zero":
@@ -180,9 +180,7 @@ class ExpertsIntoHub(_Stitch):
 
     def __init__(self, d_hub: int, d_experts: dict[str, int], *, device=None, dtype=None, **options) -> None:
         super().__init__(d_hub, d_experts, device=device, dtype=dtype, **options)
-        like = next(self.parameters(), None)
-        factory = {"device": device, "dtype": dtype} if like is None else {"device": like.device, "dtype": like.dtype}
-        self.gate.set(HUB, self._new_gate(d_hub, factory))
+        self.gate.set(HUB, self._new_gate(d_hub, {"device": device, "dtype": dtype}))
 
     def _shapes(self, d_expert: int) -> tuple[int, int, int]:
         return self.d_hub, d_expert, self.d_hub
