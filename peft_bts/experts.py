@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -126,15 +126,18 @@ def find_decoder(model: nn.Module, what: str) -> Decoder:
 class _Recorder(nn.Module):
     """Stands in for one decoder layer: records the call, hands the hidden states on in the layer's own shape."""
 
-    def __init__(self, layer: Callable[[], nn.Module], tape: PerThread, tuple_size: Optional[int]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], index: int, tape: PerThread, tuple_size: Optional[int]) -> None:
         super().__init__()
-        self._layer, self._tape, self._tuple_size = layer, tape, tuple_size
+        self.__dict__.update(_layers=layers, _index=index)  # not as submodules: the layers belong to the model
+        self._tape, self._tuple_size = tape, tuple_size
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self._layer(), name)  # backbones look at a layer's `attention_type` and the like
+            return getattr(
+                self.__dict__["_layers"][self.__dict__["_index"]], name
+            )  # backbones look at a layer's `attention_type` and the like
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -166,15 +169,89 @@ class _Probe(nn.Module):
         return out
 
 
-def _with_layers(decoder: Decoder, layers: list[nn.Module]) -> nn.Module:
-    """A shallow twin of the backbone that shares all but its decoder layers."""
-    twin = copy.copy(decoder.backbone)
+def with_layers(backbone: nn.Module, list_name: str, layers: Sequence[nn.Module]) -> nn.Module:
+    """A shallow twin of a backbone that shares all but its decoder layers."""
+    twin = copy.copy(backbone)
     for patched in ("forward", "_old_forward", "_hf_hook"):  # accelerate's hooks are bound to the original
         twin.__dict__.pop(patched, None)
     for hooks in [name for name in twin.__dict__ if name.startswith(("_forward_", "_backward_"))]:
-        twin.__dict__[hooks] = type(twin.__dict__[hooks])() if twin.__dict__[hooks] is not None else None
-    twin.__dict__["_modules"] = {**decoder.backbone._modules, decoder.list_name: nn.ModuleList(layers)}
-    return twin.eval()  # sets the twin's own flag and the recorders'; its submodules are the expert's, in eval anyway
+        if twin.__dict__[hooks] is not None:
+            twin.__dict__[hooks] = type(twin.__dict__[hooks])()
+    twin.__dict__["_modules"] = {**backbone._modules, list_name: nn.ModuleList(layers)}
+    twin.__dict__["training"] = False
+    return twin
+
+
+def layer_return_sizes(decoder: Decoder, device: torch.device) -> tuple[list[Optional[int]], int]:
+    """What every decoder layer returns (`None`: a tensor, else the size of the tuple), and the hidden states' width.
+
+    Runs a forward over two tokens.
+    """
+    sizes: dict[type, Optional[int]] = {}
+    widths: set[int] = set()
+    probes = [_Probe(layer, sizes, widths) for layer in decoder.layers]
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    with torch.no_grad(), no_output_capture():
+        with_layers(decoder.backbone, decoder.list_name, probes)(
+            input_ids=tokens, past_key_values=None, use_cache=False
+        )
+    return [sizes[type(layer)] for layer in decoder.layers], widths.pop()
+
+
+class Planner:
+    """Records what every layer of a backbone would be called with, and hands out the layers to run with it.
+
+    Args:
+        backbone: The module whose forward loops over decoder layers; it is run with recorders in their place.
+        list_name: Its attribute that holds them.
+        layers: The layers to run, looked up by index at every use: libraries may wrap layers in the meantime.
+        tuple_sizes: Of every layer's return value, as `layer_return_sizes` finds them.
+        config: The backbone's text config.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, list_name: str, layers: Sequence[nn.Module], tuple_sizes: list, config: Any
+    ) -> None:
+        signature = inspect.signature(backbone.forward).parameters
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+        self._takes = set(signature)
+        self._tape = PerThread()
+        recorders = [_Recorder(layers, i, self._tape, size) for i, size in enumerate(tuple_sizes)]
+        self._backbone = with_layers(backbone, list_name, recorders)
+        self._layers, self._config = layers, config
+
+    def start(
+        self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any, device: Optional[torch.device] = None
+    ) -> Stream:
+        """Begin a forward: embed the inputs of the hub's call and record every layer's arguments.
+
+        Args:
+            call: Arguments of the hub's backbone by name; those that this backbone knows are passed on.
+            cache: The expert's own cache, or `None`.
+            hub_config: The hub's text config, for which the masks in `call` may have been made.
+            device: Where the backbone's inputs have to be; `None` leaves them.
+        """
+        kwargs = {
+            name: value
+            for name, value in call.items()
+            if name not in _NOT_FOR_EXPERTS and (self._takes_any or name in self._takes)
+        }
+        if kwargs.get("input_ids") is not None:
+            kwargs.pop("inputs_embeds", None)
+        if kwargs.get("attention_mask") is not None:
+            tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+            kwargs["attention_mask"] = expert_mask(
+                kwargs["attention_mask"], hub_config, self._config, cached_tokens(cache), tokens.shape[1]
+            )
+        if device is not None:
+            kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        tape: list[tuple] = []
+        self._tape.set(tape)
+        try:
+            self._backbone(past_key_values=cache, use_cache=cache is not None, **kwargs)
+        finally:
+            self._tape.set(None)
+        return Stream(self._layers, tape)
 
 
 class Expert(nn.Module):
@@ -194,28 +271,12 @@ class Expert(nn.Module):
 
     def __init__(self, model: nn.Module, what: str) -> None:
         super().__init__()
-        self._decoder = find_decoder(model, what)
+        decoder = find_decoder(model, what)
         self._restore = model.training, [p for p in model.parameters() if p.requires_grad]
         self.model = model.eval().requires_grad_(False)
-        self.num_layers = len(self._decoder.layers)
-        signature = inspect.signature(self._decoder.backbone.forward).parameters
-        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.values())
-        self._takes = set(signature)
-        sizes, self.width = self._probe()
-        self._tape = PerThread()
-        recorders = [_Recorder(_Nth(self._decoder.layers, i), self._tape, sizes[i]) for i in range(self.num_layers)]
-        self.__dict__["_recording_backbone"] = _with_layers(self._decoder, recorders)
-
-    def _probe(self) -> tuple[list[Optional[int]], int]:
-        """Run one layer of each class on two tokens: the shape of return value of every layer, and the width."""
-        sizes: dict[type, Optional[int]] = {}
-        widths: set[int] = set()
-        twin = _with_layers(self._decoder, [_Probe(layer, sizes, widths) for layer in self._decoder.layers])
-        device = self.model.get_input_embeddings().weight.device
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
-        with torch.no_grad(), no_output_capture():
-            twin(input_ids=tokens, past_key_values=None, use_cache=False)
-        return [sizes[type(layer)] for layer in self._decoder.layers], widths.pop()
+        self.num_layers = len(decoder.layers)
+        sizes, self.width = layer_return_sizes(decoder, self._embedding_device)
+        self._planner = Planner(decoder.backbone, decoder.list_name, decoder.layers, sizes, self.config)
 
     def release(self) -> nn.Module:
         """Give the model back with the training flag and the `requires_grad` flags that it came with."""
@@ -232,36 +293,14 @@ class Expert(nn.Module):
     def config(self) -> Any:
         return text_config(self.model)
 
-    def start(self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any) -> Stream:
-        """Begin a forward: embed the inputs of the hub's call and record every layer's arguments.
+    @property
+    def _embedding_device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
 
-        Args:
-            call: Arguments of the hub's backbone by name; those that the expert's backbone knows are passed on.
-            cache: The expert's own cache, or `None`.
-            hub_config: The hub's text config, for which the masks in `call` may have been made.
-        """
-        kwargs = {
-            name: value
-            for name, value in call.items()
-            if name not in _NOT_FOR_EXPERTS and (self._takes_any or name in self._takes)
-        }
-        if kwargs.get("input_ids") is not None:
-            kwargs.pop("inputs_embeds", None)
-        if kwargs.get("attention_mask") is not None:
-            tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-            kwargs["attention_mask"] = expert_mask(
-                kwargs["attention_mask"], hub_config, self.config, cached_tokens(cache), tokens.shape[1]
-            )
-        device = self.model.get_input_embeddings().weight.device
-        if device.type != "meta":
-            kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        tape: list[tuple] = []
-        self._tape.set(tape)
-        try:
-            self._recording_backbone(past_key_values=cache, use_cache=cache is not None, **kwargs)
-        finally:
-            self._tape.set(None)
-        return Stream(self._decoder, tape)
+    def start(self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any) -> Stream:
+        """Begin a forward, see `Planner.start`."""
+        device = self._embedding_device
+        return self._planner.start(call, cache, hub_config, None if device.type == "meta" else device)
 
 
 def cached_tokens(cache: Optional[Cache]) -> Optional[int]:
@@ -275,21 +314,11 @@ def cached_tokens(cache: Optional[Cache]) -> Optional[int]:
     return None if isinstance(length, Tensor) and torch.compiler.is_compiling() else int(length)
 
 
-class _Nth:
-    """The n-th layer of a list, looked up when called: libraries may wrap layers after the expert was attached."""
-
-    def __init__(self, layers: nn.ModuleList, n: int) -> None:
-        self.layers, self.n = layers, n
-
-    def __call__(self) -> nn.Module:
-        return self.layers[self.n]
-
-
 class Stream:
-    """An expert's forward under way: its hidden states (B, T, D_i) and the layers still to run."""
+    """A model's forward under way: its hidden states (B, T, D_i) and the layers still to run."""
 
-    def __init__(self, decoder: Decoder, tape: list[tuple]) -> None:
-        self._decoder, self._tape = decoder, tape
+    def __init__(self, layers: Sequence[nn.Module], tape: list[tuple]) -> None:
+        self._layers, self._tape = layers, tape
         self.state: Tensor = tape[0][0]
         self._done = 0
 
@@ -300,20 +329,21 @@ class Stream:
             checkpoint: The hub's gradient checkpointing function, if it is on: layers whose input carries a gradient
                 run under it.
         """
-        hooked = any(
-            getattr(module, "_output_capturing_hooks_installed", False) for module in (self._decoder.backbone,)
-        )
-        with no_output_capture() if hooked else nullcontext():
-            for i in range(self._done, layers_done):
-                layer = self._decoder.layers[i]
-                _, args, kwargs = self._tape[i]
-                if checkpoint is not None and self.state.requires_grad:
-                    out = checkpoint(_WithKwargs(layer, kwargs), self.state, *args)
-                else:
-                    out = layer(self.state, *args, **kwargs)
-                self.state = out[0] if isinstance(out, tuple) else out
-        self._done = max(self._done, layers_done)
+        if self._done < layers_done:
+            # Dynamo keeps the collector elsewhere, and has no hooks of an earlier life to shield it from.
+            with nullcontext() if torch.compiler.is_compiling() else no_output_capture():
+                for i in range(self._done, layers_done):
+                    self.state = self._run(i, checkpoint)
+            self._done = layers_done
         return self.state
+
+    def _run(self, i: int, checkpoint: Optional[Callable]) -> Tensor:
+        layer, (_, args, kwargs) = self._layers[i], self._tape[i]
+        if checkpoint is not None and self.state.requires_grad:
+            out = checkpoint(_WithKwargs(layer, kwargs), self.state, *args)
+        else:
+            out = layer(self.state, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
 
 class _WithKwargs:
