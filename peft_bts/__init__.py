@@ -8,15 +8,25 @@ from peft.utils import register_peft_method
 from ._compat import add_peft_type
 
 
-add_peft_type("STITCH")
+add_peft_type("STITCH")  # what follows needs the member
 
-from .config import StitchConfig  # noqa: E402  (the config's default needs the PeftType member)
+from .config import StitchConfig  # noqa: E402
 from .layer import StitchLayer  # noqa: E402
 from .model import StitchModel  # noqa: E402
+from .standalone import StitchedConfig, StitchedForCausalLM, StitchedModel  # noqa: E402
 from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 
 register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchModel)
 
 __version__ = "0.1.0"
-__all__ = ["ExpertsIntoHub", "HubIntoExperts", "StitchConfig", "StitchLayer", "StitchModel"]
+__all__ = [
+    "ExpertsIntoHub",
+    "HubIntoExperts",
+    "StitchConfig",
+    "StitchLayer",
+    "StitchModel",
+    "StitchedConfig",
+    "StitchedForCausalLM",
+    "StitchedModel",
+]

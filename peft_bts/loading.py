@@ -139,10 +139,13 @@ def check_tokenizers(name: str, expert: nn.Module, hub: nn.Module) -> None:
         )
 
 
-def share_weights(hub: nn.Module) -> nn.Module:
+def share_weights(hub: nn.Module, adapter: Optional[str] = None) -> nn.Module:
     """A second module tree over the hub's own parameters and buffers, without stitches: no memory but its objects.
 
     A LoRA injected into it costs only the LoRA's weights, and leaves the hub alone.
+
+    Args:
+        adapter: Take the `modules_to_save` of this adapter instead of the original modules.
     """
     memo: dict[int, Any] = {id(t): t for t in (*hub.parameters(), *hub.buffers())}
     for module in hub.modules():
@@ -155,7 +158,8 @@ def share_weights(hub: nn.Module) -> nn.Module:
         if isinstance(module, StitchLayer):
             _set_module(twin, path, module.base_layer)
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            _set_module(twin, path, module.original_module)
+            trained = getattr(module, "modules_to_save", {})
+            _set_module(twin, path, dict(trained).get(adapter, module.original_module))
     return twin
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from .config import EXPERTS_INTO_HUB, StitchConfig, as_reference, check_expert_name, stitch_schedule
 from .experts import Expert, find_decoder, text_config
+from .export import export_composition
 from .files import file_key, fit_to_model, stitch_weights
 from .layer import StitchLayer, place_for_stitch
 from .loading import check_expert, describe_model, load_expert
@@ -141,6 +143,25 @@ class StitchModel(BaseTuner):
         before = self._inactive.get(adapter, set())
         self._set_inactive(adapter, set() if names is None else known - names)
         return _ActiveExperts(self, adapter, before)
+
+    def export(self, path: Union[str, os.PathLike], **kwargs: Any) -> None:
+        """Write the active adapter with its models as one standalone checkpoint.
+
+        `import peft_bts; AutoModelForCausalLM.from_pretrained(path)` loads it, without PEFT and without the models it
+        was made from. Only active experts are written (`set_active_experts`). LoRA experts are merged.
+
+        Args:
+            path: The folder.
+            **kwargs: For `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
+
+        Raises:
+            ValueError: If a model is quantised.
+        """
+        adapter = self._single_active_adapter()
+        stitches = {layer.index: layer.stitch_layer[adapter] for layer in self._layers_of(adapter)}
+        export_composition(
+            path, self.model, self._plans[adapter], stitches, self.peft_config[adapter], adapter, **kwargs
+        )
 
     def _set_inactive(self, adapter: str, names: set[str]) -> None:
         self._inactive[adapter] = names

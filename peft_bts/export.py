@@ -1,0 +1,98 @@
+"""`model.export(path)`: from an adapter and its models to a standalone checkpoint (see standalone.py)."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, Union
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from .config import StitchConfig
+from .experts import find_decoder, layer_return_sizes
+from .loading import share_weights
+from .run import Plan
+from .standalone import StitchedConfig, StitchedForCausalLM
+from .stitch import HUB, PerModel
+
+
+def export_composition(
+    path: Union[str, os.PathLike],
+    hub: nn.Module,
+    plan: Plan,
+    stitches: dict[int, nn.Module],
+    config: StitchConfig,
+    adapter: str,
+    **kwargs: Any,
+) -> None:
+    """Write hub, experts and stitches as one checkpoint that `AutoModelForCausalLM.from_pretrained(path)` loads.
+
+    Args:
+        path: The folder.
+        hub: The hub, with or without stitches around its layers.
+        plan: What the adapter runs; only its active experts are exported.
+        stitches: The adapter's stitches by hub layer.
+        config, adapter: The adapter's config and name.
+        **kwargs: For `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        ValueError: If a model is quantised.
+    """
+    models = {HUB: share_weights(hub, adapter)}
+    models |= {name: _plain(expert.model) for name, expert in plan.experts.items()}
+    for name, model in models.items():
+        if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+            raise ValueError(f"Model {name!r} is quantised; load it in a floating-point dtype to export it.")
+    decoders = {name: find_decoder(model, f"Model {name!r}") for name, model in models.items()}
+    weight = stitches[max(stitches)].gate.of(HUB).weight
+    standalone_config = StitchedConfig(
+        models={name: model.config.to_dict() for name, model in models.items()},
+        schedule=[[layer, kind] for layer, kind in plan.schedule.items()],
+        stitch={
+            "gate": config.gate,
+            "gate_bias": config.gate_bias,
+            "r": config.r,
+            "projected": plan.projected,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+        },
+        returns={
+            name: layer_return_sizes(decoder, models[name].get_input_embeddings().weight.device)[0]
+            for name, decoder in decoders.items()
+        },
+        dtype=models[HUB].dtype,
+    )
+    with torch.device("meta"):
+        standalone = StitchedForCausalLM(standalone_config)
+    state: dict[str, Tensor] = {}
+    first = 0
+    for name, decoder in decoders.items():
+        inner = f"{decoder.list_name}."
+        for key, tensor in decoder.backbone.state_dict().items():
+            if key.startswith(inner):
+                index, _, rest = key.removeprefix(inner).partition(".")
+                state[f"model.layers.{first + int(index)}.{rest}"] = tensor
+            else:
+                state[f"model.backbones.{PerModel.PREFIX}{name}.{key}"] = tensor
+        first += len(decoder.layers)
+    active = {HUB, *plan.experts}
+    for layer, stitch in stitches.items():
+        for key, tensor in stitch.state_dict().items():
+            if key.split(".")[1].removeprefix(PerModel.PREFIX) in active:
+                state[f"model.stitches.{layer}.{key}"] = tensor
+    head = models[HUB].get_output_embeddings()
+    state |= {f"lm_head.{key}": tensor for key, tensor in head.state_dict().items()}
+    standalone.load_state_dict(state, assign=True)  # strict: every weight has a place, every place a weight
+    standalone.tie_weights()
+    standalone.generation_config = copy.deepcopy(models[HUB].generation_config)
+    standalone.save_pretrained(path, **kwargs)
+    source = getattr(models[HUB].config, "_name_or_path", "")
+    if os.path.isdir(source) and os.path.isfile(os.path.join(source, "tokenizer_config.json")):
+        AutoTokenizer.from_pretrained(source).save_pretrained(path)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model itself; of a LoRA expert, a copy with the LoRA merged in (equal up to rounding)."""
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
