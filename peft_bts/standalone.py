@@ -69,11 +69,13 @@ class StitchedConfig(PreTrainedConfig):
             for key in ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
                 if getattr(hub, key, None) is not None:
                     kwargs[key] = getattr(hub, key)
-            for key in ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
                 kwargs.setdefault(key, getattr(hub, key, None))
             cache_layers = [get_layer_types_and_kwargs(part.get_text_config(decoder=True)) for part in parts]
             kwargs["layer_types"] = [kind for kinds, _ in cache_layers for kind in kinds]
             kwargs["num_hidden_layers"] = len(kwargs["layer_types"])
+            kwargs.setdefault("use_cache", getattr(hub, "use_cache", True))
+        self.use_cache = kwargs.pop("use_cache", True)
         super().__init__(**kwargs)
 
     def part(self, name: str) -> PreTrainedConfig:
@@ -189,7 +191,7 @@ class StitchedModel(StitchedPreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """Like any base model of transformers: tokens or embeddings (B, T) to `last_hidden_state` (B, T, D)."""
-        if past_key_values is None and (getattr(self.config, "use_cache", True) if use_cache is None else use_cache):
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         call = {
             "input_ids": input_ids,
@@ -253,7 +255,7 @@ class StitchedForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         """Every backbone makes its own masks; give them the padding, in the static cache's length."""
         if attention_mask is None or past_key_values is None:
             return attention_mask
-        return F.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[-1]))
+        return F.pad(attention_mask, (0, max(0, past_key_values.get_max_length() - attention_mask.shape[-1])))
 
     def forward(
         self,
