@@ -39,7 +39,7 @@ class StitchedConfig(PreTrainedConfig):
     """Config of a standalone composition.
 
     Args:
-        models: Config dict of every model by name: `hub`, then the experts.
+        models: Config dict of every model by name: `hub`, and the experts.
         schedule: `[hub layer, kind]` of every stitch.
         stitch: Options of the stitches (`gate`, `gate_bias`, `r`), their `dtype`, and `projected`, whether
             Experts-into-Hub replaces the experts' states.
@@ -64,7 +64,7 @@ class StitchedConfig(PreTrainedConfig):
             returns or {},
         )
         if self.models:
-            parts = [self.part(name) for name in self.models]
+            parts = [self.part(name) for name in self.names]
             hub = parts[0].get_text_config(decoder=True)
             for key in ("hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
                 if getattr(hub, key, None) is not None:
@@ -78,10 +78,16 @@ class StitchedConfig(PreTrainedConfig):
         self.use_cache = kwargs.pop("use_cache", True)
         super().__init__(**kwargs)
 
+    @property
+    def names(self) -> list[str]:
+        """The models in the order of their layers: the hub, then the experts by name (JSON files sort their keys)."""
+        return [HUB, *sorted(name for name in self.models if name != HUB)]
+
     def part(self, name: str) -> PreTrainedConfig:
-        """The config of one model, with this config's kind of attention where one was asked for."""
+        """The config of one model, with this config's dtype, and its kind of attention where one was asked for."""
         values = dict(self.models[name])
         config = AutoConfig.for_model(values.pop("model_type"), **values)
+        config.dtype = getattr(self, "dtype", None) or config.dtype
         if getattr(self, "_attn_implementation_internal", None) not in (None, "sdpa"):  # sdpa: each model's default
             config._attn_implementation = self._attn_implementation_internal
         return config
@@ -89,7 +95,7 @@ class StitchedConfig(PreTrainedConfig):
     @property
     def per_layer_config(self) -> list[Any]:
         """What `Cache` reads to make a layer for every decoder layer of every model."""
-        parts = (self.part(name).get_text_config(decoder=True) for name in self.models)
+        parts = (self.part(name).get_text_config(decoder=True) for name in self.names)
         return [layer for part in parts for layer in part.per_layer_config]
 
     @per_layer_config.setter
@@ -130,7 +136,7 @@ class StitchedModel(StitchedPreTrainedModel):
         self.layers, self.backbones, self.stitches = nn.ModuleList(), PerModel(), nn.ModuleDict()
         self._init_owners = []
         lanes, list_names, text_configs = {}, {}, {}
-        for name in config.models:
+        for name in config.names:
             model = AutoModelForCausalLM.from_config(config.part(name))
             decoder = find_decoder(model, f"Model {name!r}")
             own, backbone = list(decoder.layers), decoder.backbone
