@@ -89,7 +89,8 @@ def test_equals_the_adapter_model_with_every_option(options, tmp_path):
     model = stitched(
         "llama", StitchConfig(task_type="CAUSAL_LM", init_weights=False, **options), code=tiny_model("llama", seed=1)
     )
-    assert_same(model, exported(model, tmp_path))
+    # Products with one-row weights depend on the weights' alignment in memory, which a loaded file decides.
+    assert_same(model, exported(model, tmp_path), exact=options.get("gate") != "token")
 
 
 def test_half_precision_keeps_the_stitches_in_theirs(tmp_path):
