@@ -1,0 +1,125 @@
+"""What each option of `StitchConfig` does to quality, cost and file size, on the quickstart's models.
+
+    python benchmarks/options.py
+
+Takes the seed and the experts of `examples/quickstart.py` (run `make quickstart` first; they are trained if they are
+not there), trains stitches with one option changed at a time, and writes `benchmarks/results/options.json` and a
+table. Scores are averages over the four domains of the accuracy on *validation* data: next tokens for docstrings and
+code, exact match for arithmetic and translation. One set of models and one seed each: differences of a point or two
+are noise.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
+from transformers.utils import logging
+
+from peft_bts import StitchConfig
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import quickstart as qs
+
+
+VARIANTS = {
+    "default": {},
+    "gate='token'": {"gate": "token"},
+    "gate='token', r=8": {"gate": "token", "r": 8},
+    "r=8": {"r": 8},
+    "pattern='experts_into_hub'": {"pattern": "experts_into_hub"},
+    "expert_streams='projected'": {"expert_streams": "projected"},
+    "gate_bias=False": {"gate_bias": False},
+    "gate_dropout=0.1": {"gate_dropout": 0.1},
+    "num_stitches=1": {"num_stitches": 1},
+    "num_stitches=2": {"num_stitches": 2},
+    "num_stitches=6": {"num_stitches": 6},
+    "init_weights=False": {"init_weights": False},
+}
+
+
+@dataclass
+class Arguments(qs.Arguments):
+    steps: list[int] = field(default_factory=lambda: [100, 400], metadata={"help": "lengths of stitch training"})
+    results: str = field(default="benchmarks/results/options.json", metadata={"help": "file to write"})
+
+
+def measure(options, steps, seed_folder, folders, data, tokenizer):
+    """Train stitches with these options; return the average score, the weights trained, and seconds per step."""
+    train_blocks, test_blocks, test_tasks = data
+    set_seed(0)
+    config = StitchConfig(task_type="CAUSAL_LM", experts={n: str(f) for n, f in folders.items()}, **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(seed_folder), config)
+    stage = replace(qs.STAGES["stitch"], steps=steps)
+    start = time.perf_counter()
+    qs.train(model, qs.mix_blocks(train_blocks, stage.mix, stage.steps * stage.batch), stage, "stitch")
+    seconds = (time.perf_counter() - start) / steps
+    with tqdm(total=len(qs.DOMAINS), desc="evaluate", leave=False) as bar:
+        scores = qs.evaluate(model, tokenizer, test_blocks, test_tasks, bar)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        size = (Path(folder) / "adapter_model.safetensors").stat().st_size
+    return {
+        "average": qs.average(scores),
+        "domains": {domain: {"loss": loss, "accuracy": accuracy} for domain, (loss, accuracy) in scores.items()},
+        "trained_parameters": model.get_nb_trainable_parameters()[0],
+        "file_bytes": size,
+        "seconds_per_step": seconds,
+    }
+
+
+def main():
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
+    documents, tasks = qs.make_documents(arguments)
+    tokenizer = qs.train_tokenizer(documents["train"])
+    train_blocks, test_blocks = (
+        {d: qs.make_blocks(tokenizer, documents[split][d], f"tokenize {d}, {split}") for d in qs.DOMAINS}
+        for split in ("train", "validation")
+    )
+    test_blocks = {domain: rows[:: -(-len(rows) // 160)] for domain, rows in test_blocks.items()}
+    seed_folder = qs.trained(None, "seed", train_blocks, tokenizer, arguments)
+    folders = {name: qs.trained(seed_folder, name, train_blocks, tokenizer, arguments) for name in qs.EXPERTS}
+
+    data = train_blocks, test_blocks, tasks["validation"]
+    rows = {
+        name: {str(steps): measure(options, steps, seed_folder, folders, data, tokenizer) for steps in arguments.steps}
+        for name, options in tqdm(VARIANTS.items(), desc="variants")
+    }
+    default = statistics.median(row["seconds_per_step"] for row in rows["default"].values())
+    table = Table(title="Average validation score by option")
+    for heading in ("option", *(f"{steps} steps" for steps in arguments.steps), "trained weights", "time per step"):
+        table.add_column(heading, justify="left" if heading == "option" else "right")
+    for name, row in rows.items():
+        seconds = statistics.median(result["seconds_per_step"] for result in row.values())
+        table.add_row(
+            name,
+            *(f"{row[str(steps)]['average']:.1f}" for steps in arguments.steps),
+            f"{next(iter(row.values()))['trained_parameters']:,}",
+            f"{seconds / default:.2f}",
+        )
+    Console().print(table)
+    machine = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
+    path = Path(arguments.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**machine, "versions": versions, "options": rows}, indent=1) + "\n")
+    print(f"Wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
