@@ -5,11 +5,12 @@ Importing this package registers the method `STITCH` with PEFT.
 
 from peft.utils import register_peft_method
 
-from ._compat import add_peft_type
+from ._compat import add_peft_type, after_model_card
 
 
 add_peft_type("STITCH")  # what follows needs the member
 
+from .card import update_model_card  # noqa: E402
 from .config import StitchConfig  # noqa: E402
 from .layer import StitchLayer  # noqa: E402
 from .model import StitchModel  # noqa: E402
@@ -18,6 +19,7 @@ from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 
 register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchModel)
+after_model_card(lambda model, folder: update_model_card(next(iter(model.peft_config.values())), folder))
 
 __version__ = "0.1.0"
 __all__ = [

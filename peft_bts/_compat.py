@@ -6,9 +6,11 @@ member `STITCH`; it can shrink to nothing the day PEFT knows the method itself.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import contextmanager
 
-from peft import PeftType
+from peft import PeftModel, PeftType
 from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
@@ -36,6 +38,22 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._value2member_map_[name] = member
     type.__setattr__(PeftType, name, member)  # `PeftType.NAME`; EnumMeta refuses plain setattr
     return member
+
+
+def after_model_card(update: Callable[[PeftModel, str], None]) -> None:
+    """Have `update(model, folder)` called whenever PEFT has written the model card of a stitched model.
+
+    `save_pretrained` writes it, and `Trainer.create_model_card` writes it anew.
+    """
+    write = PeftModel.create_or_update_model_card
+
+    @functools.wraps(write)
+    def write_and_update(self: PeftModel, output_dir: str) -> None:
+        write(self, output_dir)
+        if self.peft_type == "STITCH":
+            update(self, output_dir)
+
+    PeftModel.create_or_update_model_card = write_and_update
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -288,6 +290,12 @@ class Expert(nn.Module):
     def train(self, mode: bool = True) -> Expert:
         """Experts have no dropout of their own, whatever the mode of the whole model."""
         return super().train(False)
+
+    def named_modules(self, memo: Optional[set] = None, prefix: str = "", remove_duplicate: bool = True):
+        """All modules but those of a LoRA expert that PEFT would take for parts of the stitch adapter."""
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if not isinstance(module, (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                yield name, module
 
     @property
     def config(self) -> Any:

@@ -90,7 +90,7 @@ def export_composition(
     standalone.save_pretrained(path, **kwargs)
     source = getattr(models[HUB].config, "_name_or_path", "")
     if os.path.isdir(source) and os.path.isfile(os.path.join(source, "tokenizer_config.json")):
-        AutoTokenizer.from_pretrained(source).save_pretrained(path)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(path)
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .run import Runs, checkpoint_function
 
@@ -47,15 +47,22 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         stitch = self._active_stitch()
         if stitch is None:
             return out
+        hidden = out[0] if isinstance(out, tuple) else out
+        if torch.compiler.is_compiling() and self._runs.current() is None:
+            # Layers are compiled one by one, inside of a forward that is not: tracing cannot see that forward's run.
+            hidden = torch.compiler.disable(self._cross)(stitch, hidden, args, kwargs)
+        else:
+            hidden = self._cross(stitch, hidden, args, kwargs)
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+    def _cross(self, stitch: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         run = self._runs.current()
         if run is None or run.plan is None:
             raise RuntimeError(
                 f"Hub layer {self.index} was called by itself. A stitched layer works only inside a forward of the "
                 "whole hub, since the experts run beside it; use `model.disable_adapter()` to call single layers."
             )
-        hidden = out[0] if isinstance(out, tuple) else out
-        hidden = run.cross(self.index, stitch, hidden, args, kwargs, checkpoint_function(self.base_layer))
-        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+        return run.cross(self.index, stitch, hidden, args, kwargs, checkpoint_function(self.base_layer))
 
     def _active_stitch(self) -> Optional[nn.Module]:
         if self.disable_adapters:

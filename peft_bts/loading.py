@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import contextmanager
 from typing import Any, Optional
 
 from peft import PeftConfig, PeftModel
@@ -15,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from ._compat import real_weights
 from .config import as_reference
@@ -27,52 +29,67 @@ _SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def load_expert(name: str, reference: Any, hub: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the model that a reference names: frozen, in the hub's dtype, on its device.
-
-    Returns:
-        The model, and the reference with what was found out: the commit, and whether it is a LoRA of the hub.
+def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
+    """Find out what a reference leaves open: the commit that an id stands for now, and whether it is an adapter.
 
     Raises:
-        ValueError: If it cannot be resolved, or is not what the adapter was made with.
+        ValueError: If it says nothing, or nothing is there.
     """
     reference = as_reference(name, reference)
-    where = {key: reference[key] for key in ("revision", "subfolder") if reference.get(key)}
-    if reference.get("model") is None and reference.get("adapter") is None:
+    source = reference.get("adapter") or reference.get("model")
+    if source is None:
         raise ValueError(
             f"Expert {name!r} has no reference: it was attached as a model object that came from no id or path. "
             + _how_to_replace(name)
         )
+    where = _where(reference)
+    with _loading(name, source, where):
+        config = _find(CONFIG_NAME, source, where) if reference.get("adapter") is None else None
+        if config is not None and _find("config.json", source, where) is None:
+            reference.update(model=None, adapter=source)
+        commit = extract_commit_hash(config or _find("config.json", source, where), None)
+    if commit is not None:
+        reference["revision"] = commit
+    return reference
+
+
+def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Module:
+    """Load the model that a resolved reference names: frozen, in the hub's dtype, on its device.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    where, adapter, base = _where(reference), reference.get("adapter"), reference.get("model")
+    with _loading(name, adapter or base, where), real_weights():
+        if adapter is None:
+            return _load_model(base, where, hub)
+        return _load_adapter(share_weights(hub) if base is None else _load_model(base, {}, hub), adapter, where)
+
+
+@contextmanager
+def _loading(name: str, source: str, where: dict[str, Any]):
+    """Say which expert it was, where it was looked for, and what to do, if that fails."""
     try:
-        with real_weights():
-            if reference.get("adapter") is None and _is_adapter(reference["model"], where):
-                reference = {**reference, "model": None, "adapter": reference["model"]}
-            if reference.get("adapter") is None:
-                model = _load_model(reference["model"], where, hub)
-            else:
-                base = reference.get("model")
-                base = share_weights(hub) if base is None else _load_model(base, {}, hub)
-                model = _load_adapter(base, reference["adapter"], where)
+        yield
     except (OSError, ValueError) as error:
-        source = reference.get("adapter") or reference["model"]
         at = f" at revision {where['revision']!r}" if "revision" in where else ""
         raise ValueError(
             f"Expert {name!r} could not be loaded from {source!r}{at}: {error}\n{_how_to_replace(name)}"
         ) from error
-    commit = getattr(model.config, "_commit_hash", None)
-    if commit is not None and reference.get("adapter") is None:
-        reference = {**reference, "revision": commit}
-    return model, reference
+
+
+def _where(reference: dict[str, Any]) -> dict[str, Any]:
+    return {key: reference[key] for key in ("revision", "subfolder") if reference.get(key)}
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """The reference of a model object: where it says it came from, as far as that is known."""
+    """The reference of a model object: where it says it came from.
+
+    What was changed in memory since then is not in there; save such a model and attach it by its path.
+    """
     if isinstance(model, PeftModel):  # its own adapter may exist in memory only; the base alone would be another model
         return {"model": None}
-    config = getattr(model, "config", None)
-    source = getattr(config, "_name_or_path", "") or None
-    commit = getattr(config, "_commit_hash", None)
-    return {"model": source} if commit is None else {"model": source, "revision": commit}
+    return {"model": getattr(getattr(model, "config", None), "_name_or_path", "") or None}
 
 
 def check_expert(name: str, expert: Expert, reference: dict[str, Any], hub: nn.Module, streams: str) -> dict[str, Any]:
@@ -98,17 +115,17 @@ def check_expert(name: str, expert: Expert, reference: dict[str, Any], hub: nn.M
             f"Expert {name!r} has width {expert.width}, the hub {hub_width}: expert_streams='projected' hands the "
             "hub's width back to the expert, which needs equal widths. Use expert_streams='intact'."
         )
-    check_tokenizers(name, expert.model, hub)
+    check_tokenizers(name, expert.model, hub, reference.get("revision"))
     return {**reference, "config": sizes}
 
 
-def check_tokenizers(name: str, expert: nn.Module, hub: nn.Module) -> None:
+def check_tokenizers(name: str, expert: nn.Module, hub: nn.Module, revision: Optional[str] = None) -> None:
     """Raise `ValueError` if the expert would read other tokens out of the hub's ids.
 
     Compares the token -> id maps where both are known, that is, where a tokenizer lies beside the model. Vocabularies
     that only pad differently are fine. Where a tokenizer is unknown, the expert needs as many embeddings as the hub.
     """
-    theirs, ours = _vocabulary(expert), _vocabulary(hub)
+    theirs, ours = _vocabulary(expert, revision), _vocabulary(hub)
     rows, hub_rows = (m.get_input_embeddings().weight.shape[0] for m in (expert, hub))
     if theirs is None or ours is None:
         if rows < hub_rows:
@@ -170,8 +187,9 @@ def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def _load_model(source: str, where: dict[str, Any], hub: nn.Module) -> nn.Module:
     device, dtype = place_for_stitch(hub)
-    # Never `trust_remote_code`, and nothing but these arguments: references come out of downloaded files.
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+    # References come out of downloaded files: no code of theirs may run (`None` would ask the user), and no other
+    # argument of theirs is passed on.
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **where)
     return model.to(device)
 
 
@@ -183,30 +201,27 @@ def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Mod
     return model.to(place_for_stitch(base)[0])
 
 
-def _is_adapter(source: str, where: dict[str, Any]) -> bool:
-    """Whether an id or path holds a PEFT adapter rather than a model."""
-    if os.path.isdir(source):
-        folder = os.path.join(source, where.get("subfolder", ""))
-        return os.path.isfile(os.path.join(folder, CONFIG_NAME)) and not os.path.isfile(
-            os.path.join(folder, "config.json")
-        )
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return (
-        cached_file(source, CONFIG_NAME, **where, **missing, _raise_exceptions_for_gated_repo=False) is not None
-        and cached_file(source, "config.json", **where, **missing, _raise_exceptions_for_gated_repo=False) is None
+def _find(file: str, source: str, where: dict[str, Any]) -> Optional[str]:
+    """Path of a file in a folder or in the Hub's cache, where it is brought if need be; `None` if it has none."""
+    return cached_file(
+        source,
+        file,
+        **where,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
 
 
-def _vocabulary(model: nn.Module) -> Optional[dict[str, int]]:
+def _vocabulary(model: nn.Module, revision: Optional[str] = None) -> Optional[dict[str, int]]:
     """Token -> id of the tokenizer beside a model, or `None` where none is known."""
-    config = getattr(model, "config", None)
-    source = getattr(config, "_name_or_path", "")
+    source = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not source:
         return None
     if os.path.isdir(source) and not any(os.path.isfile(os.path.join(source, file)) for file in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, revision=getattr(config, "_commit_hash", None)).get_vocab()
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False).get_vocab()
     except (OSError, ValueError, KeyError):  # no tokenizer there, out of reach, or one that needs code from the repo
         return None
 

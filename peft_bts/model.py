@@ -25,7 +25,7 @@ from .experts import Expert, find_decoder, text_config
 from .export import export_composition
 from .files import file_key, fit_to_model, stitch_weights
 from .layer import StitchLayer, place_for_stitch
-from .loading import check_expert, describe_model, load_expert
+from .loading import check_expert, describe_model, load_expert, resolve_reference
 from .run import Plan, Runs
 from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, Init, PerModel, check_init
 
@@ -175,10 +175,9 @@ class StitchModel(BaseTuner):
             reference = as_reference(name, model)
             if revision is not None:
                 reference["revision"] = revision
+            reference = resolve_reference(name, reference)
             shared = self._loaded_already(reference)
-            if shared is not None:
-                return shared, check_expert(name, shared, reference, self.model, config.expert_streams)
-            model, reference = load_expert(name, reference, self.model)
+            model = load_expert(name, reference, self.model) if shared is None else shared.model
         elif model is self.model or any(isinstance(module, StitchLayer) for module in model.modules()):
             raise ValueError(f"Expert {name!r} is the hub itself, or another stitched model; attach a plain model.")
         else:
@@ -250,12 +249,14 @@ class StitchModel(BaseTuner):
 
     def _check_adapter_name(self, name: str) -> None:
         # PEFT drops every key with `.<name of another adapter>.` in it when it saves an adapter.
-        parts = {"base_model", "model", "stitch_layer", "gate", "proj", "up", "down", *self._decoder.path.split(".")}
-        if name in parts or name.startswith(PerModel.PREFIX):
+        parts = {"base_model", "stitch_layer", "gate", "proj", "up", "down"}
+        for path, _ in self.model.named_parameters():
+            parts.update(path.split("."))
+        if (name in parts and name not in self._plans) or name.isdigit() or name.startswith(PerModel.PREFIX):
             raise ValueError(
-                f"Adapter name {name!r} is part of the stitches' tensor names, which would confuse saving when there "
-                f"are several adapters. Choose a name that is none of {sorted(parts)} and does not start with "
-                f"{PerModel.PREFIX!r}."
+                f"Adapter name {name!r} is part of tensor names of the hub or the stitches; PEFT would drop those "
+                "tensors when it saves another adapter. Choose another name, which is no number and does not start "
+                f"with {PerModel.PREFIX!r}."
             )
 
     def _prepare_adapter_config(self, peft_config: StitchConfig, model_config: dict) -> StitchConfig:
