@@ -30,6 +30,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -249,12 +250,8 @@ def train_tokenizer(documents):
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = [*map(chr, range(ord("!"), ord("~") + 1)), *"ĠĊĉ"]  # ASCII; ByteLevel writes space, \n and \t so
-    limits = {
-        "text": 1_000_000,
-        "code": 1_000_000,
-        "math": 10_000,
-        "lang": 150_000,
-    }  # characters: tasks need few tokens
+    # In characters. Arithmetic and translation need few tokens, and with more would take all of them.
+    limits = {"text": 1_000_000, "code": 1_000_000, "math": 10_000, "lang": 150_000}
     tokenizer.train_from_iterator(
         ["\n".join(documents[domain])[:limit] for domain, limit in limits.items()],
         trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet),
@@ -268,25 +265,27 @@ def train_tokenizer(documents):
     )  # fmt: skip
 
 
-def make_blocks(tokenizer, texts, desc):
-    """The texts one after another, cut into rows of LENGTH tokens."""
-    tokens = []
-    for start in tqdm(range(0, len(texts), 256), desc=desc):
-        for ids in tokenizer(texts[start : start + 256])["input_ids"]:
-            tokens.extend(ids)
-    return torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
+def make_blocks(tokenizer, documents, desc):
+    """Each domain's documents one after another, cut into rows of LENGTH tokens."""
+    blocks = {}
+    for domain, texts in documents.items():
+        tokens = []
+        for start in tqdm(range(0, len(texts), 256), desc=f"{desc} {domain}"):
+            for ids in tokenizer(texts[start : start + 256])["input_ids"]:
+                tokens.extend(ids)
+        blocks[domain] = torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
+    return blocks
 
 
 def mix_blocks(blocks, mix, count):
-    """`count` blocks from several domains in given shares; a domain with too few blocks is gone through again."""
+    """`count` blocks, the domains in the given shares; a domain with too few blocks is gone through again."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for domain, share in mix.items():
         wanted, have = round(share * count), len(blocks[domain])
         passes = [torch.randperm(have, generator=generator) for _ in range(-(-wanted // have))]
         rows.append(blocks[domain][torch.cat(passes)[:wanted]])
-    rows = torch.cat(rows)
-    return rows[torch.randperm(len(rows), generator=generator)]
+    return torch.cat(rows)
 
 
 # --- Training -------------------------------------------------------------------------------------------------------
@@ -342,7 +341,7 @@ def trained(start, name, blocks, tokenizer, arguments):
     """
     stage = stages(arguments)[name]
     rows = mix_blocks(blocks, stage.mix, stage.steps * stage.batch)
-    key = hashlib.sha256(f"{start and start.name} {LLAMA} {stage} {tokenizer.get_vocab()}".encode())
+    key = hashlib.sha256(f"{start and start.name} {LLAMA} {stage} {sorted(tokenizer.get_vocab().items())}".encode())
     key.update(rows.numpy().tobytes())
     folder = Path(arguments.cache_dir).resolve() / f"{name}-{key.hexdigest()[:12]}"
     if folder.exists() and not arguments.fresh:
@@ -445,14 +444,9 @@ def quickstart(arguments):
     with clock("data"):
         documents, tasks = make_documents(arguments)
         tokenizer = train_tokenizer(documents["train"])
-        train_blocks, test_blocks = (
-            {
-                domain: make_blocks(tokenizer, documents[split][domain], f"tokenize {domain}, {split}")
-                for domain in DOMAINS
-            }
-            for split in ("train", arguments.split)
-        )
-        # Evenly from all held-out files, and no more than measures well: 160 blocks are 20,000 tokens.
+        train_blocks = make_blocks(tokenizer, documents["train"], "tokenize")
+        test_blocks = make_blocks(tokenizer, documents[arguments.split], f"tokenize {arguments.split}")
+        # 160 blocks, 20,000 tokens, of a domain measure it well enough: taken evenly from all its files.
         test_blocks = {domain: rows[:: -(-len(rows) // 160)] for domain, rows in test_blocks.items()}
         test_tasks = tasks[arguments.split]
 
@@ -471,16 +465,11 @@ def quickstart(arguments):
         models = {"seed": seed}
         models |= {f"{name} expert": expert for name, expert in zip(EXPERTS, experts)}
         models["weight average"] = average_weights([seed, *experts])
-        scores = {
-            name: evaluate(model.eval(), tokenizer, test_blocks, test_tasks, bar) for name, model in models.items()
-        }
+        scores = {name: evaluate(model, tokenizer, test_blocks, test_tasks, bar) for name, model in models.items()}
 
     # Stitch: these few lines are all that `peft_bts` asks for.
     with clock("stitches"):
-        config = StitchConfig(
-            task_type="CAUSAL_LM", experts={name: str(folder) for name, folder in folders.items()}, num_stitches=4
-        )
-        model = get_peft_model(seed, config)
+        model = get_peft_model(seed, StitchConfig(task_type="CAUSAL_LM", experts=folders, num_stitches=4))
         model.print_trainable_parameters()
         stage = stages(arguments)["stitch"]
         train(model, mix_blocks(train_blocks, stage.mix, stage.steps * stage.batch), stage, "stitch")
@@ -551,6 +540,7 @@ def main():
     torch.set_num_threads(arguments.threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     logging.disable_progress_bar()  # of loading and saving, both immediate at this size
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21, transformers 5.23
     if arguments.reload:
         reload(arguments)
     else:

@@ -7,6 +7,7 @@ member `STITCH`; it can shrink to nothing the day PEFT knows the method itself.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -54,6 +55,22 @@ def after_model_card(update: Callable[[PeftModel, str], None]) -> None:
             update(self, output_dir)
 
     PeftModel.create_or_update_model_card = write_and_update
+
+
+def adapter_is_made_by_this_load() -> bool:
+    """Whether PEFT has made the adapter in the very call that is now loading its weights.
+
+    If the weights do not fit, such an adapter must go again, or the hub would be left with untrained stitches; one
+    that was there before must stay. PEFT does not say, so its calls on the stack are asked; only after an error.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is PeftModel.from_pretrained.__func__.__code__:
+            return True
+        if frame.f_code is PeftModel.load_adapter.__code__ and "peft_config" in frame.f_locals:
+            return True  # assigned only where the adapter is new
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ._compat import adapter_is_made_by_this_load
 from .config import EXPERTS_INTO_HUB, StitchConfig, as_reference, check_expert_name, stitch_schedule
 from .experts import Expert, find_decoder, text_config
 from .export import export_composition
@@ -212,7 +212,6 @@ class StitchModel(BaseTuner):
     def _set_experts(self, adapter: str, references: dict[str, Any]) -> None:
         """Note an adapter's experts in its config (in a copy: callers may hold, and share, the old one)."""
         self.peft_config[adapter] = dataclasses.replace(self.peft_config[adapter], experts=references)
-        self._fresh.discard(adapter)
         self._make_plan(adapter)
 
     # ---------------------------------------------------------------- adapters come and go
@@ -225,7 +224,6 @@ class StitchModel(BaseTuner):
         self._inactive: dict[str, set[str]] = {}  # experts that `set_active_experts` left out, by adapter
         self._runs = Runs(self._decoder.backbone, self._active_plan)
         self._stitches_enabled = True
-        self._fresh: set[str] = set()  # adapters that were just made: nobody has run, changed or loaded them
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make an adapter: load its experts, check all, then wrap the hub's layers. On an error nothing is left."""
@@ -244,7 +242,6 @@ class StitchModel(BaseTuner):
         if references != config.experts:
             self._set_experts(adapter_name, references)
         self._make_plan(adapter_name)
-        self._fresh.add(adapter_name)
         self._runs.watch()
 
     def _check_adapter_name(self, name: str) -> None:
@@ -352,7 +349,6 @@ class StitchModel(BaseTuner):
             self._release(expert)
         self._plans.pop(adapter, None)
         self._inactive.pop(adapter, None)
-        self._fresh.discard(adapter)
         if not self._plans:
             self._runs.unwatch()
 
@@ -380,8 +376,6 @@ class StitchModel(BaseTuner):
         """What a forward that starts now runs; `None` for the hub alone."""
         if not self._stitches_enabled or not self.active_adapters:
             return None
-        if not torch.compiler.is_compiling():
-            self._fresh.discard(self.active_adapters[0])
         return self._plans.get(self.active_adapters[0])
 
     @contextmanager
@@ -406,16 +400,13 @@ class StitchModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tuner = getattr(model, "base_model", None)
         try:
-            fitted = fit_to_model(model, adapter_name, state_dict)
+            return fit_to_model(model, adapter_name, state_dict)
         except ValueError:
-            if isinstance(tuner, cls) and adapter_name in tuner._fresh:  # made for this load only
+            tuner = getattr(model, "base_model", None)
+            if isinstance(tuner, cls) and adapter_is_made_by_this_load():
                 tuner._discard(adapter_name)
             raise
-        if isinstance(tuner, cls):
-            tuner._fresh.discard(adapter_name)
-        return fitted
 
     def _discard(self, adapter: str) -> None:
         """Undo the making of an adapter whose weights could not be loaded."""

@@ -890,6 +890,24 @@ def test_interrupted_forward(arch, error, place):
         assert torch.equal(logits(model), logits(pristine(arch)))
 
 
+def test_interruptions_leave_nothing():
+    """States of forwards that Ctrl-C ended are let go of by the next forward, and no layer takes them for its own."""
+    model, modules = places("llama")
+
+    def stop(module, args):
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        hook = modules["third hub layer"].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=IDS)
+        hook.remove()
+    logits(model)
+    layer = next(module for module in model.modules() if isinstance(module, StitchLayer))
+    with pytest.raises(RuntimeError, match="called by itself"):
+        layer(torch.zeros(1, 3, 32), position_embeddings=(torch.ones(1, 3, 8), torch.zeros(1, 3, 8)))
+
+
 def nested_calls(model, expert):
     """What may be called in the middle of a forward."""
 
