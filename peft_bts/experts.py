@@ -38,6 +38,10 @@ _NOT_FOR_EXPERTS = {
     "return_dict",
 }
 
+# Takes `past_key_values`, but in most supported versions of transformers its recurrent layers keep their state in
+# themselves; and they run over padding as over text.
+_STATE_IN_LAYERS = ("recurrent_gemma",)
+
 
 class PerThread:
     """A slot with one value per thread, so that threads can share a model.
@@ -78,10 +82,6 @@ class Decoder:
     def layers(self) -> nn.ModuleList:
         return getattr(self.backbone, self.list_name)
 
-    @property
-    def cache_argument(self) -> bool:
-        return "past_key_values" in inspect.signature(self.backbone.forward).parameters
-
 
 def text_config(model: nn.Module) -> Any:
     """The config of the model's language part, or `None`."""
@@ -117,7 +117,13 @@ def find_decoder(model: nn.Module, what: str) -> Decoder:
     path = next(iter(found))
     parent, _, list_name = path.rpartition(".")
     decoder = Decoder(model.get_submodule(parent), list_name, path)
-    if not decoder.cache_argument:
+    arguments = inspect.signature(decoder.backbone.forward).parameters
+    if "input_ids" not in arguments:
+        raise ValueError(
+            f"{what} ({kind}) is of an unknown architecture: the module around its layers, {parent!r}, takes no "
+            "`input_ids`, as that of a decoder-only language model does."
+        )
+    if "past_key_values" not in arguments or kind in _STATE_IN_LAYERS:
         raise ValueError(
             f"{what} ({kind}) keeps its state outside `past_key_values`, as state-space models do; its layers cannot "
             "be run one by one beside another model. Use a model with attention layers, or a hybrid such as bamba."
@@ -248,11 +254,12 @@ class Planner:
         if device is not None:
             kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
         tape: list[tuple] = []
+        outer = self._tape.get()  # of a forward in whose middle this one was called
         self._tape.set(tape)
         try:
             self._backbone(past_key_values=cache, use_cache=cache is not None, **kwargs)
         finally:
-            self._tape.set(None)
+            self._tape.set(outer)
         return Stream(self._layers, tape)
 
 
@@ -263,6 +270,8 @@ class Expert(nn.Module):
         model: The expert, used as it is. It is put into eval mode and frozen; `release` undoes that.
         what: What to call it in errors, e.g. `"Expert 'code'"`.
 
+        source: What the model was loaded from, if it was loaded for this; another adapter may then share it.
+
     Attributes:
         width: Of its hidden states.
         num_layers: Number of its decoder layers.
@@ -271,13 +280,18 @@ class Expert(nn.Module):
         ValueError: As `find_decoder`.
     """
 
-    def __init__(self, model: nn.Module, what: str) -> None:
+    def __init__(self, model: nn.Module, what: str, source: Optional[tuple] = None) -> None:
         super().__init__()
+        self.source = source
         decoder = find_decoder(model, what)
         self._restore = model.training, [p for p in model.parameters() if p.requires_grad]
         self.model = model.eval().requires_grad_(False)
         self.num_layers = len(decoder.layers)
-        sizes, self.width = layer_return_sizes(decoder, self._embedding_device)
+        try:
+            sizes, self.width = layer_return_sizes(decoder, self._embedding_device)
+        except BaseException:
+            self.release()
+            raise
         self._planner = Planner(decoder.backbone, decoder.list_name, decoder.layers, sizes, self.config)
 
     def release(self) -> nn.Module:

@@ -71,7 +71,7 @@ def _loading(name: str, source: str, where: dict[str, Any]):
     """Say which expert it was, where it was looked for, and what to do, if that fails."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         at = f" at revision {where['revision']!r}" if "revision" in where else ""
         raise ValueError(
             f"Expert {name!r} could not be loaded from {source!r}{at}: {error}\n{_how_to_replace(name)}"
@@ -195,8 +195,9 @@ def _load_model(source: str, where: dict[str, Any], hub: nn.Module) -> nn.Module
 
 def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Module:
     config = PeftConfig.from_pretrained(source, **where)
-    if config.is_prompt_learning or str(config.peft_type) == "STITCH":
-        raise ValueError(f"{config.peft_type} adapters cannot be experts; use a LoRA-like adapter or a full model.")
+    if config.is_prompt_learning or config.peft_type == "STITCH":
+        kind = config.peft_type.value
+        raise ValueError(f"{kind} adapters cannot be experts; use a LoRA-like adapter or a full model.")
     model = PeftModel.from_pretrained(base, source, **where)
     return model.to(place_for_stitch(base)[0])
 

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
@@ -171,41 +171,33 @@ class StitchModel(BaseTuner):
         self, name: str, model: Union[nn.Module, str, dict], config: StitchConfig, revision: Optional[str] = None
     ) -> tuple[Expert, dict[str, Any]]:
         """Load or adopt, check and freeze an expert; return it with its reference."""
+        source = None
         if not isinstance(model, nn.Module):
             reference = as_reference(name, model)
             if revision is not None:
                 reference["revision"] = revision
             reference = resolve_reference(name, reference)
-            shared = self._loaded_already(reference)
+            source = tuple(reference.get(key) for key in ("model", "revision", "subfolder", "adapter"))
+            shared = next((e for e in self._all_experts() if e.source == source), None)
             model = load_expert(name, reference, self.model) if shared is None else shared.model
         elif model is self.model or any(isinstance(module, StitchLayer) for module in model.modules()):
             raise ValueError(f"Expert {name!r} is the hub itself, or another stitched model; attach a plain model.")
         else:
             reference = describe_model(model)
-        known = [e for experts in self.experts.values() for e in experts.values() if e.model is model]
-        expert = known[0] if known else Expert(model, f"Expert {name!r}")
+        known = next((e for e in self._all_experts() if e.model is model), None)
+        expert = Expert(model, f"Expert {name!r}", source) if known is None else known
         try:
             return expert, check_expert(name, expert, reference, self.model, config.expert_streams)
         except ValueError:
             self._release(expert)
             raise
 
-    def _loaded_already(self, reference: dict[str, Any]) -> Optional[Expert]:
-        """The expert that another adapter loaded from the same reference."""
-        place = _place(reference)
-        for adapter, config in self.peft_config.items():
-            for name, other in config.experts.items():
-                if (
-                    place == _place(as_reference(name, other))
-                    and adapter in self.experts
-                    and name in self.experts[adapter]
-                ):
-                    return self.experts[adapter][name]
-        return None
+    def _all_experts(self) -> Iterator[Expert]:
+        return (expert for experts in self.experts.values() for expert in experts.values())
 
     def _release(self, expert: Expert) -> nn.Module:
         """Hand an expert's model back as it came, unless another adapter still uses it."""
-        if any(expert is other for experts in self.experts.values() for other in experts.values()):
+        if any(expert is other for other in self._all_experts()):
             return expert.model
         return expert.release()
 
@@ -219,6 +211,7 @@ class StitchModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: StitchConfig, adapter_name: str) -> None:
         # Called once, by BaseTuner.__init__, before anything else of ours.
         self._decoder = find_decoder(model, "The hub")
+        self._hub_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.experts = _Experts()
         self._plans: dict[str, Plan] = {}
         self._inactive: dict[str, set[str]] = {}  # experts that `set_active_experts` left out, by adapter
@@ -238,6 +231,7 @@ class StitchModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             self._forget(adapter_name)
+            self._unfreeze_without_adapters()
             raise
         if references != config.experts:
             self._set_experts(adapter_name, references)
@@ -352,6 +346,12 @@ class StitchModel(BaseTuner):
         if not self._plans:
             self._runs.unwatch()
 
+    def _unfreeze_without_adapters(self) -> None:
+        """After a failure: PEFT had frozen the hub already."""
+        if not self._plans:
+            for parameter in self._hub_trainable:
+                parameter.requires_grad_(True)
+
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
         self._stitches_enabled = enabled
@@ -412,6 +412,7 @@ class StitchModel(BaseTuner):
         """Undo the making of an adapter whose weights could not be loaded."""
         if len(self.peft_config) == 1:
             self.unload()
+            self._unfreeze_without_adapters()
         else:
             self.delete_adapter(adapter)
 
@@ -435,7 +436,3 @@ class _ActiveExperts:
     def __exit__(self, *_: Any) -> None:
         if self._adapter in self._tuner.experts:
             self._tuner._set_inactive(self._adapter, self._before)
-
-
-def _place(reference: dict[str, Any]) -> tuple:
-    return tuple(reference.get(key) for key in ("model", "revision", "subfolder", "adapter"))

