@@ -22,7 +22,14 @@ from reference import decoder_layers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, BertConfig, PreTrainedTokenizerFast, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertLMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 from zoo import UNSUPPORTED
 
 from peft_bts import StitchConfig, StitchLayer
@@ -139,10 +146,10 @@ def test_config_that_does_not_fit_the_hub(options, match):
     model.add_adapter("second", config())
 
 
-NOT_LISTS = ["stitch_layer", "gate", "proj", "up", "down", "base_model", "model", "layers", "for_a"]
+KEY_PARTS = ["stitch_layer", "gate", "proj", "up", "down", "base_model", "model", "layers", "for_a"]
 
 
-@pytest.mark.parametrize("name", NOT_LISTS)
+@pytest.mark.parametrize("name", KEY_PARTS)
 def test_adapter_names_in_keys(name):
     """Adapter names that are parts of tensor names would lose weights at saving."""
     hub, model = fresh("llama"), stitched()
@@ -270,8 +277,6 @@ class Plain(torch.nn.Module):
 def foreign_models():
     size = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_kv": 8, "d_ff": 16, "vocab_size": 64}
     bert = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
-    from transformers import AutoModelForSeq2SeqLM, BertLMHeadModel
-
     return {
         "plain": Plain(),
         "t5": AutoModelForSeq2SeqLM.from_config(T5Config(**size, decoder_start_token_id=0)),
@@ -472,8 +477,6 @@ def every_load_refused(adapter, match):
 
 def replace_as_documented(adapter, name, source):
     """What the message says to do."""
-    from peft_bts import StitchConfig
-
     config = StitchConfig.from_pretrained(adapter / "adapter")
     config.experts[name]["model"] = str(source)
     return AutoPeftModelForCausalLM.from_pretrained(adapter / "adapter", config=config)
@@ -846,25 +849,30 @@ class Halt(Exception):
     pass
 
 
-def places(arch):
-    """Modules of a stitched model in whose middle a forward may stop."""
-    hub, expert = fresh(arch), fresh("llama", seed=1)
-    model = stitch(hub, {"a": expert, "b": fresh("gpt2", seed=2)}, num_stitches=3)
+def places(arch="llama"):
+    """A stitched model, its first expert, and modules in whose middle a forward may be stopped or disturbed."""
+    hub, expert = fresh(arch), fresh("gpt2", seed=1, width=48)
+    model = stitch(hub, {"a": expert, "b": fresh("llama", seed=2)}, num_stitches=3)
     hub_layers, expert_layers = decoder_layers(hub)[1], decoder_layers(expert)[1]
-    return model, {
-        "embedding": hub.get_input_embeddings(),
-        "first hub layer": hub_layers[0],
-        "third hub layer": hub_layers[2],
-        "inside a hub layer": next(iter(getattr(hub_layers[2], "base_layer", hub_layers[2]).children())),
-        "expert's embedding": expert.get_input_embeddings(),
-        "expert's first layer": expert_layers[0],
-        "expert's last layer": expert_layers[-1],
-        "stitch": next(module for module in hub_layers if isinstance(module, StitchLayer)).stitch_layer["default"],
-        "head": hub.get_output_embeddings(),
-    }
+    inner = getattr(hub_layers[2], "base_layer", hub_layers[2])
+    return (
+        model,
+        expert,
+        {
+            "embedding": hub.get_input_embeddings(),
+            "first hub layer": hub_layers[0],
+            "third hub layer": hub_layers[2],
+            "inside a hub layer": next(iter(inner.children())),
+            "expert's embedding": expert.get_input_embeddings(),
+            "expert's first layer": expert_layers[0],
+            "expert's last layer": expert_layers[-1],
+            "stitch": next(x for x in hub_layers if isinstance(x, StitchLayer)).stitch_layer["default"],
+            "head": hub.get_output_embeddings(),
+        },
+    )
 
 
-PLACES = list(places("llama")[1])
+PLACES = list(places()[2])
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -872,7 +880,7 @@ PLACES = list(places("llama")[1])
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_interrupted_forward(arch, error, place):
     """After a forward that stopped anywhere, by an error or Ctrl-C, the next one is right."""
-    model, modules = places(arch)
+    model, _, modules = places(arch)
     before = logits(model, attention_mask=LEFT)
 
     def stop(module, args):
@@ -892,7 +900,7 @@ def test_interrupted_forward(arch, error, place):
 
 def test_interruptions_leave_nothing():
     """States of forwards that Ctrl-C ended are let go of by the next forward, and no layer takes them for its own."""
-    model, modules = places("llama")
+    model, _, modules = places()
 
     def stop(module, args):
         raise KeyboardInterrupt
@@ -936,20 +944,7 @@ CALLS = ["itself", "generate", "disabled", "expert", "expert with hidden states"
 @pytest.mark.parametrize("call", CALLS)
 def test_forward_within_a_forward(call, place):
     """A forward in the middle of a forward (a hook that probes, a callback that samples) disturbs neither."""
-    hub, expert = fresh("llama"), fresh("gpt2", seed=1, width=48)
-    model = stitch(hub, {"a": expert}, num_stitches=3)
-    hub_layers = decoder_layers(hub)[1]
-    module = {
-        "embedding": hub.get_input_embeddings(),
-        "first hub layer": hub_layers[0],
-        "third hub layer": hub_layers[2],
-        "inside a hub layer": next(iter(getattr(hub_layers[2], "base_layer", hub_layers[2]).children())),
-        "expert's embedding": expert.get_input_embeddings(),
-        "expert's first layer": decoder_layers(expert)[1][0],
-        "expert's last layer": decoder_layers(expert)[1][-1],
-        "stitch": next(x for x in hub_layers if isinstance(x, StitchLayer)).stitch_layer["default"],
-        "head": hub.get_output_embeddings(),
-    }[place]
+    model, expert, modules = places()
     calls, before, depth = nested_calls(model, expert), logits(model), [0]
 
     def nest(module, args):
@@ -961,7 +956,7 @@ def test_forward_within_a_forward(call, place):
             nest.count += 1
 
     nest.count = 0
-    hook = module.register_forward_pre_hook(nest)
+    hook = modules[place].register_forward_pre_hook(nest)
     for i in range(2):
         assert torch.equal(logits(model), before)
         assert nest.count == i + 1

@@ -30,7 +30,7 @@ FLOAT64, FLOAT32 = 1e-5, 2e-4  # of the largest logit; norms and rotations pass 
 
 def check(hub, experts, *, tolerance=FLOAT64, input_ids=IDS, call=None, dtype=torch.float64, **options):
     """Stitch zoo models, given as (arch, options), and compare with the reference."""
-    (hub, plain_hub) = both(hub[0], dtype=dtype, **hub[1])
+    hub, plain_hub = both(hub[0], dtype=dtype, **hub[1])
     pairs = {name: both(arch, dtype=dtype, **kwargs) for name, (arch, kwargs) in experts.items()}
     model = stitch(hub, {name: pair[0] for name, pair in pairs.items()}, **options)
     plain_experts = {name: pair[1] for name, pair in pairs.items()}

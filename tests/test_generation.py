@@ -864,8 +864,12 @@ def small_pages(monkeypatch):
     """Continuous batching takes most of the memory there is, unless told how much."""
     if not hasattr(transformers, "ContinuousBatchingConfig"):
         pytest.skip("transformers has no ContinuousBatchingConfig yet")
-    small = partial(transformers.ContinuousBatchingConfig, num_blocks=32, max_batch_tokens=64)
-    monkeypatch.setattr("transformers.generation.continuous_batching.continuous_api.ContinuousBatchingConfig", small)
+
+    class Small(transformers.ContinuousBatchingConfig):
+        def __init__(self, **options):
+            super().__init__(**{"num_blocks": 32, "max_batch_tokens": 64} | options)
+
+    monkeypatch.setattr("transformers.generation.continuous_batching.continuous_api.ContinuousBatchingConfig", Small)
 
 
 def in_continuous_batches(model, prompts):

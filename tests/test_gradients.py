@@ -12,6 +12,10 @@ from zoo import ARCHITECTURES
 from peft_bts import StitchLayer
 
 
+# The name under which transformers 5 and 4 both know it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_(en|dis)able.*:FutureWarning")
+
+
 def trainable(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
