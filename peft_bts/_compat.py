@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 from peft import PeftModel, PeftType
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
 
@@ -86,6 +86,17 @@ def real_weights():
         yield
     finally:
         nn.Module.register_parameter, nn.Module.register_buffer = patched
+
+
+def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
+    """Let the hub's `output_hidden_states` hold what the next layer gets: the state behind the stitch.
+
+    The hook that collects it sits on the decoder layer, inside of the stitch.
+    """
+    collected = _active_collector.get()
+    states = collected.get("hidden_states") if collected else None
+    if states and states[-1] is layer_output:
+        states[-1] = new
 
 
 @contextmanager

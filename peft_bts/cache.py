@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .experts import Expert, cached_tokens
 
 
-_JOINED = "_stitched_caches"  # attribute of a joined cache: expert name -> that expert's cache
+# Attributes of a joined cache, by expert name: the experts' own caches, and which experts they were made for.
+_JOINED, _MADE_FOR = "_stitched_caches", "_stitched_experts"
 
 
 def find_cache(args: tuple, kwargs: dict[str, Any]) -> Optional[Cache]:
@@ -32,16 +34,17 @@ def check_cache(cache: Cache, experts: dict[str, Expert]) -> None:
     """
     joined: Optional[dict[str, Cache]] = getattr(cache, _JOINED, None)
     if joined is None:
-        if _length(cache):
+        held = cached_tokens(cache)  # of a static cache, this waits for the device; once in its life
+        if held:
             raise ValueError(
-                f"The cache holds {_length(cache)} tokens of the hub alone: it was filled while the adapter was "
+                f"The cache holds {held} tokens of the hub alone: it was filled while the adapter was "
                 "disabled, or by another model, and has no expert states. Start with an empty cache."
             )
         return
-    if sorted(joined) != sorted(experts):
+    if getattr(cache, _MADE_FOR) != {name: expert.key for name, expert in experts.items()}:
         raise ValueError(
-            f"The cache was filled with the experts {sorted(joined)}, but the active ones are {sorted(experts)}. "
-            "Start with an empty cache."
+            f"The cache was filled with the experts {sorted(joined)}; now {sorted(experts)} are active, or "
+            "other models of these names. Start with an empty cache."
         )
     for name, own in joined.items():
         if None not in (_length(cache), _length(own)) and _length(cache) != _length(own):
@@ -73,6 +76,7 @@ def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> di
     for own in joined.values():
         cache.layers.extend(own.layers)
     setattr(cache, _JOINED, joined)
+    setattr(cache, _MADE_FOR, {name: expert.key for name, expert in experts.items()})
     return joined
 
 
@@ -92,6 +96,11 @@ def _cache_like(cache: Cache, config: Any, name: str) -> Cache:
         return _quantized_like(cache, config)
     if type(cache) is DynamicCache:
         own = DynamicCache(config=config, **offloading)
+        if not any(cache.is_sliding):
+            # A hub without windows, or `DynamicCache()`: nobody says in advance then that the cache will be rolled
+            # back (prompt lookup, assistants), and the hub's masks would be made for the first sliding layer found.
+            # Plain layers keep all tokens; the expert's masks keep its window.
+            own.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in own.layers]
         if any(getattr(layer, "record_past", False) for layer in cache.layers):
             own.activate_past_recording()  # an assistant's cache, to be rolled back
         return own

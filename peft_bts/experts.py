@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -251,6 +252,10 @@ class Planner:
             kwargs["attention_mask"] = expert_mask(
                 kwargs["attention_mask"], hub_config, self._config, cached_tokens(cache), tokens.shape[1]
             )
+        if "position_ids" not in call and "position_ids" in self._takes:
+            # The hub has no use for positions (ALiBi), so no caller can give any. Nor would every backbone know how
+            # many tokens its cache holds.
+            kwargs["position_ids"] = position_ids(call, kwargs.get("attention_mask"), cache)
         if device is not None:
             kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
         tape: list[tuple] = []
@@ -275,6 +280,7 @@ class Expert(nn.Module):
     Attributes:
         width: Of its hidden states.
         num_layers: Number of its decoder layers.
+        key: Tells experts apart; a copy of an expert has the same.
 
     Raises:
         ValueError: As `find_decoder`.
@@ -283,6 +289,7 @@ class Expert(nn.Module):
     def __init__(self, model: nn.Module, what: str, source: Optional[tuple] = None) -> None:
         super().__init__()
         self.source = source
+        self.key = uuid.uuid4().hex
         decoder = find_decoder(model, what)
         self._restore = model.training, [p for p in model.parameters() if p.requires_grad]
         self.model = model.eval().requires_grad_(False)
@@ -323,6 +330,16 @@ class Expert(nn.Module):
         """Begin a forward, see `Planner.start`."""
         device = self._embedding_device
         return self._planner.start(call, cache, hub_config, None if device.type == "meta" else device)
+
+
+def position_ids(call: dict[str, Any], mask: Optional[Tensor], cache: Optional[Cache]) -> Tensor:
+    """Positions (1 or B, T) of this call's tokens: their count among the tokens that are not padding."""
+    tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+    past = 0 if cache is None else cache.get_seq_length()
+    places = torch.arange(tokens.shape[1], device=tokens.device) + past
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return places[None]
+    return (mask.to(tokens.device).long().cumsum(-1) - 1).clamp(min=0).index_select(1, places)
 
 
 def cached_tokens(cache: Optional[Cache]) -> Optional[int]:

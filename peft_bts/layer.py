@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ._compat import replace_captured_hidden_state
 from .run import Runs, checkpoint_function
 
 
@@ -50,10 +51,11 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         hidden = out[0] if isinstance(out, tuple) else out
         if torch.compiler.is_compiling() and self._runs.current() is None:
             # Layers are compiled one by one, inside of a forward that is not: tracing cannot see that forward's run.
-            hidden = torch.compiler.disable(self._cross)(stitch, hidden, args, kwargs)
+            new = torch.compiler.disable(self._cross)(stitch, hidden, args, kwargs)
         else:
-            hidden = self._cross(stitch, hidden, args, kwargs)
-        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+            new = self._cross(stitch, hidden, args, kwargs)
+        replace_captured_hidden_state(hidden, new)
+        return (new, *out[1:]) if isinstance(out, tuple) else new
 
     def _cross(self, stitch: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         run = self._runs.current()

@@ -23,11 +23,19 @@ _MASK_OF_ALL_KEYS = ("bloom",)
 
 def check_mask(mask: Mask, hub: Any, expert: Any, name: str) -> None:
     """Raise `ValueError` if expert `name` cannot be given a mask that was made for the hub. Arguments are configs."""
-    if _is_prepared(mask) and _view(hub) != _view(expert) and not _has_full_attention(mask, hub):
+    if not _is_prepared(mask) or _view(hub) == _view(expert):
+        return
+    models = f"the hub ({hub.model_type}), and expert {name!r} ({expert.model_type})"
+    if not _has_full_attention(mask, hub):
         raise ValueError(
-            f"The attention mask was prepared for the hub ({hub.model_type}), all of whose layers have a sliding "
-            f"window, so what expert {name!r} ({expert.model_type}) may see cannot be told from it. This happens with "
-            "static caches and hand-made 4D masks; use a dynamic cache and a 2D mask."
+            f"The attention mask was prepared for {models} cannot tell from it what it may see: all layers of the hub "
+            "have a sliding window. This happens with static caches; use a dynamic one, and a 2D mask."
+        )
+    if not torch.compiler.is_compiling() and not _is_causal_with_padding(mask):
+        raise ValueError(
+            f"The attention mask was prepared for {models}, whose layers see differently, could only be given the "
+            "padding in it; but it masks more than the future and padding. Use a 2D mask, or experts of the hub's "
+            "architecture."
         )
 
 
@@ -43,11 +51,10 @@ def expert_mask(mask: Mask, hub: Any, expert: Any, past: Optional[int], queries:
     if mask is None or (_is_prepared(mask) and _view(hub) == _view(expert)):
         return mask
     if _is_prepared(mask):
-        full = mask["full_attention"] if isinstance(mask, dict) else mask
+        full = _full(mask)
         if full is None:  # nothing is masked but the future
             return None
-        last_query = full[:, 0, -1, :]
-        mask = (last_query if last_query.dtype == torch.bool else last_query >= 0).long()
+        mask = _visible(full)[:, -1].long()
     if past is not None and mask.shape[-1] > past + queries and expert.model_type not in _MASK_OF_ALL_KEYS:
         mask = mask[:, : past + queries]
     return mask
@@ -61,6 +68,31 @@ def _has_full_attention(mask: Mask, config: Any) -> bool:
     if isinstance(mask, dict):
         return "full_attention" in mask
     return not isinstance(mask, Tensor) or getattr(config, "sliding_window", None) is None
+
+
+def _full(mask: Mask) -> Optional[Tensor]:
+    return mask["full_attention"] if isinstance(mask, dict) else mask
+
+
+def _visible(full: Tensor) -> Tensor:
+    """(B, 1, queries, keys) of either form, boolean or added to the logits, to (B, queries, keys), true where seen."""
+    return full[:, 0] if full.dtype == torch.bool else full[:, 0] >= 0
+
+
+def _is_causal_with_padding(mask: Mask) -> bool:
+    """Whether every query sees just the keys up to itself that the last query sees too."""
+    full = _full(mask)
+    if full is None or full.shape[-2] == 1:
+        return True
+    visible = _visible(full)
+    padding = visible[:, -1]
+    queries, keys = visible.shape[-2:]
+    # The last query sees itself: its place is that of the last key it sees.
+    last = keys - 1 - padding.flip(-1).long().argmax(-1)
+    places = last[:, None] + torch.arange(1 - queries, 1, device=last.device)
+    causal = torch.arange(keys, device=last.device) <= places[..., None]
+    is_text = padding.gather(-1, places.clamp(min=0))  # what padding sees is nobody's concern
+    return bool(((visible == (causal & padding[:, None])) | ~is_text[..., None]).all())
 
 
 def _view(config: Any) -> tuple:

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from ._compat import replace_captured_hidden_state
 from .config import EXPERTS_INTO_HUB
 from .experts import PerThread, Planner, cached_tokens, find_decoder, text_config, with_layers
 from .masks import expert_mask
@@ -346,8 +347,9 @@ class _HubLayer(nn.Module):
             return out
         hidden = out[0] if isinstance(out, tuple) else out
         checkpoint = checkpoint_function(self.layer)
-        hidden = self._runs.get().cross(self._index, self.__dict__["_stitch"], hidden, args, kwargs, checkpoint)
-        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+        new = self._runs.get().cross(self._index, self.__dict__["_stitch"], hidden, args, kwargs, checkpoint)
+        replace_captured_hidden_state(hidden, new)
+        return (new, *out[1:]) if isinstance(out, tuple) else new
 
 
 class _Backbone(nn.Module):
