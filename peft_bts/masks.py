@@ -91,8 +91,10 @@ def _is_causal_with_padding(mask: Mask) -> bool:
     last = keys - 1 - padding.flip(-1).long().argmax(-1)
     places = last[:, None] + torch.arange(1 - queries, 1, device=last.device)
     causal = torch.arange(keys, device=last.device) <= places[..., None]
-    is_text = padding.gather(-1, places.clamp(min=0))  # what padding sees is nobody's concern
-    return bool(((visible == (causal & padding[:, None])) | ~is_text[..., None]).all())
+    is_text = padding.gather(-1, places.clamp(min=0))
+    expected = (visible == (causal & padding[:, None])).all(-1)
+    nothing_or_all = ~visible.any(-1) | visible.all(-1)  # what padding sees, in a mask that transformers made
+    return bool(torch.where(is_text, expected, nothing_or_all).all())
 
 
 def _view(config: Any) -> tuple:
