@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 
+import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
@@ -93,10 +94,27 @@ def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
 
     The hook that collects it sits on the decoder layer, inside of the stitch.
     """
-    collected = _active_collector.get()
+    # While torch.compile traces, the collector is a global: it cannot look into context variables.
+    collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
     states = collected.get("hidden_states") if collected else None
     if states and states[-1] is layer_output:
         states[-1] = new
+
+
+@contextmanager
+def keep_output_capture():
+    """Run another backbone amid the hub's without ending the hub's capture.
+
+    Backbones set and reset the collector. That nests, except while torch.compile traces, where a reset ends all.
+    """
+    if not torch.compiler.is_compiling():
+        yield
+        return
+    saved = _active_collector.global_var, _active_collector.compiling
+    try:
+        yield
+    finally:
+        _active_collector.global_var, _active_collector.compiling = saved
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache
 
-from ._compat import no_output_capture
+from ._compat import keep_output_capture, no_output_capture
 from .masks import expert_mask
 
 
@@ -262,7 +262,8 @@ class Planner:
         outer = self._tape.get()  # of a forward in whose middle this one was called
         self._tape.set(tape)
         try:
-            self._backbone(past_key_values=cache, use_cache=cache is not None, **kwargs)
+            with keep_output_capture():
+                self._backbone(past_key_values=cache, use_cache=cache is not None, **kwargs)
         finally:
             self._tape.set(outer)
         return Stream(self._layers, tape)

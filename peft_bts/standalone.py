@@ -11,6 +11,7 @@ its place in it; attention goes through transformers' attention interface; one c
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, Optional
 
 import torch
@@ -165,6 +166,8 @@ class StitchedModel(StitchedPreTrainedModel):
         # They live outside of the module tree; all weights are in the flat list.
         self._runs = PerThread()
         self._lanes = lanes
+        hub_arguments = inspect.signature(self.backbones.of(HUB).forward).parameters
+        self._hub_takes_positions = "position_ids" in hub_arguments
         self._planners = {
             name: Planner(
                 self.backbones.of(name), list_names[name], lanes[name], config.returns[name], text_configs[name]
@@ -207,6 +210,8 @@ class StitchedModel(StitchedPreTrainedModel):
             "inputs_embeds": inputs_embeds,
             **kwargs,
         }
+        if position_ids is None and not self._hub_takes_positions:
+            del call["position_ids"]  # as in a call of the hub alone; the experts' are then counted
         views = {name: lane.view(past_key_values) for name, lane in self._lanes.items()}
         run = Run(self._plan, call, self._runs.get())
         self._runs.set(run)
