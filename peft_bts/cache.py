@@ -68,7 +68,7 @@ def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> di
     joined = getattr(cache, _JOINED, None)
     if joined is not None:
         return joined
-    joined = {name: _cache_like(cache, expert.config, name) for name, expert in experts.items()}
+    joined = {name: cache_like(cache, expert.config, name) for name, expert in experts.items()}
     if getattr(cache, "layer_class_to_replicate", None) is not None:
         # DynamicCache() makes layers as they come; the hub's must all be there before the experts' are appended.
         while len(cache.layers) < hub_layers:
@@ -85,13 +85,22 @@ def _length(cache: Cache) -> Optional[int]:
     return None if isinstance(cache, StaticCache) else cached_tokens(cache)
 
 
-def _cache_like(cache: Cache, config: Any, name: str) -> Cache:
-    """An empty cache of the same kind, for a model of this config."""
+def static_length(cache: StaticCache) -> int:
+    """How many tokens a static cache can hold (its layers with a window hold fewer)."""
+    return max(layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len"))
+
+
+def cache_like(cache: Cache, config: Any, name: str) -> Cache:
+    """An empty cache of the same kind, for a model of this config.
+
+    Raises:
+        ValueError: For a kind that cannot be made; `name` is the model's, for the error.
+    """
     offloading = {}
     if getattr(cache, "offloading", False):
         offloading = {"offloading": True, "offload_only_non_sliding": cache.only_non_sliding}
     if isinstance(cache, StaticCache):
-        return StaticCache(config=config, max_cache_len=cache.get_max_length(), **offloading)
+        return StaticCache(config=config, max_cache_len=static_length(cache), **offloading)
     if isinstance(cache, QuantizedCache):
         return _quantized_like(cache, config)
     if type(cache) is DynamicCache:

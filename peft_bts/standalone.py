@@ -26,15 +26,19 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    StaticCache,
 )
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ._compat import replace_captured_hidden_state
+from .cache import cache_like, static_length
 from .config import EXPERTS_INTO_HUB
 from .experts import PerThread, Planner, cached_tokens, find_decoder, text_config, with_layers
 from .masks import expert_mask
 from .run import Plan, Run, checkpoint_function
 from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, PerModel
+
+
+_OURS = "_stitched_layers"  # attribute of a cache that has a layer for every decoder layer of the composition
 
 
 class StitchedConfig(PreTrainedConfig):
@@ -73,8 +77,10 @@ class StitchedConfig(PreTrainedConfig):
                     kwargs[key] = getattr(hub, key)
             for key in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
                 kwargs.setdefault(key, getattr(hub, key, None))
-            cache_layers = [get_layer_types_and_kwargs(part.get_text_config(decoder=True)) for part in parts]
-            kwargs["layer_types"] = [kind for kinds, _ in cache_layers for kind in kinds]
+            texts = [part.get_text_config(decoder=True) for part in parts]
+            kwargs["layer_types"] = [kind for text in texts for kind in _layer_kinds(text)]
+            windows = [text.sliding_window for text in texts if getattr(text, "sliding_window", None)]
+            kwargs["sliding_window"] = windows[0] if windows else None
             kwargs["num_hidden_layers"] = len(kwargs["layer_types"])
             kwargs.setdefault("use_cache", getattr(hub, "use_cache", True))
         self.use_cache = kwargs.pop("use_cache", True)
@@ -94,16 +100,13 @@ class StitchedConfig(PreTrainedConfig):
             config._attn_implementation = self._attn_implementation_internal
         return config
 
-    @property
-    def per_layer_config(self) -> list[Any]:
-        """What `Cache` reads to make a layer for every decoder layer of every model."""
-        parts = (self.part(name).get_text_config(decoder=True) for name in self.names)
-        return [layer for part in parts for layer in part.per_layer_config]
 
-    @per_layer_config.setter
-    def per_layer_config(self, value: Any) -> None:
-        if value:
-            raise ValueError("The layers of a stitched model are given by `models`.")
+def _layer_kinds(config: PreTrainedConfig) -> list[str]:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        kinds = [kind] * config.num_hidden_layers
+    return list(kinds)
 
 
 class StitchedPreTrainedModel(PreTrainedModel):
@@ -142,7 +145,7 @@ class StitchedModel(StitchedPreTrainedModel):
             model = AutoModelForCausalLM.from_config(config.part(name))
             decoder = find_decoder(model, f"Model {name!r}")
             own, backbone = list(decoder.layers), decoder.backbone
-            lanes[name] = _Lane(self.layers, len(self.layers), len(own))
+            lanes[name] = _Lane(self.layers, len(self.layers), len(own), text_config(model))
             for index, layer in enumerate(own, start=len(self.layers)):
                 for module in layer.modules():
                     for attribute in {"layer_idx", "layer_id"} & module.__dict__.keys():  # gpt_neo: layer_id
@@ -184,6 +187,14 @@ class StitchedModel(StitchedPreTrainedModel):
             config.stitch["projected"],
         )
 
+    def _make_layers(self, cache: Cache) -> None:
+        """Give an empty cache a layer for every decoder layer, each of the kind that its own model wants."""
+        if cached_tokens(cache):
+            raise ValueError("The cache holds tokens of another model. Start with an empty cache.")
+        own = [cache_like(cache, lane.config, name) for name, lane in self._lanes.items()]
+        cache.layers[:] = [layer for part in own for layer in part.layers]
+        setattr(cache, _OURS, True)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbones.of(HUB).get_input_embeddings()
 
@@ -202,7 +213,9 @@ class StitchedModel(StitchedPreTrainedModel):
     ) -> Any:
         """Like any base model of transformers: tokens or embeddings (B, T) to `last_hidden_state` (B, T, D)."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = DynamicCache(config=self._plan.hub_config)
+        if past_key_values is not None and not hasattr(past_key_values, _OURS):
+            self._make_layers(past_key_values)
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -265,9 +278,9 @@ class StitchedForCausalLM(StitchedPreTrainedModel, GenerationMixin):
         attention_mask: Optional[torch.Tensor] = None, past_key_values: Optional[Cache] = None, **_: Any
     ) -> Optional[torch.Tensor]:
         """Every backbone makes its own masks; give them the padding, in the static cache's length."""
-        if attention_mask is None or past_key_values is None:
+        if attention_mask is None or not isinstance(past_key_values, StaticCache):
             return attention_mask
-        return F.pad(attention_mask, (0, max(0, past_key_values.get_max_length() - attention_mask.shape[-1])))
+        return F.pad(attention_mask, (0, max(0, static_length(past_key_values) - attention_mask.shape[-1])))
 
     def forward(
         self,
@@ -297,8 +310,8 @@ class StitchedForCausalLM(StitchedPreTrainedModel, GenerationMixin):
 class _Lane:
     """One model's stretch of the flat list: its layers by its own count, and its view of the flat cache."""
 
-    def __init__(self, layers: nn.ModuleList, first: int, num_layers: int) -> None:
-        self._layers, self.first, self.num_layers = layers, first, num_layers
+    def __init__(self, layers: nn.ModuleList, first: int, num_layers: int, config: Any) -> None:
+        self._layers, self.first, self.num_layers, self.config = layers, first, num_layers, config
 
     def __getitem__(self, index: int) -> _FlatCall:
         return _FlatCall(self._layers[self.first + index])
@@ -307,9 +320,6 @@ class _Lane:
         """The cache as this model's backbone knows it: lengths are asked for by its own count of layers."""
         if cache is None:
             return None
-        if getattr(cache, "layer_class_to_replicate", None) is not None:  # DynamicCache() makes layers as they come
-            while len(cache.layers) < len(self._layers):
-                cache.layers.append(cache.layer_class_to_replicate())
         view = copy.copy(cache)
         view.layers = cache.layers[self.first : self.first + self.num_layers]
         view._flat = cache
