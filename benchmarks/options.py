@@ -59,16 +59,16 @@ class Arguments(qs.Arguments):
 
 def measure(options, steps, seed_folder, folders, data, tokenizer):
     """Train stitches with these options; return the average score, the weights trained, and seconds per step."""
-    train_blocks, test_blocks, test_tasks = data
+    train_blocks, test_blocks, test_documents = data
     set_seed(0)
-    config = StitchConfig(task_type="CAUSAL_LM", experts={n: str(f) for n, f in folders.items()}, **options)
+    config = StitchConfig(task_type="CAUSAL_LM", experts=folders, **options)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(seed_folder), config)
     stage = replace(qs.STAGES["stitch"], steps=steps)
     start = time.perf_counter()
     qs.train(model, qs.mix_blocks(train_blocks, stage.mix, stage.steps * stage.batch), stage, "stitch")
     seconds = (time.perf_counter() - start) / steps
     with tqdm(total=len(qs.DOMAINS), desc="evaluate", leave=False) as bar:
-        scores = qs.evaluate(model, tokenizer, test_blocks, test_tasks, bar)
+        scores = qs.evaluate(model, tokenizer, test_blocks, test_documents, bar)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         size = (Path(folder) / "adapter_model.safetensors").stat().st_size
@@ -85,17 +85,15 @@ def main():
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
-    documents, tasks = qs.make_documents(arguments)
+    documents = qs.make_documents(arguments)
     tokenizer = qs.train_tokenizer(documents["train"])
-    train_blocks, test_blocks = (
-        {d: qs.make_blocks(tokenizer, documents[split][d], f"tokenize {d}, {split}") for d in qs.DOMAINS}
-        for split in ("train", "validation")
-    )
+    train_blocks = qs.make_blocks(tokenizer, documents["train"], "tokenize")
+    test_blocks = qs.make_blocks(tokenizer, documents["validation"], "tokenize validation")
     test_blocks = {domain: rows[:: -(-len(rows) // 160)] for domain, rows in test_blocks.items()}
     seed_folder = qs.trained(None, "seed", train_blocks, tokenizer, arguments)
     folders = {name: qs.trained(seed_folder, name, train_blocks, tokenizer, arguments) for name in qs.EXPERTS}
 
-    data = train_blocks, test_blocks, tasks["validation"]
+    data = train_blocks, test_blocks, documents["validation"]
     rows = {
         name: {str(steps): measure(options, steps, seed_folder, folders, data, tokenizer) for steps in arguments.steps}
         for name, options in tqdm(VARIANTS.items(), desc="variants")
