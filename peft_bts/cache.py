@@ -7,16 +7,34 @@ every model. The experts meanwhile see caches of their own, which hold the very 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .experts import Expert, cached_tokens
+from .experts import Expert, PerThread, cached_tokens
 
 
 # Attributes of a joined cache, by expert name: the experts' own caches, and which experts they were made for.
 _JOINED, _MADE_FOR = "_stitched_caches", "_stitched_experts"
+
+
+# Whether tokens will be taken back from the caches made now, as drafts are. transformers tells the hub's layers before
+# an expert's exist, and a hub's layers without windows do not note it.
+_ROLLS_BACK = PerThread()
+
+
+@contextmanager
+def caches_roll_back() -> Iterator[None]:
+    """Have caches that are made for experts meanwhile, in this thread, keep what a rollback needs."""
+    before = _ROLLS_BACK.get()
+    _ROLLS_BACK.set(True)
+    try:
+        yield
+    finally:
+        _ROLLS_BACK.set(before)
 
 
 def find_cache(args: tuple, kwargs: dict[str, Any]) -> Optional[Cache]:
@@ -68,7 +86,7 @@ def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> di
     joined = getattr(cache, _JOINED, None)
     if joined is not None:
         return joined
-    joined = {name: cache_like(cache, expert.config, name) for name, expert in experts.items()}
+    joined = {name: cache_like(cache, expert.config, f"expert {name!r}") for name, expert in experts.items()}
     if getattr(cache, "layer_class_to_replicate", None) is not None:
         # DynamicCache() makes layers as they come; the hub's must all be there before the experts' are appended.
         while len(cache.layers) < hub_layers:
@@ -94,7 +112,7 @@ def cache_like(cache: Cache, config: Any, name: str) -> Cache:
     """An empty cache of the same kind, for a model of this config.
 
     Raises:
-        ValueError: For a kind that cannot be made; `name` is the model's, for the error.
+        ValueError: For a kind that cannot be made; `name` says which model it is for.
     """
     offloading = {}
     if getattr(cache, "offloading", False):
@@ -102,19 +120,21 @@ def cache_like(cache: Cache, config: Any, name: str) -> Cache:
     if isinstance(cache, StaticCache):
         return StaticCache(config=config, max_cache_len=static_length(cache), **offloading)
     if isinstance(cache, QuantizedCache):
-        return _quantized_like(cache, config)
+        try:
+            return _quantized_like(cache, config)
+        except ValueError as error:  # transformers has no quantised layers with windows or linear attention
+            raise ValueError(f"Cannot make a QuantizedCache for {name} ({config.model_type}): {error}") from error
     if type(cache) is DynamicCache:
         own = DynamicCache(config=config, **offloading)
-        if not any(cache.is_sliding):
-            # A hub without windows, or `DynamicCache()`: nobody says in advance then that the cache will be rolled
-            # back (prompt lookup, assistants), and the hub's masks would be made for the first sliding layer found.
-            # Plain layers keep all tokens; the expert's masks keep its window.
+        if getattr(cache, "layer_class_to_replicate", None) is not None:
+            # `DynamicCache()`: the hub's layers have no windows here, and its masks would be made for the first
+            # sliding layer found. Plain layers keep all tokens; the expert's masks keep its window.
             own.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in own.layers]
-        if any(getattr(layer, "record_past", False) for layer in cache.layers):
-            own.activate_past_recording()  # an assistant's cache, to be rolled back
+        if _ROLLS_BACK.get() or any(getattr(layer, "record_past", False) for layer in cache.layers):
+            own.activate_past_recording()
         return own
     raise ValueError(
-        f"Cannot make a {type(cache).__name__} for expert {name!r}: stitched models take DynamicCache, StaticCache "
+        f"Cannot make a {type(cache).__name__} for {name}: stitched models take DynamicCache, StaticCache "
         "and QuantizedCache."
     )
 

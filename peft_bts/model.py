@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional, Union
 
 from peft import PeftConfig
@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ._compat import adapter_is_made_by_this_load
+from .cache import caches_roll_back
 from .config import EXPERTS_INTO_HUB, StitchConfig, as_reference, check_expert_name, stitch_schedule
 from .experts import Expert, find_decoder, text_config
 from .export import export_composition
@@ -377,6 +378,45 @@ class StitchModel(BaseTuner):
         if not self._stitches_enabled or not self.active_adapters:
             return None
         return self._plans.get(self.active_adapters[0])
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The hub's `generate`, which knows nothing of the experts: what they cannot do is refused here.
+
+        Raises:
+            ValueError: For drafts that would have to be taken back from an expert with recurrent states, and for
+                continuous batching.
+        """
+        plan = self._active_plan()
+        config = kwargs.get("generation_config") or self.model.generation_config
+
+        def asked_for(option: str) -> Any:
+            return kwargs.get(option, getattr(config, option, None))
+
+        drafts = kwargs.get("assistant_model") is not None or asked_for("prompt_lookup_num_tokens")
+        if plan is not None and drafts:
+            for name, expert in plan.experts.items():
+                if getattr(expert.model, "_is_stateful", False):
+                    raise ValueError(
+                        f"Drafts have to be taken back where they were wrong, and expert {name!r} "
+                        f"({expert.config.model_type}) is stateful: it cannot. Generate without `assistant_model` and "
+                        "`prompt_lookup_num_tokens`, or leave the expert out (`set_active_experts`)."
+                    )
+        if plan is not None and asked_for("cache_implementation") == "paged":
+            self._refuse_continuous_batching()
+        with caches_roll_back() if drafts or asked_for("is_assistant") else nullcontext():
+            return self.model.generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The hub's `generate_batch` (continuous batching) while the adapter is disabled, else a `ValueError`."""
+        if self._active_plan() is not None:
+            self._refuse_continuous_batching()
+        return self.model.generate_batch(*args, **kwargs)
+
+    def _refuse_continuous_batching(self) -> None:
+        raise ValueError(
+            "Continuous batching keeps the states of one model in its paged cache, and a stitched model has several. "
+            "Use `generate()` with a left-padded batch, or disable the adapter to run the hub alone."
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):

@@ -170,6 +170,7 @@ def check_call(plan: Plan, call: dict[str, Any]) -> None:
     cache = call.get("past_key_values")
     if isinstance(cache, Cache):
         check_cache(cache, plan.experts)
+        join_caches(cache, plan.hub_layers, plan.experts)  # now: some caches cannot be made for some experts
 
 
 def checkpoint_function(layer: nn.Module) -> Optional[Callable]:

@@ -191,7 +191,7 @@ class StitchedModel(StitchedPreTrainedModel):
         """Give an empty cache a layer for every decoder layer, each of the kind that its own model wants."""
         if cached_tokens(cache):
             raise ValueError("The cache holds tokens of another model. Start with an empty cache.")
-        own = [cache_like(cache, lane.config, name) for name, lane in self._lanes.items()]
+        own = [cache_like(cache, lane.config, f"model {name!r}") for name, lane in self._lanes.items()]
         cache.layers[:] = [layer for part in own for layer in part.layers]
         setattr(cache, _OURS, True)
 

@@ -383,9 +383,6 @@ def test_with_an_assistant(name, sample, monkeypatch):
     assert count.taken_back, "no draft was ever wrong: the test shows nothing"
 
 
-RECORDING = hasattr(cache_utils.Cache, "activate_past_recording")  # older caches forget at once what windows hide
-
-
 @pytest.mark.parametrize("name", [*ROLLING, "qwen3_next", "llama<qwen3_next+gpt2", "gemma3_text<qwen3_next+llama"])
 def test_as_the_assistant(name):
     """A stitched model drafts for its hub, for another stitched model and for itself."""
