@@ -94,10 +94,14 @@ def main():
     folders = {name: qs.trained(seed_folder, name, train_blocks, tokenizer, arguments) for name in qs.EXPERTS}
 
     data = train_blocks, test_blocks, documents["validation"]
-    rows = {
-        name: {str(steps): measure(options, steps, seed_folder, folders, data, tokenizer) for steps in arguments.steps}
-        for name, options in tqdm(VARIANTS.items(), desc="variants")
-    }
+    machine = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    path = Path(arguments.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for name, options in tqdm(VARIANTS.items(), desc="variants"):
+        rows[name] = {str(n): measure(options, n, seed_folder, folders, data, tokenizer) for n in arguments.steps}
+        path.write_text(json.dumps({**machine, "versions": versions, "options": rows}, indent=1) + "\n")
     default = statistics.median(row["seconds_per_step"] for row in rows["default"].values())
     table = Table(title="Average validation score by option")
     for heading in ("option", *(f"{steps} steps" for steps in arguments.steps), "trained weights", "time per step"):
@@ -111,11 +115,6 @@ def main():
             f"{seconds / default:.2f}",
         )
     Console().print(table)
-    machine = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft)}
-    path = Path(arguments.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**machine, "versions": versions, "options": rows}, indent=1) + "\n")
     print(f"Wrote {path}")
 
 
