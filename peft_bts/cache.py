@@ -52,7 +52,7 @@ def check_cache(cache: Cache, experts: dict[str, Expert]) -> None:
     """
     joined: Optional[dict[str, Cache]] = getattr(cache, _JOINED, None)
     if joined is None:
-        held = cached_tokens(cache)  # of a static cache, this waits for the device; once in its life
+        held = cached_tokens(cache)
         if held:
             raise ValueError(
                 f"The cache holds {held} tokens of the hub alone: it was filled while the adapter was "
@@ -64,11 +64,13 @@ def check_cache(cache: Cache, experts: dict[str, Expert]) -> None:
             f"The cache was filled with the experts {sorted(joined)}; now {sorted(experts)} are active, or "
             "other models of these names. Start with an empty cache."
         )
+    held = cached_tokens(cache)
     for name, own in joined.items():
-        if None not in (_length(cache), _length(own)) and _length(cache) != _length(own):
+        theirs = cached_tokens(own)
+        if None not in (held, theirs) and held != theirs:
             raise ValueError(
-                f"The cache holds {_length(cache)} tokens of the hub but {_length(own)} of expert {name!r}: it was "
-                "used while the adapter was disabled. Start with an empty cache."
+                f"The cache holds {held} tokens of the hub but {theirs} of expert {name!r}: it was used while the "
+                "adapter was disabled. Start with an empty cache."
             )
 
 
@@ -87,6 +89,9 @@ def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> di
     if joined is not None:
         return joined
     joined = {name: cache_like(cache, expert.config, f"expert {name!r}") for name, expert in experts.items()}
+    for own in joined.values():
+        if own.offloading and own.only_non_sliding and all(own.is_sliding):
+            own.offloading = False  # nothing to offload, which transformers takes for an error
     if getattr(cache, "layer_class_to_replicate", None) is not None:
         # DynamicCache() makes layers as they come; the hub's must all be there before the experts' are appended.
         while len(cache.layers) < hub_layers:
@@ -96,11 +101,6 @@ def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> di
     setattr(cache, _JOINED, joined)
     setattr(cache, _MADE_FOR, {name: expert.key for name, expert in experts.items()})
     return joined
-
-
-def _length(cache: Cache) -> Optional[int]:
-    # Static caches count in a tensor on the device; nobody should wait for it once per token.
-    return None if isinstance(cache, StaticCache) else cached_tokens(cache)
 
 
 def static_length(cache: StaticCache) -> int:
@@ -118,7 +118,15 @@ def cache_like(cache: Cache, config: Any, name: str) -> Cache:
     if getattr(cache, "offloading", False):
         offloading = {"offloading": True, "offload_only_non_sliding": cache.only_non_sliding}
     if isinstance(cache, StaticCache):
-        return StaticCache(config=config, max_cache_len=static_length(cache), **offloading)
+        length = static_length(cache)
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+        if all(cache.is_sliding) and (kinds != {"sliding_attention"} or window > length):
+            raise ValueError(
+                f"Cannot make a StaticCache for {name} ({config.model_type}): all layers of the hub have a sliding "
+                "window, and so its cache does not tell how many tokens it is for. Use a dynamic cache."
+            )
+        return StaticCache(config=config, max_cache_len=length, **offloading)
     if isinstance(cache, QuantizedCache):
         try:
             return _quantized_like(cache, config)

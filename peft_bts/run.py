@@ -171,6 +171,9 @@ def check_call(plan: Plan, call: dict[str, Any]) -> None:
     if isinstance(cache, Cache):
         check_cache(cache, plan.experts)
         join_caches(cache, plan.hub_layers, plan.experts)  # now: some caches cannot be made for some experts
+        if getattr(cache, "offloading", False):
+            # Its last layer brings back the one behind, which is an expert's now, instead of its first.
+            cache.prefetch(0, cache.only_non_sliding)
 
 
 def checkpoint_function(layer: nn.Module) -> Optional[Callable]:
