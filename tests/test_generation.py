@@ -304,10 +304,13 @@ def test_how(how, name):
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "bloom", "llama<mistral+gpt2", "gpt2<mistral+llama"])
 def test_static_twice_and_longer(name):
     """The second cache is made as long as the first at least, and a longer text than before must fit as well."""
-    model = model_of(name)
-    for ids, beams in ((IDS[:, :7], 1), (torch.cat([IDS, IDS], dim=1), 1), (IDS, 2), (IDS[:, :5], 1)):
-        actual = tokens(model, ids, cache_implementation="static", num_beams=beams)
-        assert torch.equal(actual, uncached(model, ids, num_beams=beams))
+
+    def check(model):
+        for ids, beams in ((IDS[:, :7], 1), (torch.cat([IDS, IDS], dim=1), 1), (IDS, 2), (IDS[:, :5], 1)):
+            actual = tokens(model, ids, cache_implementation="static", num_beams=beams)
+            assert torch.equal(actual, uncached(model, ids, num_beams=beams))
+
+    check_like_plain(check, model_of(name), everyone(name))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2<mistral+llama", "llama<qwen3_next+gpt2", "qwen3_next"])
