@@ -295,8 +295,9 @@ class StitchModel(BaseTuner):
         names = sorted(set(self.experts[adapter].keys()) - self._inactive.get(adapter, set()))
         experts = {name: self.experts[adapter][name] for name in names}
         schedule = stitch_schedule(config, hub_layers)
+        projected = config.expert_streams == "projected"
         self._plans[adapter] = Plan(
-            schedule, hub_layers, text_config(self.model), experts, config.expert_streams == "projected"
+            schedule, hub_layers, text_config(self.model), experts, projected, config.expert_dropout
         )
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:

@@ -32,6 +32,7 @@ class Plan:
     hub_config: Any  # the hub's text config
     experts: dict[str, Expert]
     projected: bool  # expert_streams="projected"
+    expert_dropout: float = 0.0
 
 
 class Run:
@@ -46,6 +47,13 @@ class Run:
     def __init__(self, plan: Optional[Plan], call: dict[str, Any], outer: Optional[Run]) -> None:
         self.plan, self.call, self.outer = plan, call, outer
         self.streams: Optional[dict[str, Stream]] = None
+        self._dropped: Optional[dict[str, Tensor]] = None
+
+    def _dropped_experts(self, batch: int) -> dict[str, Tensor]:
+        """Expert dropout: for each expert, the sequences (B,) that do without it, the same at every stitch."""
+        if self._dropped is None:
+            self._dropped = {name: torch.rand(batch) < self.plan.expert_dropout for name in sorted(self.streams)}
+        return self._dropped
 
     def _open(self, cache: Optional[Cache]) -> dict[str, Stream]:
         experts = self.plan.experts
@@ -73,7 +81,8 @@ class Run:
             boundary = expert_boundary(layer + 1, plan.hub_layers, plan.experts[name].num_layers)
             states[name] = stream.advance(boundary, checkpoint).to(hub_BTD.device)
         if stitch.kind == EXPERTS_INTO_HUB:
-            hub_BTD, new_states = stitch(hub_BTD, states)
+            dropout = stitch.training and plan.expert_dropout > 0
+            hub_BTD, new_states = stitch(hub_BTD, states, self._dropped_experts(len(hub_BTD)) if dropout else None)
             if not plan.projected:
                 return hub_BTD
         else:
