@@ -5,7 +5,7 @@ Importing this package registers the method `STITCH` with PEFT.
 
 from peft.utils import register_peft_method
 
-from ._compat import add_peft_type, after_model_card
+from ._compat import add_peft_type, after_model_card, keep_offloaded_hubs
 
 
 add_peft_type("STITCH")  # what follows needs the member
@@ -19,6 +19,7 @@ from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 
 register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchModel)
+keep_offloaded_hubs()
 after_model_card(lambda model, folder: update_model_card(next(iter(model.peft_config.values())), folder))
 
 __version__ = "0.1.0"

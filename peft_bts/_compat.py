@@ -7,12 +7,14 @@ member `STITCH`; it can shrink to nothing the day PEFT knows the method itself.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
@@ -20,6 +22,10 @@ from transformers.utils.output_capturing import _active_collector
 # Taken at import, before anybody's `init_empty_weights` can have replaced them.
 _REGISTER_PARAMETER = nn.Module.register_parameter
 _REGISTER_BUFFER = nn.Module.register_buffer
+
+# PEFT's own, before `keep_offloaded_hubs` goes around them.
+_LOAD_MODEL = PeftModel.from_pretrained.__func__
+_LOAD_ADAPTER = PeftModel.load_adapter
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -58,6 +64,44 @@ def after_model_card(update: Callable[[PeftModel, str], None]) -> None:
     PeftModel.create_or_update_model_card = write_and_update
 
 
+def keep_offloaded_hubs() -> None:
+    """Leave the hooks of an offloaded hub alone when a stitch adapter is loaded onto it.
+
+    PEFT takes them off, gives the weights, whose names it expects unchanged, to accelerate a second time, with the
+    adapter and so with all experts. Stitches wrap whole layers, whose hooks stay where they are; nothing is to be
+    done. PEFT does it where it sees `hf_device_map`.
+    """
+
+    @functools.wraps(_LOAD_MODEL)
+    def from_pretrained(cls, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> PeftModel:
+        stitched = False
+        if "hf_device_map" in vars(model):
+            config = inspect.signature(_LOAD_MODEL).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
+            where = {k: kwargs[k] for k in ("subfolder", "revision", "cache_dir", "token") if k in kwargs}
+            kind = PeftConfig._get_peft_type(model_id, **where) if config is None else config.peft_type
+            stitched = kind == "STITCH"
+        with _without_device_map(model) if stitched else nullcontext():
+            return _LOAD_MODEL(cls, model, model_id, *args, **kwargs)
+
+    @functools.wraps(_LOAD_ADAPTER)
+    def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        with _without_device_map(self.get_base_model()) if self.peft_type == "STITCH" else nullcontext():
+            return _LOAD_ADAPTER(self, *args, **kwargs)
+
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+    PeftModel.load_adapter = load_adapter
+
+
+@contextmanager
+def _without_device_map(hub: nn.Module):
+    device_map = vars(hub).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            hub.hf_device_map = device_map
+
+
 def adapter_is_made_by_this_load() -> bool:
     """Whether PEFT has made the adapter in the very call that is now loading its weights.
 
@@ -66,9 +110,9 @@ def adapter_is_made_by_this_load() -> bool:
     """
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is PeftModel.from_pretrained.__func__.__code__:
+        if frame.f_code is _LOAD_MODEL.__code__:
             return True
-        if frame.f_code is PeftModel.load_adapter.__code__ and "peft_config" in frame.f_locals:
+        if frame.f_code is _LOAD_ADAPTER.__code__ and "peft_config" in frame.f_locals:
             return True  # assigned only where the adapter is new
         frame = frame.f_back
     return False

@@ -2,16 +2,21 @@
 
 An expert is kept as a *reference*, a small dict that says where its weights are:
 
-    {"model": id or path, "revision": commit or branch, "subfolder": ..., "adapter": LoRA id or path, "config": {...}}
+    {"model": id or path, "revision": commit or branch, "subfolder": ..., "adapter": LoRA id or path,
+     "quantization_config": {...}, "config": {...}}
 
 Only these keys are read; a config file can therefore never make a loader run code. `config` is written at attach:
-the sizes that the stitches were made for, compared with the expert that a later load finds.
+the sizes that the stitches were made for, compared with the expert that a later load finds. Where an expert is to be
+put on *this* machine (`device_map`, `max_memory`, `offload_folder`) can be said in a reference too; that is never
+saved, and not taken from a file.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
@@ -21,7 +26,8 @@ from peft import PeftConfig, PeftType
 EXPERTS_INTO_HUB = "experts_into_hub"
 HUB_INTO_EXPERTS = "hub_into_experts"
 
-REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "config")
+REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "quantization_config", "config")
+PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this machine, so never in a file
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
@@ -47,12 +53,20 @@ def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[
             f"{', '.join(REFERENCE_KEYS)}. To use a loaded model, call `model.attach_expert({name!r}, loaded_model)` "
             "after `get_peft_model`."
         )
-    unknown = sorted(set(value) - set(REFERENCE_KEYS))
+    known = REFERENCE_KEYS + PLACEMENT_KEYS
+    unknown = sorted(set(value) - set(known))
     if unknown:
+        raise ValueError(f"Expert {name!r} has the unknown key(s) {unknown}; a reference has only {', '.join(known)}.")
+    reference = dict(value)
+    quantization = reference.get("quantization_config")
+    if hasattr(quantization, "to_dict"):
+        reference["quantization_config"] = json.loads(quantization.to_json_string(use_diff=False))
+    elif quantization is not None and not (isinstance(quantization, dict) and "quant_method" in quantization):
         raise ValueError(
-            f"Expert {name!r} has the unknown key(s) {unknown}; a reference has only {', '.join(REFERENCE_KEYS)}."
+            f"Expert {name!r} has quantization_config={quantization!r}; expected a config of transformers, such as "
+            "BitsAndBytesConfig, or its dict with `quant_method`."
         )
-    return dict(value)
+    return reference
 
 
 @dataclass
@@ -61,8 +75,9 @@ class StitchConfig(PeftConfig):
 
     Args:
         experts (`dict[str, str | dict]`): The experts by name: a Hub id, a path, or a dict with `model` and
-            optionally `revision`, `subfolder`, `adapter` (a LoRA on top of `model`). They are loaded, frozen, when the
-            adapter is made. Loaded models are attached later, by `model.attach_expert(name, model)`.
+            optionally `revision`, `subfolder`, `adapter` (a LoRA on top of `model`), `quantization_config` (of
+            transformers), and for this machine only `device_map`, `max_memory`, `offload_folder`. They are loaded,
+            frozen, when the adapter is made. Loaded models are attached later, by `model.attach_expert(name, model)`.
         num_stitches (`int`): K. With L hub layers they sit after layers s, 2s, ..., (K-1)s and L, where s = L // K.
         layers_to_stitch (`list[int]`, *optional*): 0-based hub layers that get a stitch, instead of `num_stitches`;
             the last must be the hub's last layer.
@@ -143,12 +158,39 @@ class StitchConfig(PeftConfig):
                 )
             self.layers_to_stitch = layers
 
+    def to_dict(self) -> dict[str, Any]:
+        """The config as it is saved: without the experts' places on this machine."""
+        values = super().to_dict()
+        values["experts"] = {name: _without_placement(ref) for name, ref in values["experts"].items()}
+        return values
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read a config file, whoever wrote it: what only this machine's user may say is left out, with a warning."""
+        values = super().from_json_file(path_json_file, **kwargs)
+        experts = values.get("experts")
+        if isinstance(experts, dict):
+            values["experts"] = {name: _without_placement(ref) for name, ref in experts.items()}
+            if values["experts"] != experts:
+                warnings.warn(
+                    f"{path_json_file} says where to put experts ({', '.join(PLACEMENT_KEYS)}); this is ignored. Set "
+                    "it on the loaded config instead.",
+                    stacklevel=3,
+                )
+        return values
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and add the experts to the model card if PEFT has just written one there."""
         super().save_pretrained(save_directory, **kwargs)
         from .card import update_model_card  # here, since only saving needs it
 
         update_model_card(self, save_directory)
+
+
+def _without_placement(reference: Any) -> Any:
+    if not isinstance(reference, dict):
+        return reference
+    return {key: value for key, value in reference.items() if key not in PLACEMENT_KEYS}
 
 
 def _is_int(value: Any) -> bool:

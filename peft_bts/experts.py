@@ -90,6 +90,21 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
 
 
+def execution_device(module: nn.Module) -> Optional[torch.device]:
+    """Where accelerate runs a module whose weights it keeps elsewhere; `None` if it does not."""
+    hook = getattr(module, "_hf_hook", None)
+    devices = [getattr(h, "execution_device", None) for h in (*getattr(hook, "hooks", ()), hook)]
+    found = next((device for device in devices if device is not None), None)
+    return found if found is None else torch.device(found)
+
+
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether accelerate has spread a model over several places: its parts must not be moved."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or any(
+        parameter.device.type == "meta" for parameter in model.parameters()
+    )
+
+
 def find_decoder(model: nn.Module, what: str) -> Decoder:
     """Find the decoder layers of a causal LM.
 
@@ -287,7 +302,7 @@ class Expert(nn.Module):
         ValueError: As `find_decoder`.
     """
 
-    def __init__(self, model: nn.Module, what: str, source: Optional[tuple] = None) -> None:
+    def __init__(self, model: nn.Module, what: str, source: Optional[dict] = None) -> None:
         super().__init__()
         self.source = source
         self.key = uuid.uuid4().hex
@@ -325,12 +340,17 @@ class Expert(nn.Module):
 
     @property
     def _embedding_device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where the expert's embeddings are computed."""
+        embeddings = self.model.get_input_embeddings()
+        return execution_device(embeddings) or embeddings.weight.device
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Expert:
+        """An expert that accelerate has spread over devices, CPU and disk stays there when the whole model moves."""
+        return self if is_dispatched(self.model) else super()._apply(fn, recurse)
 
     def start(self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any) -> Stream:
         """Begin a forward, see `Planner.start`."""
-        device = self._embedding_device
-        return self._planner.start(call, cache, hub_config, None if device.type == "meta" else device)
+        return self._planner.start(call, cache, hub_config, self._embedding_device)
 
 
 def position_ids(call: dict[str, Any], mask: Optional[Tensor], cache: Optional[Cache]) -> Tensor:

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ._compat import replace_captured_hidden_state
+from .experts import execution_device
 from .run import Runs, checkpoint_function
 
 
@@ -83,9 +84,11 @@ class StitchLayer(nn.Module, BaseTunerLayer):
 def place_for_stitch(base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype for a stitch behind this layer: those of the layer's first floating-point weight.
 
-    Layers that are offloaded (meta device) get their stitch on the CPU.
+    Behind an offloaded layer (meta device) the stitch itself is not offloaded: it is where the layer is run.
     """
-    for tensor in base_layer.parameters():
-        if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2:
-            return (torch.device("cpu") if tensor.device.type == "meta" else tensor.device), tensor.dtype
+    for module in base_layer.modules():
+        for tensor in module.parameters(recurse=False):
+            if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2:
+                on_meta = tensor.device.type == "meta"
+                return (execution_device(module) or torch.device("cpu")) if on_meta else tensor.device, tensor.dtype
     return torch.device("cpu"), torch.get_default_dtype()

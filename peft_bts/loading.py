@@ -6,8 +6,10 @@ Whatever is wrong with an expert is found here, before anything of the stitched 
 from __future__ import annotations
 
 import copy
+import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Optional
 
 from peft import PeftConfig, PeftModel
@@ -19,7 +21,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ._compat import real_weights
-from .config import as_reference
+from .config import PLACEMENT_KEYS, as_reference
 from .experts import Expert, text_config
 from .layer import StitchLayer, place_for_stitch
 
@@ -60,10 +62,16 @@ def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Modu
         ValueError: If it cannot be loaded.
     """
     where, adapter, base = _where(reference), reference.get("adapter"), reference.get("model")
+    how = {key: reference[key] for key in ("quantization_config", *PLACEMENT_KEYS) if reference.get(key) is not None}
+    if how and base is None:
+        raise ValueError(
+            f"Expert {name!r} is a LoRA on the hub's own weights, which are where and what they are; {sorted(how)} "
+            "cannot be set for it. Name its base as `model` to load that once more."
+        )
     with _loading(name, adapter or base, where), real_weights():
         if adapter is None:
-            return _load_model(base, where, hub)
-        return _load_adapter(share_weights(hub) if base is None else _load_model(base, {}, hub), adapter, where)
+            return _load_model(base, hub, **where, **how)
+        return _load_adapter(share_weights(hub) if base is None else _load_model(base, hub, **how), adapter, where)
 
 
 @contextmanager
@@ -89,7 +97,18 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     """
     if isinstance(model, PeftModel):  # its own adapter may exist in memory only; the base alone would be another model
         return {"model": None}
-    return {"model": getattr(getattr(model, "config", None), "_name_or_path", "") or None}
+    config = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", "") or None
+    quantization = getattr(config, "quantization_config", None)
+    if source is None or quantization is None or _is_stored_quantized(source):
+        return {"model": source}
+    return as_reference("model", {"model": source, "quantization_config": quantization})
+
+
+def _is_stored_quantized(source: str) -> bool:
+    """Whether a checkpoint itself is quantised, so that loading it takes no further word."""
+    path = _find("config.json", source, {})
+    return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def check_expert(name: str, expert: Expert, reference: dict[str, Any], hub: nn.Module, streams: str) -> dict[str, Any]:
@@ -166,6 +185,12 @@ def share_weights(hub: nn.Module, adapter: Optional[str] = None) -> nn.Module:
     """
     memo: dict[int, Any] = {id(t): t for t in (*hub.parameters(), *hub.buffers())}
     for module in hub.modules():
+        # Kept beside the parameters: the scales of quantised weights, and the weights that accelerate has offloaded.
+        owners = (module, getattr(module, "_hf_hook", None), *getattr(getattr(module, "_hf_hook", None), "hooks", ()))
+        for owner in owners:
+            for name in ("quant_state", "state", "weights_map", "tied_params_map"):
+                value = getattr(owner, "__dict__", {}).get(name)
+                memo[id(value)] = value
         # Hooks are bound to their owners, the tuner with all experts among them; the copy gets none.
         for hooks in [v for k, v in module.__dict__.items() if k.startswith("_forward_") and k.endswith("hooks")]:
             memo[id(hooks)] = type(hooks)()
@@ -185,12 +210,12 @@ def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, module)
 
 
-def _load_model(source: str, where: dict[str, Any], hub: nn.Module) -> nn.Module:
+def _load_model(source: str, hub: nn.Module, **how: Any) -> nn.Module:
     device, dtype = place_for_stitch(hub)
-    # References come out of downloaded files: no code of theirs may run (`None` would ask the user), and no other
-    # argument of theirs is passed on.
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **where)
-    return model.to(device)
+    how.setdefault("device_map", device)  # straight to its place: quantised weights cannot all be moved later
+    # References come out of downloaded files: no code of theirs may run (`None` would ask the user), and only known
+    # arguments are passed on.
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **how)
 
 
 def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Module:

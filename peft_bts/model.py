@@ -60,6 +60,7 @@ class StitchModel(BaseTuner):
         *,
         revision: Optional[str] = None,
         init: Init = "zero",
+        **loading: Any,
     ) -> None:
         """Add an expert to the active adapter, before or after training.
 
@@ -69,6 +70,8 @@ class StitchModel(BaseTuner):
                 frozen in the hub's dtype and on its device. An id or path of a LoRA of the hub shares its weights.
             revision: Branch, tag or commit, for an id.
             init: Start of the new expert's gates, see `ExpertsIntoHub.add_expert`.
+            **loading: How to load an id or path: `quantization_config`, `subfolder`, `device_map`, `max_memory`,
+                `offload_folder`, as for `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             ValueError: If the name, the model, its tokenizer or `init` does not fit; nothing is changed then.
@@ -81,7 +84,9 @@ class StitchModel(BaseTuner):
                 f"Adapter {adapter!r} has an expert {name!r} already; detach it first, or choose another name."
             )
         check_init(init, config.gate_bias)
-        expert, reference = self._make_expert(name, model, config, revision)
+        if revision is not None:
+            loading["revision"] = revision
+        expert, reference = self._make_expert(name, model, config, loading)
         layers = self._layers_of(adapter)
         like = layers[-1].stitch_layer[adapter].gate.of(HUB).weight  # the one weight that is there without any expert
         try:
@@ -169,18 +174,17 @@ class StitchModel(BaseTuner):
         self._make_plan(adapter)
 
     def _make_expert(
-        self, name: str, model: Union[nn.Module, str, dict], config: StitchConfig, revision: Optional[str] = None
+        self, name: str, model: Union[nn.Module, str, dict], config: StitchConfig, loading: Optional[dict] = None
     ) -> tuple[Expert, dict[str, Any]]:
         """Load or adopt, check and freeze an expert; return it with its reference."""
         source = None
         if not isinstance(model, nn.Module):
-            reference = as_reference(name, model)
-            if revision is not None:
-                reference["revision"] = revision
-            reference = resolve_reference(name, reference)
-            source = tuple(reference.get(key) for key in ("model", "revision", "subfolder", "adapter"))
+            reference = resolve_reference(name, as_reference(name, {**as_reference(name, model), **(loading or {})}))
+            source = {key: value for key, value in reference.items() if key != "config"}
             shared = next((e for e in self._all_experts() if e.source == source), None)
             model = load_expert(name, reference, self.model) if shared is None else shared.model
+        elif loading:
+            raise ValueError(f"Expert {name!r} is a loaded model; {sorted(loading)} apply to ids and paths only.")
         elif model is self.model or any(isinstance(module, StitchLayer) for module in model.modules()):
             raise ValueError(f"Expert {name!r} is the hub itself, or another stitched model; attach a plain model.")
         else:

@@ -179,7 +179,7 @@ def test_the_config_to_the_letter(root, tmp_path):
     assert saved["base_model_name_or_path"] == str(root / "seed") and saved["peft_version"] == peft.__version__
     options = ("num_stitches", "layers_to_stitch", "pattern", "expert_streams", "gate", "gate_bias", "gate_dropout")
     options += ("expert_dropout",)
-    assert [saved[option] for option in options] == [3, None, "alternating", "intact", "token", True, 0.1]
+    assert [saved[option] for option in options] == [3, None, "alternating", "intact", "token", True, 0.1, 0.2]
     assert (saved["r"], saved["init_weights"], saved["modules_to_save"]) == (2, False, None)
 
     own = {*options, "experts", "r", "init_weights", "modules_to_save", "target_modules"}
