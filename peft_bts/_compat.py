@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
@@ -100,6 +101,25 @@ def _without_device_map(hub: nn.Module):
     finally:
         if device_map is not None:
             hub.hf_device_map = device_map
+
+
+@contextmanager
+def adapters_where_layers_run(device_of: Callable[[nn.Module], torch.device]):
+    """Have PEFT load adapters to `device_of(layer)` where an offloaded layer holds meta tensors.
+
+    It would move them to the meta device as well, for accelerate to be given anew with all weights.
+    """
+    ask = BaseTunerLayer._get_base_layer_device_and_dtype
+
+    def device_and_dtype(self: BaseTunerLayer, base_layer: nn.Module) -> tuple:
+        device, dtype = ask(self, base_layer)
+        return (device_of(base_layer) if device is not None and device.type == "meta" else device), dtype
+
+    BaseTunerLayer._get_base_layer_device_and_dtype = device_and_dtype
+    try:
+        yield
+    finally:
+        BaseTunerLayer._get_base_layer_device_and_dtype = ask
 
 
 def adapter_is_made_by_this_load() -> bool:

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from ._compat import real_weights
+from ._compat import adapters_where_layers_run, real_weights
 from .config import PLACEMENT_KEYS, as_reference
-from .experts import Expert, text_config
+from .experts import Expert, is_dispatched, text_config
 from .layer import StitchLayer, place_for_stitch
 
 
@@ -196,6 +196,7 @@ def share_weights(hub: nn.Module, adapter: Optional[str] = None) -> nn.Module:
             memo[id(hooks)] = type(hooks)()
     twin = copy.deepcopy(hub, memo)
     twin.__dict__.pop("peft_config", None)
+    twin.__dict__.pop("hf_device_map", None)  # PEFT would have accelerate place the shared weights a second time
     for path, module in list(twin.named_modules()):
         if isinstance(module, StitchLayer):
             _set_module(twin, path, module.base_layer)
@@ -223,8 +224,11 @@ def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Mod
     if config.is_prompt_learning or config.peft_type == "STITCH":
         kind = config.peft_type.value
         raise ValueError(f"{kind} adapters cannot be experts; use a LoRA-like adapter or a full model.")
-    model = PeftModel.from_pretrained(base, source, **where)
-    return model.to(place_for_stitch(base)[0])
+    if is_dispatched(base):
+        with adapters_where_layers_run(lambda layer: place_for_stitch(layer)[0]):
+            # Made like its layers, on the meta device, then replaced by what is loaded.
+            return PeftModel.from_pretrained(base, source, low_cpu_mem_usage=True, **where)
+    return PeftModel.from_pretrained(base, source, **where).to(place_for_stitch(base)[0])
 
 
 def _find(file: str, source: str, where: dict[str, Any]) -> Optional[str]:
