@@ -1,0 +1,355 @@
+"""Whom the stitches listen to: the gates of every token and model, recorded while a model runs.
+
+    with trace_gates(model) as trace:
+        with trace.domain("math"):
+            model.generate(**inputs)
+    print(trace.table())
+
+A forward tells the traces of its model, when its last stitch is done, the gates of its tokens (`Run.gates`). A trace
+joins the forwards that continue one cache into sequences: the prompt and every generated token of a `generate()`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .experts import cached_tokens
+from .gate_table import GateTable, make_table
+from .masks import is_text
+from .model import StitchModel
+from .run import Run, Runs
+from .standalone import StitchedForCausalLM, StitchedModel
+from .stitch import HUB
+
+
+_CHANGE_OBSERVERS = threading.Lock()
+
+
+@contextmanager
+def trace_gates(model: nn.Module) -> Iterator[GateTrace]:
+    """Record the gates of `model` in every forward and `generate()` inside the `with`, in this thread.
+
+    Recording changes no output. What is recorded of a gate per channel is its mean over the channels. Other threads'
+    calls of the same model are not recorded. Traces may be nested; each records all. Code compiled by `torch.compile`
+    breaks its graph to record, so `fullgraph=True` fails inside of a trace; outside, nothing changes for it.
+
+    Args:
+        model: A `PeftModel` with a stitch adapter, its tuner (`StitchModel`), or an exported composition
+            (`StitchedForCausalLM`), also wrapped for distributed training or compiled.
+
+    Raises:
+        TypeError: If there are no stitches in `model`.
+    """
+    observed, trace = _observed(model), GateTrace()
+    with _CHANGE_OBSERVERS:
+        observed.observers = (*observed.observers, trace)
+    try:
+        yield trace
+    finally:
+        with _CHANGE_OBSERVERS:
+            rest = tuple(observer for observer in observed.observers if observer is not trace)
+            if rest:
+                observed.observers = rest
+            else:
+                del observed.observers  # back to the class's
+
+
+def _observed(model: nn.Module) -> Union[Runs, StitchedModel]:
+    """What holds the observers of a model."""
+    inner = model
+    while not isinstance(inner, (PeftModel, StitchModel, StitchedForCausalLM, StitchedModel)):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)  # compiled; DDP and the like
+        if not isinstance(wrapped, nn.Module):
+            raise TypeError(
+                "Gates can be traced in a PeftModel with a stitch adapter, its StitchModel, or a StitchedForCausalLM; "
+                f"got a {type(model).__name__}."
+            )
+        inner = wrapped
+    if isinstance(inner, PeftModel):
+        inner = inner.base_model
+        if not isinstance(inner, StitchModel):
+            raise TypeError(f"This PeftModel has no stitches: its tuner is a {type(inner).__name__}.")
+    if isinstance(inner, StitchModel):
+        return inner._runs
+    return inner.model if isinstance(inner, StitchedForCausalLM) else inner
+
+
+@dataclass(frozen=True, order=True)
+class TracedStitch:
+    """A stitch: the 0-based hub layer that it sits behind, its kind, and whose gates it has, in the columns' order."""
+
+    layer: int
+    kind: str
+    models: tuple[str, ...]
+
+
+@dataclass
+class GateSequence:
+    """One sequence of T tokens, without its padding.
+
+    Attributes:
+        domain: The trace's label when the sequence began, or `None`.
+        token_ids: T ids; `None` for tokens that came as `inputs_embeds`.
+        generated: T flags, whether `generate()` made the token (its last token is never fed back: it has no gates).
+        gates: For every stitch of the trace, (T, models), float32 on the CPU; NaN where a model was left out.
+    """
+
+    domain: Optional[str]
+    token_ids: list[Optional[int]]
+    generated: list[bool]
+    gates: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.generated)
+
+
+class GateTrace:
+    """What `trace_gates` recorded; it can be read during the `with` and after it.
+
+    Stitches are counted as in `stitches`, from the first layer to the last: `stitch=-1` is the one before the head.
+    Beam search is recorded as it was computed: a sequence is a place in the batch of beams, and the tokens that beams
+    on this place were given, not one of the returned texts. Drafted tokens that were rejected are taken back.
+
+    Attributes:
+        label: The domain of the sequences that begin from now on.
+    """
+
+    def __init__(self) -> None:
+        self.label: Optional[str] = None
+        self._thread = threading.get_ident()
+        self._batches: list[_Batch] = []
+        self._of_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the batch that a cache belongs to
+        self._generation: Optional[_Generation] = None
+
+    @contextmanager
+    def domain(self, label: str) -> Iterator[None]:
+        """Label the sequences that begin inside of the `with`."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    # ---------------------------------------------------------------- recording
+
+    def record(self, run: Run) -> None:
+        """Take in a forward (called by the model)."""
+        if threading.get_ident() != self._thread:
+            return
+        tokens = run.call.get("input_ids")
+        gates = {
+            (layer, run.plan.schedule[layer]): (tuple(by_model), torch.stack(tuple(by_model.values())))
+            for layer, by_model in run.gates.items()
+        }
+        *_, rows, columns = next(iter(gates.values()))[1].shape
+        mask, batch = run.call.get("attention_mask"), None
+        start = run.past
+        if run.cache is not None:
+            batch = self._of_cache.get(run.cache)
+        if start is None:  # only recurrent layers, which do not count; a mask of all tokens does
+            start = mask.shape[1] - columns if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+        if batch is None or not 0 < start <= batch.end or rows != batch.rows:
+            batch = _Batch(self.label, rows)
+            self._batches.append(batch)
+            if run.cache is not None:
+                self._of_cache[run.cache] = batch
+        batch.cut(start)
+        text = is_text(mask, run.plan.hub_config, start, columns)
+        batch.chunks.append(
+            _Chunk(
+                start,
+                columns,
+                None if tokens is None else tokens.detach().clone(),
+                text,
+                gates,
+                self._generation,
+                None if self._generation is None else self._generation.prompt_of(batch, run.cache, start + columns),
+            )
+        )
+
+    @contextmanager
+    def generating(self, prompt: int, ends: list[int]) -> Iterator[None]:
+        """Inside of the `with`, the tokens behind the first `prompt` are generated, up to one of `ends`."""
+        outer, self._generation = self._generation, _Generation(prompt, ends)
+        try:
+            yield
+        finally:
+            self._generation.drop_rejected()
+            self._generation = outer
+
+    # ---------------------------------------------------------------- reading
+
+    @property
+    def stitches(self) -> list[TracedStitch]:
+        """The stitches that were passed, in their order."""
+        models: dict[tuple[int, str], set] = {}
+        for batch in self._batches:
+            for chunk in batch.chunks:
+                for key, (names, _) in chunk.gates.items():
+                    models.setdefault(key, set()).update(names)
+        return [
+            TracedStitch(*key, tuple(sorted(names, key=lambda name: (name != HUB, name))))
+            for key, names in sorted(models.items())
+        ]
+
+    @property
+    def sequences(self) -> list[GateSequence]:
+        """All sequences, those of a batch one after another. Sequences of padding only are left out."""
+        stitches = self.stitches
+        return [sequence for batch in self._batches for sequence in batch.sequences(stitches) if len(sequence)]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All gates as flat dicts, one for each token and stitch: a `pandas.DataFrame` takes them as they are.
+
+        Keys: `sequence`, `position` (in its text, from 0), `token_id`, `domain`, `generated`, `stitch`, `layer`,
+        `kind`, and `gate.<model>` for each model.
+        """
+        return [
+            {
+                "sequence": i,
+                "position": position,
+                "token_id": sequence.token_ids[position],
+                "domain": sequence.domain,
+                "generated": sequence.generated[position],
+                "stitch": s,
+                "layer": stitch.layer,
+                "kind": stitch.kind,
+                **{f"gate.{name}": gate for name, gate in zip(stitch.models, gates) if gate == gate},
+            }
+            for i, sequence in enumerate(self.sequences)
+            for s, stitch in enumerate(self.stitches)
+            for position, gates in enumerate(sequence.gates[s].tolist())
+        ]
+
+    def table(self, by: Union[str, tuple[str, ...]] = "domain", stitch: int = -1) -> GateTable:
+        """Mean gates, their entropy, and how often each model dominates; see `GateTable`.
+
+        Args:
+            by: What the rows are: `"domain"`, `"sequence"`, `"phase"` (prompt or generated), `"stitch"`, or several.
+            stitch: Which stitch, unless the rows are the stitches.
+
+        Raises:
+            ValueError: If `by` is unknown, or nothing was recorded.
+            IndexError: If there is no such stitch.
+        """
+        return make_table(self.stitches, self.sequences, (by,) if isinstance(by, str) else tuple(by), stitch)
+
+
+# -------------------------------------------------------------------- one batch of sequences
+
+
+class _Generation:
+    """A `generate()` under way."""
+
+    def __init__(self, prompt: int, ends: list[int]) -> None:
+        self.prompt, self.ends = prompt, ends
+        self._prompts: dict[int, int] = {}
+        self._caches: list[tuple[Any, _Batch]] = []  # held, so that they can be asked at the end
+
+    def prompt_of(self, batch: _Batch, cache: Any, columns: int) -> int:
+        """Where the batch's prompt ends. A second batch is of negative prompts; their length is that of its first call."""
+        if id(batch) not in self._prompts:
+            self._prompts[id(batch)] = columns if self._prompts else self.prompt
+            if cache is not None:
+                self._caches.append((cache, batch))
+        return self._prompts[id(batch)]
+
+    def drop_rejected(self) -> None:
+        """Drafts rejected in the last step: no later call overwrites them, but the cache has lost them."""
+        for cache, batch in self._caches:
+            held = cached_tokens(cache)
+            if held:
+                batch.cut(held)
+
+
+@dataclass
+class _Chunk:
+    """One forward: `columns` tokens of every row, the first in column `start` of the padded sequences."""
+
+    start: int
+    columns: int
+    token_ids: Optional[Tensor]  # (B, columns)
+    text: Optional[Tensor]  # (B, columns), false for padding
+    gates: dict[tuple[int, str], tuple[tuple[str, ...], Tensor]]  # by stitch: names, (models, B, columns)
+    generation: Optional[_Generation]
+    prompt: Optional[int]  # the column where generated tokens start
+
+    def cut(self, columns: int) -> None:
+        self.columns = columns
+        self.token_ids = None if self.token_ids is None else self.token_ids[:, :columns]
+        self.text = None if self.text is None else self.text[:, :columns]
+        self.gates = {key: (names, gates[..., :columns]) for key, (names, gates) in self.gates.items()}
+
+    def generated(self) -> Tensor:
+        places = torch.arange(self.start, self.start + self.columns)
+        return torch.zeros_like(places, dtype=torch.bool) if self.prompt is None else places >= self.prompt
+
+
+@dataclass
+class _Batch:
+    """Forwards that continue one another."""
+
+    domain: Optional[str]
+    rows: int
+    chunks: list[_Chunk] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.chunks[-1].start + self.chunks[-1].columns if self.chunks else 0
+
+    def cut(self, end: int) -> None:
+        """Forget the tokens from column `end` on: they are computed anew, or were taken back."""
+        while self.chunks and self.chunks[-1].start >= end:
+            self.chunks.pop()
+        if self.end > end:
+            self.chunks[-1].cut(end - self.chunks[-1].start)
+
+    def sequences(self, stitches: list[TracedStitch]) -> Iterator[GateSequence]:
+        if not self.chunks:
+            return
+        generated = torch.cat([chunk.generated() for chunk in self.chunks])
+        token_ids = torch.cat([_on_cpu(chunk.token_ids, (self.rows, chunk.columns), -1) for chunk in self.chunks], 1)
+        kept = torch.cat([_on_cpu(chunk.text, (self.rows, chunk.columns), 1).bool() for chunk in self.chunks], 1)
+        kept &= ~self._finished(token_ids, generated)
+        gates = [torch.cat([self._gates(chunk, stitch) for chunk in self.chunks], 1) for stitch in stitches]
+        for row in range(self.rows):
+            keep = kept[row]
+            yield GateSequence(
+                self.domain,
+                [None if token < 0 else token for token in token_ids[row][keep].tolist()],
+                generated[keep].tolist(),
+                [gate[row][keep] for gate in gates],
+            )
+
+    def _gates(self, chunk: _Chunk, stitch: TracedStitch) -> Tensor:
+        """(B, columns, models), NaN for models that took no part."""
+        all_gates = torch.full((self.rows, chunk.columns, len(stitch.models)), torch.nan)
+        names, gates = chunk.gates.get((stitch.layer, stitch.kind), ((), ()))
+        for name, gate in zip(names, gates):
+            all_gates[..., stitch.models.index(name)] = gate.cpu()
+        return all_gates
+
+    def _finished(self, token_ids: Tensor, generated: Tensor) -> Tensor:
+        """Where a row had ended and only waited for the rest of the batch: (B, T)."""
+        finished = torch.zeros_like(token_ids, dtype=torch.bool)
+        starts = torch.cat([torch.full((chunk.columns,), i) for i, chunk in enumerate(self.chunks)])
+        for generation in {id(chunk.generation): chunk.generation for chunk in self.chunks}.values():
+            if generation is not None:
+                own = torch.tensor([chunk.generation is generation for chunk in self.chunks])[starts] & generated
+                is_end = torch.isin(token_ids[:, own], torch.tensor(generation.ends, dtype=token_ids.dtype))
+                finished[:, own] = is_end.cumsum(1) - is_end.long() > 0
+        return finished
+
+
+def _on_cpu(tensor: Optional[Tensor], shape: tuple[int, int], default: int) -> Tensor:
+    return torch.full(shape, default) if tensor is None else tensor.cpu()
