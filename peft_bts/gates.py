@@ -257,7 +257,7 @@ class _Generation:
         self._caches: list[tuple[Any, _Batch]] = []  # held, so that they can be asked at the end
 
     def prompt_of(self, batch: _Batch, cache: Any, columns: int) -> int:
-        """Where the batch's prompt ends. A second batch is of negative prompts; their length is that of its first call."""
+        """Where the batch's prompt ends. A second batch has negative prompts, as long as its first call."""
         if id(batch) not in self._prompts:
             self._prompts[id(batch)] = columns if self._prompts else self.prompt
             if cache is not None:

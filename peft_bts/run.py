@@ -170,9 +170,8 @@ class Runs:
         outer = self._slot.get()
         if outer is not None and not torch.compiler.is_compiling():
             outer = self._without_dead_runs(outer, opening=True)
-        self._slot.set(
-            Run(plan, call, outer, self.observers)
-        )  # before the checks: `_close` is called even if they raise
+        # Before the checks: `_close` is called even if they raise.
+        self._slot.set(Run(plan, call, outer, self.observers))
         if plan is not None:
             check_call(plan, call)
 
