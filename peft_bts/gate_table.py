@@ -66,6 +66,7 @@ class GateTable:
             title="Mean gates (in brackets: tokens where the model dominates)",
             caption="stitch: its hub layer. entropy: of a token's gates, in nats; normalised: divided by its maximum",
         )
+        escape = needs("rich.markup").escape
         keys = [key for key in self.by if key != "stitch"]
         for column in [*keys, "stitch"]:
             table.add_column(column)
@@ -77,7 +78,7 @@ class GateTable:
                 for name in self.models
             ]
             table.add_row(
-                *("-" if row[key] is None else str(row[key]) for key in keys),
+                *("-" if row[key] is None else escape(str(row[key])) for key in keys),
                 f"{row['layer']}, {row['kind'].partition('_')[2].replace('_', ' ')}",
                 str(row["tokens"]),
                 *gates,
@@ -99,8 +100,6 @@ def make_table(
     unknown = [name for name in by if name not in GROUPS]
     if unknown or not by:
         raise ValueError(f"Rows can be by {', '.join(GROUPS)}, or several of these; got {by}.")
-    if not sequences:
-        raise ValueError("Nothing was recorded: run the model inside of `with trace_gates(model) as trace:`.")
     chosen = range(len(stitches)) if "stitch" in by else [range(len(stitches))[stitch]]
     groups: dict[tuple, list[Tensor]] = {}
     for i, sequence in enumerate(sequences):

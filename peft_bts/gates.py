@@ -11,17 +11,19 @@ joins the forwards that continue one cache into sequences: the prompt and every 
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from . import gate_views
 from .experts import cached_tokens
 from .gate_table import GateTable, make_table
 from .masks import is_text
@@ -30,6 +32,9 @@ from .run import Run, Runs
 from .standalone import StitchedForCausalLM, StitchedModel
 from .stitch import HUB
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CHANGE_OBSERVERS = threading.Lock()
 
@@ -242,7 +247,61 @@ class GateTrace:
             ValueError: If `by` is unknown, or nothing was recorded.
             IndexError: If there is no such stitch.
         """
+        self._check_not_empty()
         return make_table(self.stitches, self.sequences, (by,) if isinstance(by, str) else tuple(by), stitch)
+
+    def plot(
+        self,
+        by: str = "token",
+        *,
+        stitch: int = -1,
+        tokenizer: Any = None,
+        sequences: Optional[Iterable[int]] = None,
+    ) -> Figure:
+        """Draw the gates of one stitch (needs `peft_bts[viz]`).
+
+        Args:
+            by: `"token"`: over each sequence, as in the paper's figures 2 and 3; `"domain"`: means, domains x models.
+            stitch: Which stitch; the paper's figures show the last.
+            tokenizer: To write the tokens' texts below; else their ids.
+            sequences: Which, by their place in `sequences`; by default the first of every domain.
+
+        Returns:
+            A matplotlib `Figure`; `figure.savefig("gates.png")` saves it.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: If `by` is unknown, or nothing was recorded.
+        """
+        self._check_not_empty()
+        if by == "token":
+            return gate_views.plot_tokens(self, stitch, tokenizer, sequences)
+        if by == "domain":
+            return gate_views.plot_domains(self, stitch)
+        raise ValueError(f"Gates can be drawn by 'token' or 'domain', got {by!r}.")
+
+    def to_html(self, path: Union[str, os.PathLike, None] = None, *, tokenizer: Any = None) -> str:
+        """Make a page of all sequences, every token in the colour of its dominant model; the stitch can be chosen.
+
+        Pointing at a token shows all its gates. The page is one file and loads nothing. Colours are told apart with
+        every kind of colour blindness for up to seven experts; the eighth has the first one's colour.
+
+        Args:
+            path: A file to write, or `None`.
+            tokenizer: To show the tokens' texts; else their ids.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: If nothing was recorded.
+        """
+        self._check_not_empty()
+        return gate_views.to_html(self, path, tokenizer)
+
+    def _check_not_empty(self) -> None:
+        if not self._batches:
+            raise ValueError("Nothing was recorded: run the model inside of `with trace_gates(model) as trace:`.")
 
 
 # -------------------------------------------------------------------- one batch of sequences
