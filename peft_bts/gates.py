@@ -28,6 +28,7 @@ from .experts import cached_tokens
 from .gate_table import GateTable, make_table
 from .masks import is_text
 from .model import StitchModel
+from .observers import Observers
 from .run import Run, Runs
 from .standalone import StitchedForCausalLM, StitchedModel
 from .stitch import HUB
@@ -56,12 +57,12 @@ def trace_gates(model: nn.Module) -> Iterator[GateTrace]:
     """
     observed, trace = _observed(model), GateTrace()
     with _CHANGE_OBSERVERS:
-        observed.observers = (*observed.observers, trace)
+        observed.observers = Observers([*observed.observers, trace])
     try:
         yield trace
     finally:
         with _CHANGE_OBSERVERS:
-            rest = tuple(observer for observer in observed.observers if observer is not trace)
+            rest = Observers(observer for observer in observed.observers if observer is not trace)
             if rest:
                 observed.observers = rest
             else:
@@ -156,12 +157,11 @@ class GateTrace:
             for layer, by_model in run.gates.items()
         }
         *_, rows, columns = next(iter(gates.values()))[1].shape
-        mask, batch = run.call.get("attention_mask"), None
+        mask = run.call.get("attention_mask")
+        batch = None if run.cache is None else self._of_cache.get(run.cache)
         start = run.past
-        if run.cache is not None:
-            batch = self._of_cache.get(run.cache)
-        if start is None:  # only recurrent layers, which do not count; a mask of all tokens does
-            start = mask.shape[1] - columns if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+        if start is None:  # recurrent layers do not count their tokens, nor do compiled steps
+            start = 0 if batch is None else batch.end
         if batch is None or not 0 < start <= batch.end or rows != batch.rows:
             batch = _Batch(self.label, rows)
             self._batches.append(batch)

@@ -27,7 +27,8 @@ from .export import export_composition
 from .files import file_key, fit_to_model, stitch_weights
 from .layer import StitchLayer, place_for_stitch
 from .loading import check_expert, describe_model, load_expert, resolve_reference
-from .run import Plan, Runs, generation
+from .observers import generation
+from .run import Plan, Runs
 from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, Init, PerModel, check_init
 
 
@@ -409,7 +410,7 @@ class StitchModel(BaseTuner):
         if plan is not None and asked_for("cache_implementation") == "paged":
             self._refuse_continuous_batching()
         rolls_back = caches_roll_back() if drafts or asked_for("is_assistant") else nullcontext()
-        with rolls_back, generation(self._runs.observers, args, kwargs, config):
+        with rolls_back, generation(self._runs.observers, self.model, args, kwargs):
             return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
@@ -195,27 +194,6 @@ class Runs:
             runs.append(run)
             run = run.outer
         return runs[-alive] if alive > 0 else None
-
-
-@contextmanager
-def generation(observers: tuple, args: tuple, kwargs: dict[str, Any], config: Any) -> Iterator[None]:
-    """Tell observers of a `generate()` call: how long its prompt is, and which tokens end a sequence.
-
-    Args:
-        args, kwargs: Those of the call.
-        config: Its generation config.
-    """
-    if not observers:
-        yield
-        return
-    given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
-    prompt = next((value.shape[1] for value in given if isinstance(value, Tensor)), 1)  # 1: the token of its own
-    ends = kwargs.get("eos_token_id", config.eos_token_id)
-    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
-    with ExitStack() as stack:
-        for observer in observers:
-            stack.enter_context(observer.generating(prompt, ends))
-        yield
 
 
 def check_call(plan: Plan, call: dict[str, Any]) -> None:

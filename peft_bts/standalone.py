@@ -34,7 +34,8 @@ from .cache import cache_like, static_length
 from .config import EXPERTS_INTO_HUB
 from .experts import PerThread, Planner, cached_tokens, find_decoder, text_config, with_layers
 from .masks import expert_mask
-from .run import Plan, Run, checkpoint_function, generation
+from .observers import generation
+from .run import Plan, Run, checkpoint_function
 from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, PerModel
 
 
@@ -313,8 +314,7 @@ class StitchedForCausalLM(StitchedPreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`."""
-        config = kwargs.get("generation_config") or self.generation_config
-        with generation(self.model.observers, args, kwargs, config):
+        with generation(self.model.observers, self, args, kwargs):
             return super().generate(*args, **kwargs)
 
 

@@ -20,7 +20,8 @@ from peft_bts.gate_views import token_texts
 
 
 NASTY = ["</script><script>document.title = 'run'</script>", "<!--<script>",
-         "<img src=x onerror=document.title='run'>", "$\\frac$", "\n", "\t", "&lt;", "'\"", "[bold]", "\u2028", "  ", "é"]  # fmt: skip
+         "<img src=x onerror=document.title='run'>", "$\\frac$", "\n", "\t", "&lt;",
+         "'\"", "[bold]", "\u2028", "  ", "é"]  # fmt: skip
 
 
 class NastyTokenizer:

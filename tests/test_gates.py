@@ -10,13 +10,17 @@ import reference
 import torch
 from conftest import FAMILIES, IDS, LEFT, MASKS, both, expected_logits, fresh, logits, stitch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, GenerationConfig
 
 from peft_bts import trace_gates
 from peft_bts.stitch import HUB
 
 
-OPTIONS = [{}, {"gate": "token", "r": 2}, {"pattern": "experts_into_hub", "gate_bias": False}]
+CHANNEL, TOKEN, INTO_HUB = {}, {"gate": "token", "r": 2}, {"pattern": "experts_into_hub", "gate_bias": False}
+# A bloom hub has no positions to give to the reference's gpt2 expert, which counts padding then.
+CASES = [(arch, CHANNEL, mask) for arch in FAMILIES for mask in ("full", "left") if (arch, mask) != ("bloom", "left")]
+CASES += [(arch, options, "left") for arch in ("llama", "gpt2") for options in (TOKEN, INTO_HUB)]
+CASES += [("llama", options, "right") for options in (CHANNEL, TOKEN, INTO_HUB)]
 
 
 def make(arch="llama", **options):
@@ -60,15 +64,9 @@ def check_equal(trace, expected, mask=None, ids=IDS):
                 torch.testing.assert_close(gates[:, column], by_model[name][row][keep], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", ["full", "left", "right"])
-@pytest.mark.parametrize("options", OPTIONS, ids=["channel", "token", "into_hub"])
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch, options, mask", CASES)
 def test_gates_equal_the_equations(arch, options, mask, monkeypatch):
     """Softmax over all models, or a sigmoid, of a linear map of the hub's state, from the tensors of the file."""
-    if (arch != "llama" and mask == "right") or (arch not in ("llama", "gpt2") and "r" in options):
-        pytest.skip("covered by others")
-    if arch == "bloom" and mask == "left":
-        pytest.skip("a bloom hub has no positions to give to a gpt2 expert of the reference")
     model, plain, experts = make(arch, **options)
     with trace_gates(model) as trace:
         logits(model, attention_mask=MASKS[mask])
@@ -96,13 +94,18 @@ def test_generate_equals_one_forward(arch, cache):
         torch.testing.assert_close(sequence.gates, expected.gates, rtol=1e-4, atol=1e-5)
 
 
-def test_finished_rows_are_left_out():
+@pytest.mark.parametrize("how", ["argument", "config", "model"])
+def test_finished_rows_are_left_out(how):
     """Behind its end token a row only waits for the others; it has nothing to say about gates any more."""
     model, _, _ = make()
+    model.generation_config.update(max_new_tokens=8, do_sample=False, pad_token_id=0)
     free = model.generate(IDS, max_new_tokens=8, do_sample=False)[:, IDS.shape[1] :]
     end = next(token for token in free[0].tolist() if token not in free[1])
+    config = GenerationConfig(eos_token_id=end if how == "config" else None, max_new_tokens=8)
+    if how == "model":
+        model.generation_config.eos_token_id = end
     with trace_gates(model) as trace:
-        model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=0)
+        model.generate(IDS, **{"eos_token_id": end} if how == "argument" else {"generation_config": config})
     first, second = trace.sequences
     assert first.token_ids[-1] == end
     assert [sum(s.generated) for s in (first, second)] == [free[0].tolist().index(end) + 1, 7]
@@ -191,6 +194,15 @@ def test_nothing_is_left_behind():
     now = hooks_and_state(model)
     assert now[0] == state[0] and now[1].keys() == state[1].keys()
     assert len(outer.sequences) == 6 and len(inner.sequences) == 2  # the forward that failed is not half recorded
+
+
+def test_a_copy_is_not_traced():
+    """A copy made meanwhile starts untraced, and the trace stays with the model."""
+    model, _, _ = make()
+    with trace_gates(model) as trace:
+        logits(copy.deepcopy(model))
+        assert not trace.sequences
+    assert not copy.deepcopy(model).base_model._runs.observers
 
 
 def test_other_threads_are_not_recorded():
@@ -305,6 +317,16 @@ def test_compiled_model():
         fast(input_ids=IDS, use_cache=False)
     for sequence, other in zip(trace.sequences, expected.sequences, strict=True):
         assert sequence.token_ids == other.token_ids
+        torch.testing.assert_close(sequence.gates, other.gates)
+    config = CompileConfig(backend="aot_eager", fullgraph=False, mode=None)
+    config._compile_all_devices = True  # as generate() does by itself on a GPU, with a static cache
+    options = {"attention_mask": LEFT, "max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    with trace_gates(model) as expected:
+        model.generate(IDS, **options)
+    with trace_gates(model) as trace:
+        model.generate(IDS, **options, compile_config=config)
+    for sequence, other in zip(trace.sequences, expected.sequences, strict=True):
+        assert (sequence.token_ids, sequence.generated) == (other.token_ids, other.generated)
         torch.testing.assert_close(sequence.gates, other.gates)
     torch.testing.assert_close(whole(input_ids=IDS, use_cache=False).logits, logits(model), rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
