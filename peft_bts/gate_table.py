@@ -17,7 +17,7 @@ from .stitch import HUB
 
 
 if TYPE_CHECKING:
-    from .gates import GateSequence, TracedStitch
+    from .gate_sequences import GateSequence, TracedStitch
 
 
 GROUPS = ("domain", "sequence", "phase", "stitch")

@@ -16,7 +16,8 @@ from .stitch import HUB
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .gates import GateSequence, GateTrace, TracedStitch
+    from .gate_sequences import GateSequence, TracedStitch
+    from .gates import GateTrace
 
 HUB_COLOUR = "#999999"
 # Okabe and Ito: told apart with every kind of colour blindness. More experts than that share colours.

@@ -16,15 +16,14 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from . import gate_views
-from .experts import cached_tokens
+from .gate_sequences import Batch, Chunk, GateSequence, Generation, TracedStitch
 from .gate_table import GateTable, make_table
 from .masks import is_text
 from .model import StitchModel
@@ -89,35 +88,6 @@ def _observed(model: nn.Module) -> Union[Runs, StitchedModel]:
     return inner.model if isinstance(inner, StitchedForCausalLM) else inner
 
 
-@dataclass(frozen=True, order=True)
-class TracedStitch:
-    """A stitch: the 0-based hub layer that it sits behind, its kind, and whose gates it has, in the columns' order."""
-
-    layer: int
-    kind: str
-    models: tuple[str, ...]
-
-
-@dataclass
-class GateSequence:
-    """One sequence of T tokens, without its padding.
-
-    Attributes:
-        domain: The trace's label when the sequence began, or `None`.
-        token_ids: T ids; `None` for tokens that came as `inputs_embeds`.
-        generated: T flags, whether `generate()` made the token (its last token is never fed back: it has no gates).
-        gates: For every stitch of the trace, (T, models), float32 on the CPU; NaN where a model was left out.
-    """
-
-    domain: Optional[str]
-    token_ids: list[Optional[int]]
-    generated: list[bool]
-    gates: list[Tensor]
-
-    def __len__(self) -> int:
-        return len(self.generated)
-
-
 class GateTrace:
     """What `trace_gates` recorded; it can be read during the `with` and after it.
 
@@ -132,9 +102,9 @@ class GateTrace:
     def __init__(self) -> None:
         self.label: Optional[str] = None
         self._thread = threading.get_ident()
-        self._batches: list[_Batch] = []
+        self._batches: list[Batch] = []
         self._of_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the batch that a cache belongs to
-        self._generation: Optional[_Generation] = None
+        self._generation: Optional[Generation] = None
 
     @contextmanager
     def domain(self, label: str) -> Iterator[None]:
@@ -157,34 +127,37 @@ class GateTrace:
             for layer, by_model in run.gates.items()
         }
         *_, rows, columns = next(iter(gates.values()))[1].shape
-        mask = run.call.get("attention_mask")
-        batch = None if run.cache is None else self._of_cache.get(run.cache)
-        start = run.past
-        if start is None:  # recurrent layers do not count their tokens, nor do compiled steps
-            start = 0 if batch is None else batch.end
-        if batch is None or not 0 < start <= batch.end or rows != batch.rows:
-            batch = _Batch(self.label, rows)
+        generation, start = self._generation, run.past
+        if run.cache is not None:
+            batch = self._of_cache.get(run.cache)
+            if start is None:  # recurrent layers do not count their tokens, nor do compiled steps
+                start = 0 if batch is None else batch.end
+            continues = batch is not None and 0 < start <= batch.end
+        else:
+            batch = None if generation is None else generation.uncached
+            continues = batch is not None and batch.end <= columns
+        if not continues or rows != batch.rows:
+            batch = Batch(self.label, rows)
             self._batches.append(batch)
             if run.cache is not None:
                 self._of_cache[run.cache] = batch
         batch.cut(start)
-        text = is_text(mask, run.plan.hub_config, start, columns)
         batch.chunks.append(
-            _Chunk(
+            Chunk(
                 start,
                 columns,
                 None if tokens is None else tokens.detach().clone(),
-                text,
+                is_text(run.call.get("attention_mask"), run.plan.hub_config, start, columns),
                 gates,
-                self._generation,
-                None if self._generation is None else self._generation.prompt_of(batch, run.cache, start + columns),
+                generation,
+                None if generation is None else generation.prompt_of(batch, run.cache, start + columns),
             )
         )
 
     @contextmanager
     def generating(self, prompt: int, ends: list[int]) -> Iterator[None]:
         """Inside of the `with`, the tokens behind the first `prompt` are generated, up to one of `ends`."""
-        outer, self._generation = self._generation, _Generation(prompt, ends)
+        outer, self._generation = self._generation, Generation(prompt, ends)
         try:
             yield
         finally:
@@ -302,113 +275,3 @@ class GateTrace:
     def _check_not_empty(self) -> None:
         if not self._batches:
             raise ValueError("Nothing was recorded: run the model inside of `with trace_gates(model) as trace:`.")
-
-
-# -------------------------------------------------------------------- one batch of sequences
-
-
-class _Generation:
-    """A `generate()` under way."""
-
-    def __init__(self, prompt: int, ends: list[int]) -> None:
-        self.prompt, self.ends = prompt, ends
-        self._prompts: dict[int, int] = {}
-        self._caches: list[tuple[Any, _Batch]] = []  # held, so that they can be asked at the end
-
-    def prompt_of(self, batch: _Batch, cache: Any, columns: int) -> int:
-        """Where the batch's prompt ends. A second batch has negative prompts, as long as its first call."""
-        if id(batch) not in self._prompts:
-            self._prompts[id(batch)] = columns if self._prompts else self.prompt
-            if cache is not None:
-                self._caches.append((cache, batch))
-        return self._prompts[id(batch)]
-
-    def drop_rejected(self) -> None:
-        """Drafts rejected in the last step: no later call overwrites them, but the cache has lost them."""
-        for cache, batch in self._caches:
-            held = cached_tokens(cache)
-            if held:
-                batch.cut(held)
-
-
-@dataclass
-class _Chunk:
-    """One forward: `columns` tokens of every row, the first in column `start` of the padded sequences."""
-
-    start: int
-    columns: int
-    token_ids: Optional[Tensor]  # (B, columns)
-    text: Optional[Tensor]  # (B, columns), false for padding
-    gates: dict[tuple[int, str], tuple[tuple[str, ...], Tensor]]  # by stitch: names, (models, B, columns)
-    generation: Optional[_Generation]
-    prompt: Optional[int]  # the column where generated tokens start
-
-    def cut(self, columns: int) -> None:
-        self.columns = columns
-        self.token_ids = None if self.token_ids is None else self.token_ids[:, :columns]
-        self.text = None if self.text is None else self.text[:, :columns]
-        self.gates = {key: (names, gates[..., :columns]) for key, (names, gates) in self.gates.items()}
-
-    def generated(self) -> Tensor:
-        places = torch.arange(self.start, self.start + self.columns)
-        return torch.zeros_like(places, dtype=torch.bool) if self.prompt is None else places >= self.prompt
-
-
-@dataclass
-class _Batch:
-    """Forwards that continue one another."""
-
-    domain: Optional[str]
-    rows: int
-    chunks: list[_Chunk] = field(default_factory=list)
-
-    @property
-    def end(self) -> int:
-        return self.chunks[-1].start + self.chunks[-1].columns if self.chunks else 0
-
-    def cut(self, end: int) -> None:
-        """Forget the tokens from column `end` on: they are computed anew, or were taken back."""
-        while self.chunks and self.chunks[-1].start >= end:
-            self.chunks.pop()
-        if self.end > end:
-            self.chunks[-1].cut(end - self.chunks[-1].start)
-
-    def sequences(self, stitches: list[TracedStitch]) -> Iterator[GateSequence]:
-        if not self.chunks:
-            return
-        generated = torch.cat([chunk.generated() for chunk in self.chunks])
-        token_ids = torch.cat([_on_cpu(chunk.token_ids, (self.rows, chunk.columns), -1) for chunk in self.chunks], 1)
-        kept = torch.cat([_on_cpu(chunk.text, (self.rows, chunk.columns), 1).bool() for chunk in self.chunks], 1)
-        kept &= ~self._finished(token_ids, generated)
-        gates = [torch.cat([self._gates(chunk, stitch) for chunk in self.chunks], 1) for stitch in stitches]
-        for row in range(self.rows):
-            keep = kept[row]
-            yield GateSequence(
-                self.domain,
-                [None if token < 0 else token for token in token_ids[row][keep].tolist()],
-                generated[keep].tolist(),
-                [gate[row][keep] for gate in gates],
-            )
-
-    def _gates(self, chunk: _Chunk, stitch: TracedStitch) -> Tensor:
-        """(B, columns, models), NaN for models that took no part."""
-        all_gates = torch.full((self.rows, chunk.columns, len(stitch.models)), torch.nan)
-        names, gates = chunk.gates.get((stitch.layer, stitch.kind), ((), ()))
-        for name, gate in zip(names, gates):
-            all_gates[..., stitch.models.index(name)] = gate.cpu()
-        return all_gates
-
-    def _finished(self, token_ids: Tensor, generated: Tensor) -> Tensor:
-        """Where a row had ended and only waited for the rest of the batch: (B, T)."""
-        finished = torch.zeros_like(token_ids, dtype=torch.bool)
-        starts = torch.cat([torch.full((chunk.columns,), i) for i, chunk in enumerate(self.chunks)])
-        for generation in {id(chunk.generation): chunk.generation for chunk in self.chunks}.values():
-            if generation is not None:
-                own = torch.tensor([chunk.generation is generation for chunk in self.chunks])[starts] & generated
-                is_end = torch.isin(token_ids[:, own], torch.tensor(generation.ends, dtype=token_ids.dtype))
-                finished[:, own] = is_end.cumsum(1) - is_end.long() > 0
-        return finished
-
-
-def _on_cpu(tensor: Optional[Tensor], shape: tuple[int, int], default: int) -> Tensor:
-    return torch.full(shape, default) if tensor is None else tensor.cpu()
