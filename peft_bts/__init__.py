@@ -10,8 +10,10 @@ from ._compat import add_peft_type, after_model_card, keep_offloaded_hubs
 
 add_peft_type("STITCH")  # what follows needs the member
 
+from .callbacks import GateLogger  # noqa: E402
 from .card import update_model_card  # noqa: E402
 from .config import StitchConfig  # noqa: E402
+from .gates import GateTrace, trace_gates  # noqa: E402
 from .layer import StitchLayer  # noqa: E402
 from .model import StitchModel  # noqa: E402
 from .standalone import StitchedConfig, StitchedForCausalLM, StitchedModel  # noqa: E402
@@ -25,6 +27,8 @@ after_model_card(lambda model, folder: update_model_card(next(iter(model.peft_co
 __version__ = "0.1.0"
 __all__ = [
     "ExpertsIntoHub",
+    "GateLogger",
+    "GateTrace",
     "HubIntoExperts",
     "StitchConfig",
     "StitchLayer",
@@ -32,4 +36,5 @@ __all__ = [
     "StitchedConfig",
     "StitchedForCausalLM",
     "StitchedModel",
+    "trace_gates",
 ]

@@ -7,16 +7,20 @@ member `STITCH`; it can shrink to nothing the day PEFT knows the method itself.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils.output_capturing import _active_collector
 
 
@@ -151,6 +155,35 @@ def real_weights():
         yield
     finally:
         nn.Module.register_parameter, nn.Module.register_buffer = patched
+
+
+def first_callback(callback: TrainerCallback) -> None:
+    """Put a callback of a Trainer before all others; called from one of the callback's own events.
+
+    Reporters such as TensorBoard's come first otherwise, and never see what a later callback adds to the logs. Only
+    the handler knows the order, and it does not say who it is: it is looked for among the calls on the stack.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back
+
+
+def needs(module: str) -> ModuleType:
+    """Import a module of the `viz` extra.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise ModuleNotFoundError(f"This needs {package}: pip install peft_bts[viz]", name=package) from error
 
 
 def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:

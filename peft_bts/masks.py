@@ -60,6 +60,22 @@ def expert_mask(mask: Mask, hub: Any, expert: Any, past: Optional[int], queries:
     return mask
 
 
+def is_text(mask: Mask, hub: Any, past: int, queries: int) -> Optional[Tensor]:
+    """Which of this call's tokens are no padding, (B, queries); `None` where the mask does not tell.
+
+    Args:
+        mask, hub: The mask in the hub's call, and the hub's config.
+        past: Tokens in the cache before the call.
+        queries: Tokens in this call.
+    """
+    if _is_prepared(mask):
+        full = _full(mask) if _has_full_attention(mask, hub) else None
+        mask = None if full is None else _visible(full)[:, -1]
+    if mask is None or mask.dim() != 2 or mask.shape[1] < past + queries:
+        return None
+    return mask[:, past : past + queries].bool()
+
+
 def _is_prepared(mask: Mask) -> bool:
     return isinstance(mask, dict) or (mask is not None and len(mask.shape) == 4)
 

@@ -27,6 +27,7 @@ from .export import export_composition
 from .files import file_key, fit_to_model, stitch_weights
 from .layer import StitchLayer, place_for_stitch
 from .loading import check_expert, describe_model, load_expert, resolve_reference
+from .observers import generation
 from .run import Plan, Runs
 from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, Init, PerModel, check_init
 
@@ -408,7 +409,8 @@ class StitchModel(BaseTuner):
                     )
         if plan is not None and asked_for("cache_implementation") == "paged":
             self._refuse_continuous_batching()
-        with caches_roll_back() if drafts or asked_for("is_assistant") else nullcontext():
+        rolls_back = caches_roll_back() if drafts or asked_for("is_assistant") else nullcontext()
+        with rolls_back, generation(self._runs.observers, self.model, args, kwargs):
             return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

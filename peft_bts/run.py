@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -19,7 +20,7 @@ from transformers import Cache
 
 from .cache import check_cache, find_cache, join_caches
 from .config import EXPERTS_INTO_HUB, expert_boundary
-from .experts import Expert, PerThread, Stream
+from .experts import Expert, PerThread, Stream, cached_tokens
 from .masks import check_mask
 
 
@@ -42,18 +43,42 @@ class Run:
         plan: What the active adapter runs; `None` while no adapter is active or all are disabled.
         call: The arguments of the hub's backbone, by name.
         outer: The run that this one interrupts: that of a forward in whose middle this forward was called.
+        observers: Told of the run, with its gates, when the last stitch is done (gates.py).
+
+    Attributes:
+        gates: While there are observers, by hub layer and model: a token's gate, the mean over its channels, (B, T).
+        past: While there are observers, the tokens that the cache held before; `None` where it does not tell.
+        cache: The hub's cache, or `None`.
     """
 
-    def __init__(self, plan: Optional[Plan], call: dict[str, Any], outer: Optional[Run]) -> None:
-        self.plan, self.call, self.outer = plan, call, outer
+    def __init__(
+        self, plan: Optional[Plan], call: dict[str, Any], outer: Optional[Run], observers: tuple = ()
+    ) -> None:
+        self.plan, self.call, self.outer, self.observers = plan, call, outer, observers
         self.streams: Optional[dict[str, Stream]] = None
         self._dropped: Optional[dict[str, Tensor]] = None
+        if observers:
+            self.gates: dict[int, dict[str, Tensor]] = {}
+            self.cache: Optional[Cache] = call.get("past_key_values")
+            self.past = cached_tokens(self.cache)
 
     def _dropped_experts(self, batch: int) -> dict[str, Tensor]:
         """Expert dropout: for each expert, the sequences (B,) that do without it, the same at every stitch."""
         if self._dropped is None:
             self._dropped = {name: torch.rand(batch) < self.plan.expert_dropout for name in sorted(self.streams)}
         return self._dropped
+
+    @torch.compiler.disable
+    def _note_gates(self, layer: int, gates: dict[str, Tensor]) -> None:
+        for name, gate in gates.items():
+            # Channels are not kept: a trace of them would be as large as all hidden states.
+            dtype = torch.promote_types(gate.dtype, torch.float32)
+            self.gates.setdefault(layer, {})[name] = gate.detach().mean(dim=-1, dtype=dtype)
+
+    @torch.compiler.disable
+    def _tell_observers(self) -> None:
+        for observer in self.observers:
+            observer.record(self)
 
     def _open(self, cache: Optional[Cache]) -> dict[str, Stream]:
         experts = self.plan.experts
@@ -74,21 +99,27 @@ class Run:
         """
         if self.streams is None:
             # transformers drops the cache while it checkpoints gradients: the recomputation would fill it twice.
-            self.streams = self._open(find_cache(args, kwargs) if checkpoint is None else None)
+            cache = find_cache(args, kwargs) if checkpoint is None else None
+            self.streams = self._open(cache)
+            if self.observers:
+                self.cache = cache
         plan, streams = self.plan, self.streams
+        observe = partial(self._note_gates, layer) if self.observers else None
         states = {}
         for name, stream in streams.items():
             boundary = expert_boundary(layer + 1, plan.hub_layers, plan.experts[name].num_layers)
             states[name] = stream.advance(boundary, checkpoint).to(hub_BTD.device)
         if stitch.kind == EXPERTS_INTO_HUB:
             dropout = stitch.training and plan.expert_dropout > 0
-            hub_BTD, new_states = stitch(hub_BTD, states, self._dropped_experts(len(hub_BTD)) if dropout else None)
-            if not plan.projected:
-                return hub_BTD
+            dropped = self._dropped_experts(len(hub_BTD)) if dropout else None
+            hub_BTD, new_states = stitch(hub_BTD, states, dropped, observe=observe)
         else:
-            new_states = stitch(hub_BTD, states)
-        for name, stream in streams.items():
-            stream.state = new_states[name].to(stream.state.device)
+            new_states = stitch(hub_BTD, states, observe)
+        if stitch.kind != EXPERTS_INTO_HUB or plan.projected:
+            for name, stream in streams.items():
+                stream.state = new_states[name].to(stream.state.device)
+        if self.observers and layer == plan.hub_layers - 1:
+            self._tell_observers()
         return hub_BTD
 
 
@@ -98,7 +129,12 @@ class Runs:
     Args:
         backbone: The module that loops over the hub's decoder layers.
         active_plan: Says what a forward that starts now runs; `None` for the hub alone.
+
+    Attributes:
+        observers: Told of every run's gates (gates.py); mostly none.
     """
+
+    observers: tuple = ()
 
     def __init__(self, backbone: nn.Module, active_plan: Callable[[], Optional[Plan]]) -> None:
         self._backbone, self._active_plan = backbone, active_plan
@@ -133,7 +169,8 @@ class Runs:
         outer = self._slot.get()
         if outer is not None and not torch.compiler.is_compiling():
             outer = self._without_dead_runs(outer, opening=True)
-        self._slot.set(Run(plan, call, outer))  # before the checks: `_close` is called even if they raise
+        # Before the checks: `_close` is called even if they raise.
+        self._slot.set(Run(plan, call, outer, self.observers))
         if plan is not None:
             check_call(plan, call)
 

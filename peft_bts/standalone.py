@@ -34,6 +34,7 @@ from .cache import cache_like, static_length
 from .config import EXPERTS_INTO_HUB
 from .experts import PerThread, Planner, cached_tokens, find_decoder, text_config, with_layers
 from .masks import expert_mask
+from .observers import generation
 from .run import Plan, Run, checkpoint_function
 from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, PerModel
 
@@ -134,7 +135,10 @@ class StitchedModel(StitchedPreTrainedModel):
         layers: Decoder layers of all models, hub first, then the experts by name.
         backbones: What else the models have (embeddings, rotary positions, norms), by name.
         stitches: By hub layer.
+        observers: Told of every forward's gates (gates.py); mostly none.
     """
+
+    observers: tuple = ()
 
     def __init__(self, config: StitchedConfig) -> None:
         super().__init__(config)
@@ -226,7 +230,9 @@ class StitchedModel(StitchedPreTrainedModel):
         if position_ids is None and not self._hub_takes_positions:
             del call["position_ids"]  # as in a call of the hub alone; the experts' are then counted
         views = {name: lane.view(past_key_values) for name, lane in self._lanes.items()}
-        run = Run(self._plan, call, self._runs.get())
+        run = Run(self._plan, call, self._runs.get(), self.observers)
+        if self.observers:
+            run.cache, run.past = past_key_values, cached_tokens(views[HUB])
         self._runs.set(run)
         try:
             # All plans are made before any layer runs: they ask the cache how many tokens it held before.
@@ -305,6 +311,11 @@ class StitchedForCausalLM(StitchedPreTrainedModel, GenerationMixin):
             **kwargs,
         }
         return self._shell(**{name: value for name, value in given.items() if value is not None})
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`."""
+        with generation(self.model.observers, self, args, kwargs):
+            return super().generate(*args, **kwargs)
 
 
 class _Lane:

@@ -6,6 +6,7 @@ The maths runs in the dtype of the stitch's weights; every result has the dtype 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Optional
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 HUB = "hub"
 Init = Literal["zero", "hub", "closed"]
+Observe = Callable[[dict[str, Tensor]], None]  # is told the gates by model: (B, T, D_gate), or (B, T, 1) per token
 
 
 class PerModel(nn.ModuleDict):
@@ -194,7 +196,11 @@ class ExpertsIntoHub(_Stitch):
             gate.bias.copy_(self.gate.of(HUB).bias - 2.0)
 
     def forward(
-        self, hub_BTD: Tensor, expert_states: dict[str, Tensor], dropped: Optional[dict[str, Tensor]] = None
+        self,
+        hub_BTD: Tensor,
+        expert_states: dict[str, Tensor],
+        dropped: Optional[dict[str, Tensor]] = None,
+        observe: Optional[Observe] = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mix the given experts into the hub; an expert that is not given takes no part in the softmax.
 
@@ -202,6 +208,7 @@ class ExpertsIntoHub(_Stitch):
             hub_BTD: h_0.
             expert_states: h_i by name, each (B, T, D_i).
             dropped: By name, the sequences (B,) for which an expert is left out of the softmax (expert dropout).
+            observe: Called with the gates g by model, the hub first.
 
         Returns:
             The hub's new state (B, T, D) in the dtype of `hub_BTD`, and the projections p_i by name, each (B, T, D),
@@ -217,6 +224,8 @@ class ExpertsIntoHub(_Stitch):
             dropped_BM = torch.stack([stays_B, *(dropped[name].to(h_BTD.device) for name in names)], dim=-1)
             logits_BTMD = logits_BTMD.masked_fill(dropped_BM[:, None, :, None], float("-inf"))
         g = logits_BTMD.softmax(dim=-2).unbind(dim=-2)
+        if observe is not None:
+            observe(dict(zip([HUB, *names], g)))
         projected = {name: self.proj.of(name)(expert_states[name].to(dtype)) for name in names}
         mixed_BTD = g[0] * h_BTD
         for gate_BTD, p_BTD in zip(g[1:], projected.values()):
@@ -240,15 +249,22 @@ class HubIntoExperts(_Stitch):
     def _shapes(self, d_expert: int) -> tuple[int, int, int]:
         return d_expert, self.d_hub, d_expert
 
-    def forward(self, hub_BTD: Tensor, expert_states: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the new state of every given expert: (B, T, D_i), in the dtype it came in."""
+    def forward(
+        self, hub_BTD: Tensor, expert_states: dict[str, Tensor], observe: Optional[Observe] = None
+    ) -> dict[str, Tensor]:
+        """Return the new state of every given expert: (B, T, D_i), in the dtype it came in.
+
+        `observe` is called with the gate g_i of one expert after the other.
+        """
         names = sorted(expert_states)
         dtype = self.gate.of(names[0]).weight.dtype
         h_BTD = hub_BTD.to(dtype)
         new_states = {}
         for name, logits in zip(names, self._gate_logits(h_BTD, names)):
-            state = expert_states[name].to(dtype)
-            mixed = torch.addcmul(state, logits.sigmoid(), self.proj.of(name)(h_BTD) - state)
+            state, gate = expert_states[name].to(dtype), logits.sigmoid()
+            if observe is not None:
+                observe({name: gate})
+            mixed = torch.addcmul(state, gate, self.proj.of(name)(h_BTD) - state)
             new_states[name] = mixed.to(expert_states[name].dtype)
         return new_states
 

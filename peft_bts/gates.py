@@ -1,0 +1,277 @@
+"""Whom the stitches listen to: the gates of every token and model, recorded while a model runs.
+
+    with trace_gates(model) as trace:
+        with trace.domain("math"):
+            model.generate(**inputs)
+    print(trace.table())
+
+A forward tells the traces of its model, when its last stitch is done, the gates of its tokens (`Run.gates`). A trace
+joins the forwards that continue one cache into sequences: the prompt and every generated token of a `generate()`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from . import gate_views
+from .gate_sequences import Batch, Chunk, GateSequence, Generation, TracedStitch
+from .gate_table import GateTable, make_table
+from .masks import is_text
+from .model import StitchModel
+from .observers import Observers
+from .run import Run, Runs
+from .standalone import StitchedForCausalLM, StitchedModel
+from .stitch import HUB
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CHANGE_OBSERVERS = threading.Lock()
+
+
+@contextmanager
+def trace_gates(model: nn.Module) -> Iterator[GateTrace]:
+    """Record the gates of `model` in every forward and `generate()` inside the `with`, in this thread.
+
+    Recording changes no output. What is recorded of a gate per channel is its mean over the channels. Other threads'
+    calls of the same model are not recorded. Traces may be nested; each records all. Code compiled by `torch.compile`
+    breaks its graph to record, so `fullgraph=True` fails inside of a trace; outside, nothing changes for it.
+
+    Args:
+        model: A `PeftModel` with a stitch adapter, its tuner (`StitchModel`), or an exported composition
+            (`StitchedForCausalLM`), also wrapped for distributed training or compiled.
+
+    Raises:
+        TypeError: If there are no stitches in `model`.
+    """
+    observed, trace = _observed(model), GateTrace()
+    with _CHANGE_OBSERVERS:
+        observed.observers = Observers([*observed.observers, trace])
+    try:
+        yield trace
+    finally:
+        with _CHANGE_OBSERVERS:
+            rest = Observers(observer for observer in observed.observers if observer is not trace)
+            if rest:
+                observed.observers = rest
+            else:
+                del observed.observers  # back to the class's
+
+
+def _observed(model: nn.Module) -> Union[Runs, StitchedModel]:
+    """What holds the observers of a model."""
+    inner = model
+    while not isinstance(inner, (PeftModel, StitchModel, StitchedForCausalLM, StitchedModel)):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)  # compiled; DDP and the like
+        if not isinstance(wrapped, nn.Module):
+            raise TypeError(
+                "Gates can be traced in a PeftModel with a stitch adapter, its StitchModel, or a StitchedForCausalLM; "
+                f"got a {type(model).__name__}."
+            )
+        inner = wrapped
+    if isinstance(inner, PeftModel):
+        inner = inner.base_model
+        if not isinstance(inner, StitchModel):
+            raise TypeError(f"This PeftModel has no stitches: its tuner is a {type(inner).__name__}.")
+    if isinstance(inner, StitchModel):
+        return inner._runs
+    return inner.model if isinstance(inner, StitchedForCausalLM) else inner
+
+
+class GateTrace:
+    """What `trace_gates` recorded; it can be read during the `with` and after it.
+
+    Stitches are counted as in `stitches`, from the first layer to the last: `stitch=-1` is the one before the head.
+    Beam search is recorded as it was computed: a sequence is a place in the batch of beams, and the tokens that beams
+    on this place were given, not one of the returned texts. Drafted tokens that were rejected are taken back.
+
+    Attributes:
+        label: The domain of the sequences that begin from now on.
+    """
+
+    def __init__(self) -> None:
+        self.label: Optional[str] = None
+        self._thread = threading.get_ident()
+        self._batches: list[Batch] = []
+        self._of_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the batch that a cache belongs to
+        self._generation: Optional[Generation] = None
+
+    @contextmanager
+    def domain(self, label: str) -> Iterator[None]:
+        """Label the sequences that begin inside of the `with`."""
+        before, self.label = self.label, label
+        try:
+            yield
+        finally:
+            self.label = before
+
+    # ---------------------------------------------------------------- recording
+
+    def record(self, run: Run) -> None:
+        """Take in a forward (called by the model)."""
+        if threading.get_ident() != self._thread:
+            return
+        tokens = run.call.get("input_ids")
+        gates = {
+            (layer, run.plan.schedule[layer]): (tuple(by_model), torch.stack(tuple(by_model.values())))
+            for layer, by_model in run.gates.items()
+        }
+        *_, rows, columns = next(iter(gates.values()))[1].shape
+        generation, start = self._generation, run.past
+        if run.cache is not None:
+            batch = self._of_cache.get(run.cache)
+            if start is None:  # recurrent layers do not count their tokens, nor do compiled steps
+                start = 0 if batch is None else batch.end
+            continues = batch is not None and 0 < start <= batch.end
+        else:
+            batch = None if generation is None else generation.uncached
+            continues = batch is not None and batch.end <= columns
+        if not continues or rows != batch.rows:
+            batch = Batch(self.label, rows)
+            self._batches.append(batch)
+            if run.cache is not None:
+                self._of_cache[run.cache] = batch
+        batch.cut(start)
+        batch.chunks.append(
+            Chunk(
+                start,
+                columns,
+                None if tokens is None else tokens.detach().clone(),
+                is_text(run.call.get("attention_mask"), run.plan.hub_config, start, columns),
+                gates,
+                generation,
+                None if generation is None else generation.prompt_of(batch, run.cache, start + columns),
+            )
+        )
+
+    @contextmanager
+    def generating(self, prompt: int, ends: list[int]) -> Iterator[None]:
+        """Inside of the `with`, the tokens behind the first `prompt` are generated, up to one of `ends`."""
+        outer, self._generation = self._generation, Generation(prompt, ends)
+        try:
+            yield
+        finally:
+            self._generation.drop_rejected()
+            self._generation = outer
+
+    # ---------------------------------------------------------------- reading
+
+    @property
+    def stitches(self) -> list[TracedStitch]:
+        """The stitches that were passed, in their order."""
+        models: dict[tuple[int, str], set] = {}
+        for batch in self._batches:
+            for chunk in batch.chunks:
+                for key, (names, _) in chunk.gates.items():
+                    models.setdefault(key, set()).update(names)
+        return [
+            TracedStitch(*key, tuple(sorted(names, key=lambda name: (name != HUB, name))))
+            for key, names in sorted(models.items())
+        ]
+
+    @property
+    def sequences(self) -> list[GateSequence]:
+        """All sequences, those of a batch one after another. Sequences of padding only are left out."""
+        stitches = self.stitches
+        return [sequence for batch in self._batches for sequence in batch.sequences(stitches) if len(sequence)]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All gates as flat dicts, one for each token and stitch: a `pandas.DataFrame` takes them as they are.
+
+        Keys: `sequence`, `position` (in its text, from 0), `token_id`, `domain`, `generated`, `stitch`, `layer`,
+        `kind`, and `gate.<model>` for each model.
+        """
+        return [
+            {
+                "sequence": i,
+                "position": position,
+                "token_id": sequence.token_ids[position],
+                "domain": sequence.domain,
+                "generated": sequence.generated[position],
+                "stitch": s,
+                "layer": stitch.layer,
+                "kind": stitch.kind,
+                **{f"gate.{name}": gate for name, gate in zip(stitch.models, gates) if gate == gate},
+            }
+            for i, sequence in enumerate(self.sequences)
+            for s, stitch in enumerate(self.stitches)
+            for position, gates in enumerate(sequence.gates[s].tolist())
+        ]
+
+    def table(self, by: Union[str, tuple[str, ...]] = "domain", stitch: int = -1) -> GateTable:
+        """Mean gates, their entropy, and how often each model dominates; see `GateTable`.
+
+        Args:
+            by: What the rows are: `"domain"`, `"sequence"`, `"phase"` (prompt or generated), `"stitch"`, or several.
+            stitch: Which stitch, unless the rows are the stitches.
+
+        Raises:
+            ValueError: If `by` is unknown, or nothing was recorded.
+            IndexError: If there is no such stitch.
+        """
+        self._check_not_empty()
+        return make_table(self.stitches, self.sequences, (by,) if isinstance(by, str) else tuple(by), stitch)
+
+    def plot(
+        self,
+        by: str = "token",
+        *,
+        stitch: int = -1,
+        tokenizer: Any = None,
+        sequences: Optional[Iterable[int]] = None,
+    ) -> Figure:
+        """Draw the gates of one stitch (needs `peft_bts[viz]`).
+
+        Args:
+            by: `"token"`: over each sequence, as in the paper's figures 2 and 3; `"domain"`: means, domains x models.
+            stitch: Which stitch; the paper's figures show the last.
+            tokenizer: To write the tokens' texts below; else their ids.
+            sequences: Which, by their place in `sequences`; by default the first of every domain.
+
+        Returns:
+            A matplotlib `Figure`; `figure.savefig("gates.png")` saves it.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: If `by` is unknown, or nothing was recorded.
+        """
+        self._check_not_empty()
+        if by == "token":
+            return gate_views.plot_tokens(self, stitch, tokenizer, sequences)
+        if by == "domain":
+            return gate_views.plot_domains(self, stitch)
+        raise ValueError(f"Gates can be drawn by 'token' or 'domain', got {by!r}.")
+
+    def to_html(self, path: Union[str, os.PathLike, None] = None, *, tokenizer: Any = None) -> str:
+        """Make a page of all sequences, every token in the colour of its dominant model; the stitch can be chosen.
+
+        Pointing at a token shows all its gates. The page is one file and loads nothing. Colours are told apart with
+        every kind of colour blindness for up to seven experts; the eighth has the first one's colour.
+
+        Args:
+            path: A file to write, or `None`.
+            tokenizer: To show the tokens' texts; else their ids.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: If nothing was recorded.
+        """
+        self._check_not_empty()
+        return gate_views.to_html(self, path, tokenizer)
+
+    def _check_not_empty(self) -> None:
+        if not self._batches:
+            raise ValueError("Nothing was recorded: run the model inside of `with trace_gates(model) as trace:`.")
