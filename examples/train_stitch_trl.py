@@ -10,8 +10,8 @@ Several GPUs: `accelerate launch --num_processes 4 examples/train_stitch_trl.py 
 
 The rows of all domains have the same columns, one of TRL's kinds: `text`; `prompt` and `completion`, where the loss is
 the completion's; or `messages`, where `--assistant_only_loss` leaves out what the user says. All options of
-`StitchConfig` and of TRL's `SFTConfig` can be set. TRL loads the seed in float32, and the experts follow it, unless told
-otherwise: `--model_init_kwargs '{"dtype": "bfloat16"}'`.
+`StitchConfig` and of TRL's `SFTConfig` can be set. TRL loads the seed in float32, and the experts follow it, unless
+told otherwise: `--model_init_kwargs '{"dtype": "bfloat16"}'`.
 """
 
 from dataclasses import dataclass, field, replace
