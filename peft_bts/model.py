@@ -229,7 +229,7 @@ class StitchModel(BaseTuner):
         self._check_adapter_name(adapter_name)
         stitch_schedule(config, len(self._decoder.layers))
         # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
-        owner = next((name for name in self.experts.keys() if self.peft_config.get(name) is config), None)
+        owner = next((name for name in self.experts if self.peft_config.get(name) is config), None)
         experts, references = {}, {}
         for name, reference in config.experts.items():
             if owner is not None:
