@@ -274,3 +274,21 @@ def test_train_stitch_trl(root, tmp_path):
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.active_peft_config.num_stitches == 2
     assert torch.isfinite(torch.tensor(loss_of(model, torch.stack([row["input_ids"] for row in token_rows(2)]))))
+
+
+def test_the_page_on_training(root, tmp_path, monkeypatch):
+    """Every block of docs/training.md, one after another, as a reader would run them."""
+    for name, folder in (("seed", "seed"), ("seed-code", "code"), ("seed-math", "math"), ("seed-law", "math")):
+        (tmp_path / name).symlink_to(root / folder)
+    monkeypatch.chdir(tmp_path)
+    page = (EXAMPLES.parent / "docs" / "training.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    scope = {}
+    for block in blocks:
+        exec(block, scope)
+    assert sorted(scope["model"].active_peft_config.experts) == ["code", "law", "math"]
+    assert set(load_file(tmp_path / "my-dpo-stitch" / "adapter_model.safetensors")) == set(
+        load_file(tmp_path / "my-stitch" / "adapter_model.safetensors")
+    )
+    assert not (tmp_path / "my-dpo-stitch" / "ref").exists()

@@ -111,7 +111,7 @@ def test_padding_collator(side, tmp_path):
     tokenizer = word_tokenizer(padding_side=side)
     rng = random.Random(0)
     texts = [document(1, length, rng) for length in (3, 17, 8, 12, 5, 9)]
-    rows = [tokenizer(text, return_token_type_ids=False) for text in texts]
+    rows = [tokenizer(text) for text in texts]
     model, collator = make(), DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = trainer_of(
         model,
@@ -256,7 +256,7 @@ class Recorder(TrainerCallback):
 STEPS = 10
 
 
-def train_as_a_user(models, output, record, fatal=None, resume=False, **options):
+def train_as_a_user(models, output, record, dropout, fatal=None, resume=False):
     """From folders to a saved adapter; runs here and, as the main program of this file, in a process that dies."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, set_seed
@@ -267,7 +267,8 @@ def train_as_a_user(models, output, record, fatal=None, resume=False, **options)
     set_seed(7)
     hub = AutoModelForCausalLM.from_pretrained(models / "seed")
     experts = {name: str(models / name) for name in ("code", "math")}
-    model = get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM", experts=experts, num_stitches=2, r=4, **options))
+    options = {"num_stitches": 2, "r": 4, "gate_dropout": dropout, "expert_dropout": dropout}
+    model = get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM", experts=experts, **options))
     trainer = trainer_of(
         model,
         output,
@@ -288,12 +289,12 @@ def read_record(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("gate_dropout", [0.3, pytest.param(0.0, marks=pytest.mark.slow)])
-def test_killed_and_resumed(gate_dropout, tmp_path):
+@pytest.mark.parametrize("dropout", [0.3, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_killed_and_resumed(dropout, tmp_path):
     """A process is killed at any step and another one resumes: the losses are those of a run that was not killed."""
     for name, (arch, options) in {"seed": ("llama", {}), **EXPERTS}.items():
         save_model(tmp_path / name, arch, **options)
-    train_as_a_user(tmp_path, tmp_path / "whole", tmp_path / "whole.jsonl", gate_dropout=gate_dropout)
+    train_as_a_user(tmp_path, tmp_path / "whole", tmp_path / "whole.jsonl", dropout=dropout)
     expected = read_record(tmp_path / "whole.jsonl")
     assert [step for step, _, _ in expected] == list(range(1, STEPS + 1))
 
@@ -301,25 +302,25 @@ def test_killed_and_resumed(gate_dropout, tmp_path):
     print(f"killed amid step {fatal}")
     record, output = tmp_path / "killed.jsonl", tmp_path / "killed"
 
-    command = [sys.executable, __file__, str(tmp_path), str(output), str(record), str(fatal), str(gate_dropout)]
+    command = [sys.executable, __file__, str(tmp_path), str(output), str(record), str(fatal), str(dropout)]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert read_record(record) == expected[: fatal - 1]
     assert not (output / "adapter_model.safetensors").exists()
     shutil.copytree(output, tmp_path / "without_rng")
 
-    train_as_a_user(tmp_path, output, record, resume=True, gate_dropout=gate_dropout)
+    train_as_a_user(tmp_path, output, record, resume=True, dropout=dropout)
     start = (fatal - 1) // 2 * 2  # the last checkpoint
     assert read_record(record)[fatal - 1 :] == expected[start:]
     actual, whole = (load_file(folder / "adapter_model.safetensors") for folder in (output, tmp_path / "whole"))
     assert actual.keys() == whole.keys() and all(torch.equal(actual[key], whole[key]) for key in whole)
 
     # That this can fail: without the saved state of the random numbers, dropout draws others.
-    if gate_dropout:
+    if dropout:
         for state in (tmp_path / "without_rng").glob("*/rng_state.pth"):
             state.unlink()
         other = tmp_path / "other.jsonl"
-        train_as_a_user(tmp_path, tmp_path / "without_rng", other, resume=True, gate_dropout=gate_dropout)
+        train_as_a_user(tmp_path, tmp_path / "without_rng", other, resume=True, dropout=dropout)
         assert read_record(other) != expected[start:]
 
 
@@ -348,4 +349,4 @@ def test_torch_compile(tmp_path):
 
 if __name__ == "__main__":
     models, output, record = map(Path, sys.argv[1:4])
-    train_as_a_user(models, output, record, fatal=int(sys.argv[4]), gate_dropout=float(sys.argv[5]))
+    train_as_a_user(models, output, record, fatal=int(sys.argv[4]), dropout=float(sys.argv[5]))

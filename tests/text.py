@@ -22,8 +22,9 @@ def word_tokenizer(**options):
     words = ["<pad>", "<start>", "<end>", *(f"w{i}" for i in range(3, VOCABULARY - 2)), "user", "assistant"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
+    options |= {"pad_token": "<pad>", "bos_token": "<start>", "eos_token": "<end>"}
+    options |= {"model_input_names": ["input_ids", "attention_mask"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
     tokenizer.chat_template = CHAT
     return tokenizer
 
