@@ -1,8 +1,12 @@
-"""The scripts in examples/ do what they say, run as users run them. The quickstart: tests/test_quickstart.py."""
+"""The scripts in examples/ do what they say. The quickstart: tests/test_quickstart.py.
+
+Slow tests run them as users do, in processes of their own; the others in this one, which has torch imported already.
+"""
 
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from text import save_model, token_rows, word_tokenizer, write_documents
+from text import save_model, word_tokenizer, write_documents
 from transformers import AutoModelForCausalLM
 
 
@@ -51,6 +55,12 @@ def data(root, *names):
     return ["--dataset", *(f"{name}={root / name}.jsonl{colon}{weight}" for name, colon, weight in values)]
 
 
+def run_here(monkeypatch, script, *arguments):
+    """A script in this process; needs the fixture `common`."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+
+
 def run(root, script, *arguments, launcher=(sys.executable,)):
     """A script in a process of its own; return what it printed, or fail with it."""
     environment = os.environ | {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -64,6 +74,13 @@ def read_losses(folder):
     """The losses by domain that train_stitch.py wrote."""
     metrics = json.loads((folder / "eval_results.json").read_text())
     return {key.removeprefix("eval_").removesuffix("_loss"): metrics[key] for key in metrics if key.endswith("_loss")}
+
+
+def word_rows(path):
+    """The documents of a file as rows of tokens; all are equally long."""
+    tokenizer = word_tokenizer()
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    return torch.tensor(tokenizer(texts)["input_ids"])
 
 
 def loss_of(model, rows):
@@ -165,13 +182,13 @@ def test_mixture(common, tmp_path):
 # ------------------------------------------------------------------------------------------------------ the scripts
 
 
-def test_train_stitch(root, tmp_path):
+def test_train_stitch(root, tmp_path, common, monkeypatch):
     """The adapter's folder loads, the losses are its own, and the seed's tokenizer lies beside it."""
     out = tmp_path / "out"
     names = ["--hub", root / "seed", "--expert", f"code={root / 'code'}", "--expert", f"math={root / 'math'}"]
     options = ["--num_stitches", 2, "--gate", "token", "--gate_bias", "False", "--r", 4, "--max_steps", 4]
     datasets = data(root, "code:2", "math", "general:0")
-    run(root, "train_stitch.py", *names, *datasets, *ROWS, *options, *TRAINING, "--output_dir", out)
+    run_here(monkeypatch, "train_stitch.py", *names, *datasets, *ROWS, *options, *TRAINING, "--output_dir", out)
     model = AutoPeftModelForCausalLM.from_pretrained(out)
     config = model.active_peft_config
     assert (config.num_stitches, config.gate, config.gate_bias, config.r) == (2, "token", False, 4)
@@ -181,6 +198,21 @@ def test_train_stitch(root, tmp_path):
     }
     assert (out / "tokenizer.json").exists()
     assert sorted(read_losses(out)) == ["code", "general", "math"]
+
+
+def test_train_stitch_trl(root, tmp_path, common, monkeypatch):
+    """The same by SFTTrainer, packed."""
+    names = ["--hub", root / "seed", "--expert", f"code={root / 'code'}", f"math={root / 'math'}"]
+    options = ["--num_stitches", 2, "--max_steps", 4, "--packing", "--max_length", 64, "--held_out", 6]
+    options += ["--bf16", "False", "--eval_strategy", "steps", "--eval_steps", 2, "--output_dir", tmp_path / "out"]
+    options += ["--save_steps", 4]
+    run_here(monkeypatch, "train_stitch_trl.py", *names, *data(root, "code:2", "math"), *options, *TRAINING)
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    logged = {key for entry in state["log_history"] for key in entry}
+    assert {"loss", "eval_code_loss", "eval_math_loss"} <= logged
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.active_peft_config.num_stitches == 2
+    assert torch.isfinite(torch.tensor(loss_of(model, word_rows(root / "code.jsonl"))))
 
 
 @pytest.mark.slow
@@ -254,26 +286,6 @@ def test_the_whole_story(root, tmp_path):
     assert any(not torch.equal(second[key], old[key]) for key in old)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "added")
     assert isinstance(model, PeftModel) and sorted(model.active_peft_config.experts) == ["code", "law", "math"]
-
-
-def word_rows(path):
-    """The documents of a file as rows of tokens; all are equally long."""
-    tokenizer = word_tokenizer()
-    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    return torch.tensor(tokenizer(texts)["input_ids"])
-
-
-@pytest.mark.slow
-def test_train_stitch_trl(root, tmp_path):
-    """The same by SFTTrainer, packed."""
-    names = ["--hub", root / "seed", "--expert", f"code={root / 'code'}", f"math={root / 'math'}"]
-    options = ["--num_stitches", 2, "--max_steps", 4, "--packing", "--max_length", 64, "--held_out", 6]
-    options += ["--bf16", "False", "--output_dir", tmp_path / "out"]
-    printed = run(root, "train_stitch_trl.py", *names, *data(root, "code:2", "math"), *options, *TRAINING)
-    assert "eval_code_loss" in printed and "eval_math_loss" in printed
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.active_peft_config.num_stitches == 2
-    assert torch.isfinite(torch.tensor(loss_of(model, torch.stack([row["input_ids"] for row in token_rows(2)]))))
 
 
 def test_the_page_on_training(root, tmp_path, monkeypatch):
