@@ -50,7 +50,8 @@ def main() -> None:
     set_seed(training.seed)
 
     model = AutoPeftModelForCausalLM.from_pretrained(arguments.adapter, is_trainable=True)
-    tokenizer = AutoTokenizer.from_pretrained(model.active_peft_config.base_model_name_or_path)
+    config = model.active_peft_config
+    tokenizer = AutoTokenizer.from_pretrained(config.base_model_name_or_path, revision=config.revision)
     with training.main_process_first(desc="packing"):
         mix, held_out = load_domains(data, partial(pack, tokenizer=tokenizer, arguments=packing))
 

@@ -36,7 +36,7 @@ from peft_bts import StitchConfig
 
 @dataclass
 class ModelArguments:
-    hub: str = field(metadata={"help": "the seed model: an id or a path"})
+    hub: str = field(metadata={"help": "the seed model: an id (of `--revision`) or a path"})
     expert: list[str] = field(metadata={"action": "extend", "help": "name=id_or_path[@revision], for each expert"})
     dtype: str = field(default="auto", metadata={"help": "of seed and experts; stitches are float32"})
 
@@ -47,11 +47,12 @@ def main() -> None:
     config = replace(config, task_type="CAUSAL_LM", experts=parse_experts(names.expert))
     set_seed(training.seed)
 
-    tokenizer = AutoTokenizer.from_pretrained(names.hub)
+    tokenizer = AutoTokenizer.from_pretrained(names.hub, revision=config.revision)
     with training.main_process_first(desc="packing"):  # the others find its work in the cache
         mix, held_out = load_domains(data, partial(pack, tokenizer=tokenizer, arguments=packing))
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(names.hub, dtype=names.dtype), config)
+    hub = AutoModelForCausalLM.from_pretrained(names.hub, revision=config.revision, dtype=names.dtype)
+    model = get_peft_model(hub, config)
     model.print_trainable_parameters()
     trainer = Trainer(
         model=model,

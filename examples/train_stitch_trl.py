@@ -25,13 +25,15 @@ from peft_bts import StitchConfig
 
 @dataclass
 class ModelArguments:
-    hub: str = field(metadata={"help": "the seed model: an id or a path"})
+    hub: str = field(metadata={"help": "the seed model: an id (of `--revision`) or a path"})
     expert: list[str] = field(metadata={"action": "extend", "help": "name=id_or_path[@revision], for each expert"})
 
 
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, StitchConfig, SFTConfig))
     names, data, config, training = parser.parse_args_into_dataclasses()
+    if config.revision is not None:
+        training.model_init_kwargs = {**(training.model_init_kwargs or {}), "revision": config.revision}
     mix, held_out = load_domains(data)
     trainer = SFTTrainer(
         model=names.hub,

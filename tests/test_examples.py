@@ -171,6 +171,8 @@ def test_mixture(common, tmp_path):
     assert len(texts) == 2 * 280  # everything that is not held out
     assert {name: len(rows) for name, rows in held_out.items()} == {"a": 20, "b": 20, "c": 20}
     assert not texts & {text for rows in held_out.values() for text in rows["text"]}
+    alone, _ = common.load_domains(common.DataArguments(dataset=values[:1], held_out=20))
+    assert sorted(alone["text"]) == sorted(text for text in texts if text.startswith("a"))
     for arguments, message in (
         ({"dataset": values, "held_out": 300}, "'a' has 300 rows"),
         ({"dataset": values[2:], "held_out": 20}, "weight"),
