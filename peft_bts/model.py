@@ -229,9 +229,14 @@ class StitchModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_adapter_name(adapter_name)
         stitch_schedule(config, len(self._decoder.layers))
+        # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
+        owner = next((name for name in self.experts if self.peft_config.get(name) is config), None)
         experts, references = {}, {}
         for name, reference in config.experts.items():
-            experts[name], references[name] = self._make_expert(name, reference, config)
+            if owner is not None:
+                experts[name], references[name] = self.experts[owner][name], reference
+            else:
+                experts[name], references[name] = self._make_expert(name, reference, config)
         self.experts[adapter_name] = _Experts(experts)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

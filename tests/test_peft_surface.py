@@ -441,6 +441,26 @@ def test_an_expert_of_two_adapters_is_loaded_once(root):
     assert not [name for name in trainable(model) if "stitch_layer" not in name]
 
 
+def test_an_adapter_made_from_anothers_config_has_its_experts(root):
+    """As TRL's DPOTrainer makes its reference: experts in memory are shared, also those that came from no path."""
+    model = make(root, "code")
+    for name, expert in (("object", tiny_model("llama", seed=5)), ("law", load(root, "law")), ("lora", root / "lora")):
+        model.attach_expert(name, expert)
+    model.add_adapter("ref", model.peft_config["default"])
+    experts = model.base_model.experts
+    assert all(experts["ref"][name] is experts["default"][name] for name in ("code", "object", "law", "lora"))
+    assert model.peft_config["ref"].experts == model.peft_config["default"].experts
+    for name, parameter in model.named_parameters():
+        if ".stitch_layer.default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    expected = logits(model)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), expected)
+    model.detach_expert("object")
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+
+
 def test_an_object_attached_to_two_adapters_stays_frozen_until_both_let_go(root):
     """Else detaching from one adapter would silently unfreeze the other's expert."""
     model = make(root)
