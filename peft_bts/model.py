@@ -368,6 +368,19 @@ class StitchModel(BaseTuner):
             "model can express. Keep the adapter, or call `unload()` to get the hub back."
         )
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the classes whose modules libraries may shard or place one by one, found in this model.
+
+        FSDP2's policy `TRANSFORMER_BASED_WRAP` takes them as its units where the config names none: decoder layers of hub
+        and experts, stitches, and experts, whose call gathers what is around their layers. A `StitchLayer` is no
+        unit: it runs layers of the experts, which are units of their own.
+        """
+        lists = [self._decoder.layers, *(e.layers for e in self._all_experts())]
+        layers = [layer.base_layer if isinstance(layer, StitchLayer) else layer for list_ in lists for layer in list_]
+        stitches = [m for layer in self._decoder.layers if isinstance(layer, StitchLayer) for m in layer.stitch_layer.values()]
+        return sorted({type(module).__name__ for module in (*layers, *stitches, *self._all_experts())})
+
     def _single_active_adapter(self) -> str:
         if len(self.active_adapters) != 1:
             raise ValueError(f"This needs one active adapter, found {self.active_adapters}; call `set_adapter` first.")

@@ -59,7 +59,7 @@ class Run:
         experts = self.plan.experts
         caches = {} if cache is None else join_caches(cache, self.plan.hub_layers, experts)
         return {
-            name: experts[name].start(self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)
+            name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)
         }
 
     def cross(self, layer: int, stitch: nn.Module, hub_BTD: Tensor, args: tuple, kwargs: dict, checkpoint) -> Tensor:
