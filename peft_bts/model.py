@@ -220,7 +220,7 @@ class StitchModel(BaseTuner):
         self.experts = _Experts()
         self._plans: dict[str, Plan] = {}
         self._inactive: dict[str, set[str]] = {}  # experts that `set_active_experts` left out, by adapter
-        self._runs = Runs(self._decoder.backbone, self._active_plan)
+        self._runs = Runs(self._decoder.backbone, self._decoder.layers[0], self._active_plan)
         self._stitches_enabled = True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
