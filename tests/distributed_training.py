@@ -110,7 +110,8 @@ def train_with_accelerate(folder, name, checkpointing, options):
                 continue
             loss = model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=batch).loss
             accelerator.backward(loss)
-            check_gradients(model)
+            if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which takes the gradients away at once
+                check_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(accelerator.gather(loss.detach()[None]).mean().item())
@@ -153,14 +154,14 @@ def train_with_trainer(folder, name, checkpointing, fsdp_config, options):
 
 
 def finish(folder, name, accelerator, model, losses):
+    dtensor = torch.distributed.tensor.DTensor
+    sharded = {key: isinstance(p, dtensor) for key, p in model.named_parameters()}  # now: a forward gathers some
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=DATA[:BATCH], attention_mask=torch.ones_like(DATA[:BATCH])).logits
-    sharded = [n for n, p in model.named_parameters() if isinstance(p, torch.distributed.tensor.DTensor)]
-    whole = [n for n, p in model.named_parameters() if not isinstance(p, torch.distributed.tensor.DTensor)]
-    result = {"losses": losses, "logits": logits, "kind": str(accelerator.distributed_type)}
     if accelerator.is_main_process:
-        torch.save(result | {"sharded": sharded, "whole": whole}, f"{folder}/{name}/result.pt")
+        result = {"losses": losses, "logits": logits, "kind": str(accelerator.distributed_type), "sharded": sharded}
+        torch.save(result, f"{folder}/{name}/result.pt")
     accelerator.wait_for_everyone()
 
 

@@ -13,7 +13,7 @@ import distributed_training as script
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import get_module_class_from_name
+from accelerate.utils.dataclasses import get_module_class_from_name
 from conftest import adapter_file, assert_near, fresh, logits, stitch
 from peft import AutoPeftModelForCausalLM
 
@@ -47,18 +47,15 @@ def launch(config, folder, *scenarios, check=True):
     return done
 
 
-def check(folder, scenario, kind, losses_within=1e-5, logits_within=1e-3):
-    """A scenario that two processes have run against the same in this process.
-
-    Losses are compared absolutely, logits relative to the largest: rounding grows over the steps.
-    """
+def check(folder, scenario, kind):
+    """A scenario that two processes have run against the same in this process."""
     result = torch.load(folder / scenario / "result.pt")
     assert result["kind"] == kind
 
-    # What was saved is the whole adapter, and in a fresh process gives the distributed model's logits bit for bit.
+    # What was saved is the whole adapter; loaded in another process, it gives the distributed model's logits, all bits.
     model = AutoPeftModelForCausalLM.from_pretrained(folder / scenario)
     reloaded = logits(model, script.DATA[: script.BATCH], attention_mask=ONES)
-    assert_near(reloaded, result["logits"], 0.05 if "bf16" in scenario else 1e-6)
+    assert scenario == "bf16" or torch.equal(reloaded, result["logits"])
     tensors, _ = adapter_file(model)
     assert all(any(part in key for part in (*STITCHES, "lm_head")) for key in tensors)
 
@@ -66,15 +63,18 @@ def check(folder, scenario, kind, losses_within=1e-5, logits_within=1e-3):
     expected = torch.load(folder / "one_process" / scenario / "result.pt")
     assert expected["kind"] == "DistributedType.NO"
     assert expected["losses"][0] != pytest.approx(expected["losses"][-1], abs=0.01)  # the weights move
-    assert result["losses"] == pytest.approx(expected["losses"], abs=losses_within)
-    assert_near(result["logits"], expected["logits"], logits_within)
+    if scenario == "bf16":  # compared with float32: after the first step rounding has changed the weights
+        assert result["losses"] == pytest.approx(expected["losses"], rel=0.03)
+        assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    else:
+        assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+        assert_near(result["logits"], expected["logits"], 1e-4)
     return result
 
 
 def check_sharding(result):
-    """Between forwards every weight is spread over the processes, those of the experts included."""
-    assert not [name for name in result["whole"] if "rotary" not in name]
-    assert any(".experts." in name for name in result["sharded"])
+    """Between steps every weight is spread over the processes, those of the experts included."""
+    assert all(result["sharded"].values()) and any(".experts." in name for name in result["sharded"])
 
 
 def test_two_processes(folder):
@@ -96,16 +96,15 @@ def test_ddp(folder):
 
 
 FSDP2 = ["experts_into_hub", "checkpointing", "reentrant", "token_gates", "tied", "bloom", "modules_to_save", "trainer"]
-FSDP2 += ["sharded_checkpoint", "rank_0_loads", "fsdp_checkpointing"]
+FSDP2 += ["sharded_checkpoint", "rank_0_loads", "fsdp_checkpointing", "bf16"]
 
 
 @pytest.mark.slow
 def test_fsdp2(folder):
     """Both patterns, other architectures, tied heads, all ways of checkpointing, other ways of saving and loading."""
-    launch("fsdp2", folder, *FSDP2, "bf16")
+    launch("fsdp2", folder, *FSDP2)
     for scenario in FSDP2:
         check_sharding(check(folder, scenario, "DistributedType.FSDP"))
-    check_sharding(check(folder, "bf16", "DistributedType.FSDP", losses_within=0.2, logits_within=1))
 
 
 @pytest.mark.slow
