@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py
 
-Every row is measured in a process of its own, with random llama models, and written to `benchmarks/results/memory.json`:
+Every row is measured in a process of its own, with random llama models; all are written to
+`benchmarks/results/memory.json`:
 
 - peak: how far the process's resident memory (`ru_maxrss`) rises above what it holds once the models are loaded,
   over two steps: activations, gradients, the optimizer's state, and what the allocator adds;
@@ -12,7 +13,6 @@ Every row is measured in a process of its own, with random llama models, and wri
 """
 
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -51,7 +51,7 @@ class Arguments:
     layers: int = field(default=8, metadata={"help": "decoder layers of every model"})
     experts: int = 3
     batch: int = 2
-    length: int = field(default=512, metadata={"help": "tokens of a sequence"})
+    length: int = field(default=256, metadata={"help": "tokens of a sequence"})
     threads: int = 1
     results: str = field(default="benchmarks/results/memory.json", metadata={"help": "file to write"})
     measure: str = field(default="", metadata={"help": "for this script's own use: the row to measure"})
@@ -145,20 +145,19 @@ def main():
         return
 
     settings = {k: v for k, v in asdict(arguments).items() if k not in ("results", "measure", "checkpointing")}
-    rows = []
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    machine = {"machine": platform.processor() or platform.machine(), "versions": versions}
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    path = Path(arguments.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
     combinations = [(what, checkpointing) for what in WHAT for checkpointing in CHECKPOINTING]
     for what, checkpointing in tqdm(combinations, desc="measure"):
         command = [sys.executable, __file__, *options, "--measure", what, "--checkpointing", checkpointing]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         result = json.loads(done.stdout.splitlines()[-1])
         rows.append({"what": what, "checkpointing": checkpointing, **result})
-
-    path = Path(arguments.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    machine = {"machine": platform.processor() or platform.machine(), "versions": versions}
-    path.write_text(json.dumps({**machine, "settings": settings, "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps({**machine, "settings": settings, "rows": rows}, indent=1) + "\n")
     print_table(rows, settings)
     print(f"Wrote {path}")
 

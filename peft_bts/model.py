@@ -372,14 +372,16 @@ class StitchModel(BaseTuner):
     def _no_split_modules(self) -> list[str]:
         """Names of the classes whose modules libraries may shard or place one by one, found in this model.
 
-        FSDP2's policy `TRANSFORMER_BASED_WRAP` takes them as its units where the config names none: decoder layers of hub
-        and experts, stitches, and experts, whose call gathers what is around their layers. A `StitchLayer` is no
-        unit: it runs layers of the experts, which are units of their own.
+        FSDP2's policy `TRANSFORMER_BASED_WRAP` takes them as its units where its config names none: decoder layers of
+        hub and experts, stitches, and experts, whose call gathers what they have around their layers. A `StitchLayer`
+        is no unit: it runs layers of the experts, which are units of their own.
         """
-        lists = [self._decoder.layers, *(e.layers for e in self._all_experts())]
-        layers = [layer.base_layer if isinstance(layer, StitchLayer) else layer for list_ in lists for layer in list_]
-        stitches = [m for layer in self._decoder.layers if isinstance(layer, StitchLayer) for m in layer.stitch_layer.values()]
-        return sorted({type(module).__name__ for module in (*layers, *stitches, *self._all_experts())})
+        units = [*self._all_experts()]
+        for layer in self._decoder.layers:
+            units += [layer.base_layer, *layer.stitch_layer.values()] if isinstance(layer, StitchLayer) else [layer]
+        for expert in self._all_experts():
+            units += expert.layers
+        return sorted({type(unit).__name__ for unit in units})
 
     def _single_active_adapter(self) -> str:
         if len(self.active_adapters) != 1:

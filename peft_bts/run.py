@@ -58,9 +58,7 @@ class Run:
     def _open(self, cache: Optional[Cache]) -> dict[str, Stream]:
         experts = self.plan.experts
         caches = {} if cache is None else join_caches(cache, self.plan.hub_layers, experts)
-        return {
-            name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)
-        }
+        return {name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)}
 
     def cross(self, layer: int, stitch: nn.Module, hub_BTD: Tensor, args: tuple, kwargs: dict, checkpoint) -> Tensor:
         """Bring every expert up to the stitch behind a hub layer, apply it, and return the hub's new state.
@@ -101,9 +99,7 @@ class Runs:
         active_plan: Says what a forward that starts now runs; `None` for the hub alone.
     """
 
-    def __init__(
-        self, backbone: nn.Module, first_layer: nn.Module, active_plan: Callable[[], Optional[Plan]]
-    ) -> None:
+    def __init__(self, backbone: nn.Module, first_layer: nn.Module, active_plan: Callable[[], Optional[Plan]]) -> None:
         self._backbone, self._first_layer, self._active_plan = backbone, first_layer, active_plan
         self._argument_names = list(inspect.signature(backbone.forward).parameters)
         self._slot = PerThread()

@@ -2,9 +2,10 @@
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml tests/distributed_training.py FOLDER SCENARIO...
 
-`FOLDER/models` holds the hubs and experts (`save_models`). Every scenario trains over the same global batches, whatever
-the number of processes, is interrupted half-way and resumed by new objects, and writes into `FOLDER/SCENARIO` the
-adapter and `result.pt`: the losses of all steps, and the logits of the trained model while it is still distributed.
+`FOLDER/models` holds the hubs and experts (`save_models`). Every scenario trains over the same global batches,
+whatever the number of processes, is interrupted half-way and resumed by new objects, and writes into
+`FOLDER/SCENARIO` the adapter and `result.pt`: the losses of all steps, and the logits of the trained model while it
+is still distributed.
 """
 
 import os

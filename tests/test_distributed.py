@@ -52,7 +52,7 @@ def check(folder, scenario, kind):
     result = torch.load(folder / scenario / "result.pt")
     assert result["kind"] == kind
 
-    # What was saved is the whole adapter; loaded in another process, it gives the distributed model's logits, all bits.
+    # What was saved is the whole adapter; loaded in another process, it gives the distributed model's very logits.
     model = AutoPeftModelForCausalLM.from_pretrained(folder / scenario)
     reloaded = logits(model, script.DATA[: script.BATCH], attention_mask=ONES)
     assert scenario == "bf16" or torch.equal(reloaded, result["logits"])
@@ -95,7 +95,16 @@ def test_ddp(folder):
     check_sharding(check(folder, "fsdp_arguments", "DistributedType.FSDP"))
 
 
-FSDP2 = ["experts_into_hub", "checkpointing", "reentrant", "token_gates", "tied", "bloom", "modules_to_save", "trainer"]
+FSDP2 = [
+    "experts_into_hub",
+    "checkpointing",
+    "reentrant",
+    "token_gates",
+    "tied",
+    "bloom",
+    "modules_to_save",
+    "trainer",
+]
 FSDP2 += ["sharded_checkpoint", "rank_0_loads", "fsdp_checkpointing", "bf16"]
 
 
