@@ -88,7 +88,7 @@ def test_two_processes(folder):
 @pytest.mark.slow
 def test_ddp(folder):
     """DDP, and FSDP2 asked for by TrainingArguments."""
-    scenarios = ["alternating", "experts_into_hub", "reentrant", "trainer", "lora"]
+    scenarios = ["alternating", "experts_into_hub", "checkpointing", "reentrant", "trainer", "lora", "bf16"]
     launch("ddp", folder, *scenarios, "fsdp_arguments")
     for scenario in scenarios:
         check(folder, scenario, "DistributedType.MULTI_CPU")
@@ -134,7 +134,7 @@ def test_deepspeed_zero3(folder):
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3"])
 def test_config_files(name):
     """accelerate knows every key of the config files."""
-    config = load_config_from_file(ROOT / "examples" / "accelerate" / f"{name}.yaml")
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
     assert config.num_processes == 2
 
 
@@ -147,3 +147,11 @@ def test_units(pattern):
     classes = tuple(get_module_class_from_name(model, name) for name in model._no_split_modules)
     units = [name for name, module in model.named_modules() if isinstance(module, classes)]
     assert len(units) == 4 + 4 + 2 + 4 + 4  # hub's layers, stitches, experts, and their layers
+
+
+def test_layers_keep_private_attributes_to_themselves():
+    """accelerate marks a wrapped layer by one, and would take the `StitchLayer` around it for wrapped."""
+    model = stitch(fresh("llama"), {"a": fresh("llama", seed=1)})
+    layer = model.get_base_model().model.layers[0]
+    layer.base_layer._treated = layer.base_layer.treated = True
+    assert layer.treated and not hasattr(layer, "_treated")
