@@ -242,7 +242,7 @@ class Planner:
         self._tape = PerThread()
         recorders = [_Recorder(layers, i, self._tape, size) for i, size in enumerate(tuple_sizes)]
         self._backbone = with_layers(backbone, list_name, recorders)
-        self._layers, self._config = layers, config
+        self.layers, self._config = layers, config
 
     def start(
         self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any, device: Optional[torch.device] = None
@@ -281,7 +281,7 @@ class Planner:
                 self._backbone(past_key_values=cache, use_cache=cache is not None, **kwargs)
         finally:
             self._tape.set(outer)
-        return Stream(self._layers, tape)
+        return Stream(self.layers, tape)
 
 
 class Expert(nn.Module):
@@ -335,6 +335,10 @@ class Expert(nn.Module):
                 yield name, module
 
     @property
+    def layers(self) -> nn.ModuleList:
+        return self._planner.layers
+
+    @property
     def config(self) -> Any:
         return text_config(self.model)
 
@@ -348,8 +352,11 @@ class Expert(nn.Module):
         """An expert that accelerate has spread over devices, CPU and disk stays there when the whole model moves."""
         return self if is_dispatched(self.model) else super()._apply(fn, recurse)
 
-    def start(self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any) -> Stream:
-        """Begin a forward, see `Planner.start`."""
+    def forward(self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any) -> Stream:
+        """Begin a forward, see `Planner.start`.
+
+        It is the module's call, so that what hooks into modules (FSDP2) has the embeddings at hand by then.
+        """
         return self._planner.start(call, cache, hub_config, self._embedding_device)
 
 

@@ -39,9 +39,11 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            # The hub's loop reads `attention_type` and the like. Libraries mark modules that they have treated by
+            # private attributes: those of the layer are not ours.
+            if name == "base_layer" or name.startswith("_"):
                 raise
-            return getattr(self.base_layer, name)  # the hub's loop reads `attention_type` and the like
+            return getattr(self.base_layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and shape of return value as the wrapped layer's."""

@@ -221,7 +221,7 @@ class StitchModel(BaseTuner):
         self.experts = _Experts()
         self._plans: dict[str, Plan] = {}
         self._inactive: dict[str, set[str]] = {}  # experts that `set_active_experts` left out, by adapter
-        self._runs = Runs(self._decoder.backbone, self._active_plan)
+        self._runs = Runs(self._decoder.backbone, self._decoder.layers[0], self._active_plan)
         self._stitches_enabled = True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -373,6 +373,21 @@ class StitchModel(BaseTuner):
             "Stitches cannot be merged into the hub: they mix the states of several models, which no weight of one "
             "model can express. Keep the adapter, or call `unload()` to get the hub back."
         )
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the classes whose modules libraries may shard or place one by one, found in this model.
+
+        FSDP2's policy `TRANSFORMER_BASED_WRAP` takes them as its units where its config names none: decoder layers of
+        hub and experts, stitches, and experts, whose call gathers what they have around their layers. A `StitchLayer`
+        is no unit: it runs layers of the experts, which are units of their own.
+        """
+        units = [*self._all_experts()]
+        for layer in self._decoder.layers:
+            units += [layer.base_layer, *layer.stitch_layer.values()] if isinstance(layer, StitchLayer) else [layer]
+        for expert in self._all_experts():
+            units += expert.layers
+        return sorted({type(unit).__name__ for unit in units})
 
     def _single_active_adapter(self) -> str:
         if len(self.active_adapters) != 1:

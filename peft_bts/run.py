@@ -83,9 +83,7 @@ class Run:
     def _open(self, cache: Optional[Cache]) -> dict[str, Stream]:
         experts = self.plan.experts
         caches = {} if cache is None else join_caches(cache, self.plan.hub_layers, experts)
-        return {
-            name: experts[name].start(self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)
-        }
+        return {name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)}
 
     def cross(self, layer: int, stitch: nn.Module, hub_BTD: Tensor, args: tuple, kwargs: dict, checkpoint) -> Tensor:
         """Bring every expert up to the stitch behind a hub layer, apply it, and return the hub's new state.
@@ -128,6 +126,7 @@ class Runs:
 
     Args:
         backbone: The module that loops over the hub's decoder layers.
+        first_layer: The first of them.
         active_plan: Says what a forward that starts now runs; `None` for the hub alone.
 
     Attributes:
@@ -136,8 +135,8 @@ class Runs:
 
     observers: tuple = ()
 
-    def __init__(self, backbone: nn.Module, active_plan: Callable[[], Optional[Plan]]) -> None:
-        self._backbone, self._active_plan = backbone, active_plan
+    def __init__(self, backbone: nn.Module, first_layer: nn.Module, active_plan: Callable[[], Optional[Plan]]) -> None:
+        self._backbone, self._first_layer, self._active_plan = backbone, first_layer, active_plan
         self._argument_names = list(inspect.signature(backbone.forward).parameters)
         self._slot = PerThread()
         self._hooks: list[Any] = []
@@ -155,6 +154,7 @@ class Runs:
             self._hooks = [
                 self._backbone.register_forward_pre_hook(self._open, with_kwargs=True),
                 self._backbone.register_forward_hook(self._close, always_call=True),
+                self._first_layer.register_forward_pre_hook(self._cut, with_kwargs=True),
             ]
 
     def unwatch(self) -> None:
@@ -177,6 +177,27 @@ class Runs:
     def _close(self, backbone: nn.Module, args: tuple, output: Any) -> None:
         run = self._slot.get()
         self._slot.set(None if run is None else run.outer)
+
+    def _cut(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional[tuple]:
+        """Take the gradient off the hub's embeddings where nobody reads it.
+
+        With gradient checkpointing, transformers and TRL have the embeddings require gradients, lest reentrant
+        checkpoints cut off the weights behind them. Here gradients begin at the first stitch that leads into the hub,
+        and every layer before it would be recomputed and differentiated for nothing.
+        """
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        run = self.current()
+        if run is None or run.plan is None or not isinstance(hidden, Tensor) or not hidden.requires_grad:
+            return None
+        if getattr(checkpoint_function(layer), "keywords", {}).get("use_reentrant", True):
+            return None
+        embeds = run.call.get("inputs_embeds")
+        trained = any(p.requires_grad for n, p in self._backbone.named_parameters() if ".stitch_layer." not in n)
+        if trained or (embeds is not None and embeds.requires_grad):
+            return None
+        if args:
+            return (hidden.detach(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden.detach()}
 
     def _without_dead_runs(self, run: Run, opening: bool = False) -> Optional[Run]:
         """Drop runs whose forward is over: a KeyboardInterrupt skips even hooks that are always called.

@@ -136,6 +136,38 @@ def test_gradient_checkpointing_of_trainer(arch, use_reentrant):
     close(backward(model), expected, 1e-4)
 
 
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_gradient_checkpointing_recomputes_no_layer_in_vain(arch):
+    """Though Trainer asks for gradients of the inputs, layers before the first trained weight run only once."""
+    model = stitch(fresh(arch), {"a": fresh(arch, seed=1)}).train()
+    calls = count_calls([getattr(x, "base_layer", x) for x in decoder_layers(model.get_base_model())[1]])
+    expected = backward(model)
+    once = calls.copy()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    close(backward(model), expected, 1e-4)
+    # The first stitch that leads into the hub is behind its layer 1.
+    assert [after > 2 * before for before, after in zip(once, calls)] == [False, False, True, True]
+
+    # A gradient that somebody does want.
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model(inputs_embeds=embeds).logits.square().mean().backward()
+    assert embeds.grad.abs().max() > 0
+
+
+def test_gradient_checkpointing_with_trained_embeddings():
+    """`modules_to_save` in front of the first stitch are trained under gradient checkpointing too."""
+    gradients = {}
+    for use_reentrant in (None, False, True):
+        model = stitch(fresh("llama"), {"a": fresh("llama", seed=1)}, modules_to_save=["embed_tokens"]).train()
+        if use_reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        gradients[use_reentrant] = backward(model)
+        assert any("modules_to_save" in name for name in gradients[use_reentrant])
+    close(gradients[False], gradients[None], 1e-4)
+    close(gradients[True], gradients[None], 1e-4)
+
+
 @pytest.mark.parametrize("expert_streams", ["intact", "projected"])
 def test_gradient_checkpointing_with_one_expert_twice(expert_streams):
     """Recomputed layers of a model that serves as two experts belong to the right stream."""
