@@ -11,6 +11,7 @@ from ._compat import add_peft_type, after_model_card, keep_offloaded_hubs
 add_peft_type("STITCH")  # what follows needs the member
 
 from .card import update_model_card  # noqa: E402
+from .compatibility import CompatibilityReport, check_compatibility  # noqa: E402
 from .config import StitchConfig  # noqa: E402
 from .layer import StitchLayer  # noqa: E402
 from .model import StitchModel  # noqa: E402
@@ -24,6 +25,7 @@ after_model_card(lambda model, folder: update_model_card(next(iter(model.peft_co
 
 __version__ = "0.1.0"
 __all__ = [
+    "CompatibilityReport",
     "ExpertsIntoHub",
     "HubIntoExperts",
     "StitchConfig",
@@ -32,4 +34,5 @@ __all__ = [
     "StitchedConfig",
     "StitchedForCausalLM",
     "StitchedModel",
+    "check_compatibility",
 ]
