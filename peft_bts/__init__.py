@@ -15,6 +15,7 @@ from .compatibility import CompatibilityReport, check_compatibility  # noqa: E40
 from .config import StitchConfig  # noqa: E402
 from .layer import StitchLayer  # noqa: E402
 from .model import StitchModel  # noqa: E402
+from .plan import Estimate, plan  # noqa: E402
 from .standalone import StitchedConfig, StitchedForCausalLM, StitchedModel  # noqa: E402
 from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
@@ -26,6 +27,7 @@ after_model_card(lambda model, folder: update_model_card(next(iter(model.peft_co
 __version__ = "0.1.0"
 __all__ = [
     "CompatibilityReport",
+    "Estimate",
     "ExpertsIntoHub",
     "HubIntoExperts",
     "StitchConfig",
@@ -35,4 +37,5 @@ __all__ = [
     "StitchedForCausalLM",
     "StitchedModel",
     "check_compatibility",
+    "plan",
 ]

@@ -14,11 +14,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .config import as_reference
-from .loading import read_configs, resolve_reference, share_weights
+from .loading import check_adapter, read_configs, resolve_reference, share_weights
 
 
 no_weights = FakeTensorMode  # the context in which blueprints are made, and run
@@ -67,6 +67,7 @@ def expert_blueprint(name: str, expert: ModelLike, hub: nn.Module, dtype: Option
     adapter: Optional[PeftConfig] = None
     if isinstance(expert, PeftModel):
         config, adapter = expert.get_base_model().config, expert.peft_config[expert.active_adapter]
+        check_adapter(adapter)
     elif isinstance(expert, nn.Module):
         config = expert.config
     elif isinstance(expert, PreTrainedConfig):
@@ -80,10 +81,20 @@ def expert_blueprint(name: str, expert: ModelLike, hub: nn.Module, dtype: Option
         raise ValueError(f"Expert {name!r} cannot be made from its config: {error}") from error
 
 
+def is_mixture(module: nn.Module) -> bool:
+    """Whether this is a model whose experts' kernels (mixture of experts) can be chosen."""
+    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
+
+
 def _model(config: PreTrainedConfig, dtype: Optional[torch.dtype]) -> nn.Module:
     config = copy.deepcopy(config)  # which `from_config` edits
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
+    if is_mixture(model):
+        model.set_experts_implementation(
+            "batched_mm"
+        )  # the others' kernels depend on numbers, or know no fake tensors
+    return model.eval()
 
 
 def _with_adapter(base: nn.Module, adapter: PeftConfig) -> PeftModel:

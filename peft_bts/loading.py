@@ -82,6 +82,13 @@ def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrai
         return config, _adapter_config(adapter, where)
 
 
+def check_adapter(config: PeftConfig) -> None:
+    """Raise `ValueError` for adapters that cannot be experts: soft prompts, and stitches."""
+    if config.is_prompt_learning or config.peft_type == "STITCH":
+        kind = config.peft_type.value
+        raise ValueError(f"{kind} adapters cannot be experts; use a LoRA-like adapter or a full model.")
+
+
 @contextmanager
 def _loading(name: str, source: str, where: dict[str, Any]):
     """Say which expert it was, where it was looked for, and what to do, if that fails."""
@@ -165,9 +172,7 @@ def _load_model(source: str, hub: nn.Module, **how: Any) -> nn.Module:
 
 def _adapter_config(source: str, where: dict[str, Any]) -> PeftConfig:
     config = PeftConfig.from_pretrained(source, **where)
-    if config.is_prompt_learning or config.peft_type == "STITCH":
-        kind = config.peft_type.value
-        raise ValueError(f"{kind} adapters cannot be experts; use a LoRA-like adapter or a full model.")
+    check_adapter(config)
     return config
 
 
