@@ -21,9 +21,14 @@ from .config import as_reference
 from .loading import check_adapter, read_configs, resolve_reference, share_weights
 
 
-no_weights = FakeTensorMode  # the context in which blueprints are made, and run
-
 ModelLike = Union[nn.Module, PreTrainedConfig, str, os.PathLike, dict[str, Any]]
+
+
+class no_weights(FakeTensorMode):
+    """The context in which blueprints are made, and run."""
+
+    def __deepcopy__(self, memo: dict) -> no_weights:
+        return self  # copies of fake tensors belong to the same context
 
 
 def hub_blueprint(hub: ModelLike, dtype: Optional[torch.dtype] = None) -> nn.Module:
@@ -88,8 +93,10 @@ def is_mixture(module: nn.Module) -> bool:
 
 def _model(config: PreTrainedConfig, dtype: Optional[torch.dtype]) -> nn.Module:
     config = copy.deepcopy(config)  # which `from_config` edits
+    config.__dict__.pop("quantization_config", None)  # shapes before quantisation are what stitches see
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
+    model.tie_weights()
     if is_mixture(model):
         model.set_experts_implementation(
             "batched_mm"

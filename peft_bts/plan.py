@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional, Union
@@ -271,19 +272,28 @@ def _activations(model: PeftModel, tokens: Tensor, weights: list[Tensor]) -> Opt
     """Bytes of what autograd keeps from a training forward, besides weights. Tensors that share memory count once."""
     if any(map(is_mixture, model.modules())):
         return None
-    kept: dict[int, Any] = {}
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
+    def save(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        alive.add(saved)
+        return saved
 
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(input_ids=tokens, labels=tokens, use_cache=False)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss  # keeps its graph alive, and that alone
     model.eval()
-    known = {tensor.untyped_storage()._cdata for tensor in (*weights, tokens)}
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
+    storages = {saved.tensor.untyped_storage()._cdata: saved.tensor.untyped_storage() for saved in alive}
+    for tensor in (*weights, tokens, loss):
+        storages.pop(tensor.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+class _Saved:
+    """A tensor that autograd keeps; it goes when the part of the graph that needs it goes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _file_size(model: PeftModel) -> int:
