@@ -1,7 +1,7 @@
 """The command line: `peft-bts COMMAND`, or `python -m peft_bts COMMAND`.
 
 A command is a function in a file of this package, registered with `app.command()`. It returns a `Result`: what people
-read, what `--json` prints, and whether all is well. Bad input is raised as `ValueError` and becomes one line on stderr.
+read, what `--json` prints, and whether all is well. Bad input is raised as `ValueError`; it becomes a line on stderr.
 Exit codes: 0 all is well, 1 a problem was found, 2 the command was called wrongly.
 """
 

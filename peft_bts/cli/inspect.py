@@ -114,11 +114,12 @@ def _tables(data: dict[str, Any]) -> list[Any]:
         for name, found in stitch["models"].items()
     ]
     options = ", ".join(f"{option}={value!r}" for option, value in data["options"].items() if value is not None)
-    columns = ["hub layer", "kind", "model", "weights", "gate rms", "bias rms", "proj from identity"]
+    columns = ["layer", "kind", "model", "weights", "gate", "bias", "projection"]
     return [
         f"Stitch adapter {data['adapter']}: {data['weights']:,} weights in {len(data['stitches'])} stitches.",
         f"Hub: {hub}" + (f" at {revision}" if revision else ""),
         f"Options: {options}",
         table("Experts", ["expert", "model", "", "revision", "layers x width"], experts, left=5),
         table("Stitches", columns, stitches, left=3),
+        "layer: of the hub, from 0. gate, bias: root mean squares. projection: relative distance from the identity.",
     ]
