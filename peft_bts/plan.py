@@ -53,7 +53,7 @@ class Memory:
         recurrent: The part of `cache` that never grows: states of convolutions and linear attention.
         gradients, optimizer: Of the stitches; AdamW's two states.
         activations: What the forward of a training step over `batch_size` sequences of `sequence_length` tokens keeps
-            for the backward pass, to within 1%, without gradient checkpointing, in padded batches (others keep a
+            for the backward pass, to within 3%, without gradient checkpointing, in padded batches (others keep a
             little less). `None` for mixtures of experts: it depends on kernels that do not run without numbers.
     """
 

@@ -72,8 +72,8 @@ def weight_bytes(model):
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def check(estimate, model, tmp_path, flops_model=None):
-    """Every figure of an estimate in float32, against measurements on the real model: equal; activations to within 1%."""
+def check(estimate, model, tmp_path):
+    """Every figure of an estimate in float32, against real measurements: equal; activations to within 3%."""
     memory = estimate.memory["float32"]
     assert estimate.together.parameters == sum(p.numel() for p in model.parameters())
     assert estimate.together.trained == model.get_nb_trainable_parameters()[0] > 0
@@ -95,7 +95,7 @@ def check(estimate, model, tmp_path, flops_model=None):
     assert memory.cache == cache_bytes(model, IDS)
     assert memory.cache_per_token * BATCH == cache_bytes(model, IDS, IDS[:, :1]) - memory.cache
     if memory.activations is not None:
-        assert memory.activations == pytest.approx(activation_bytes(model), rel=0.01)
+        assert memory.activations == pytest.approx(activation_bytes(model), rel=0.03)
     # Torch's counter knows the products of eager attention, but not the fused kernel for CPUs.
     for module in model.modules():
         if hasattr(module, "set_attn_implementation"):
@@ -181,7 +181,7 @@ def test_lora_and_half_precision(tmp_path):
         model = get_peft_model(hub, config(experts=experts)).eval()
         assert memory.weights == weight_bytes(model), dtype
         assert memory.cache == cache_bytes(model, IDS), dtype
-        assert memory.activations == pytest.approx(activation_bytes(model), rel=0.01), dtype
+        assert memory.activations == pytest.approx(activation_bytes(model), rel=0.03), dtype
     check(estimate, model, tmp_path)
     assert plan(str(tmp_path / "hub"), None, config(experts=experts), **size).to_dict() == estimate.to_dict()
 
