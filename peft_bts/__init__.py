@@ -12,10 +12,12 @@ add_peft_type("STITCH")  # what follows needs the member
 
 from .callbacks import GateLogger  # noqa: E402
 from .card import update_model_card  # noqa: E402
+from .compatibility import CompatibilityReport, check_compatibility  # noqa: E402
 from .config import StitchConfig  # noqa: E402
 from .gates import GateTrace, trace_gates  # noqa: E402
 from .layer import StitchLayer  # noqa: E402
 from .model import StitchModel  # noqa: E402
+from .plan import Estimate, plan  # noqa: E402
 from .standalone import StitchedConfig, StitchedForCausalLM, StitchedModel  # noqa: E402
 from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
@@ -26,6 +28,8 @@ after_model_card(lambda model, folder: update_model_card(next(iter(model.peft_co
 
 __version__ = "0.1.0"
 __all__ = [
+    "CompatibilityReport",
+    "Estimate",
     "ExpertsIntoHub",
     "GateLogger",
     "GateTrace",
@@ -36,5 +40,7 @@ __all__ = [
     "StitchedConfig",
     "StitchedForCausalLM",
     "StitchedModel",
+    "check_compatibility",
+    "plan",
     "trace_gates",
 ]

@@ -1,13 +1,9 @@
-"""From a reference to an expert: load it, share it, check it.
-
-Whatever is wrong with an expert is found here, before anything of the stitched model has changed.
-"""
+"""From a reference to an expert: find it, load it, share it."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
@@ -16,19 +12,14 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ._compat import adapters_where_layers_run, real_weights
 from .config import PLACEMENT_KEYS, as_reference
-from .experts import Expert, is_dispatched, text_config
+from .experts import is_dispatched
 from .layer import StitchLayer, place_for_stitch
-
-
-# What stitches are made for; kept in the reference, compared at every later load.
-_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
@@ -42,7 +33,7 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
     if source is None:
         raise ValueError(
             f"Expert {name!r} has no reference: it was attached as a model object that came from no id or path. "
-            + _how_to_replace(name)
+            + how_to_replace(name)
         )
     where = _where(reference)
     with _loading(name, source, where):
@@ -74,6 +65,30 @@ def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Modu
         return _load_adapter(share_weights(hub) if base is None else _load_model(base, hub, **how), adapter, where)
 
 
+def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrainedConfig], Optional[PeftConfig]]:
+    """What a resolved reference says of its model, without any weight: the model's config, and its adapter's.
+
+    Returns:
+        The model's config, `None` where that is the hub; the adapter's config, `None` where there is no adapter.
+
+    Raises:
+        ValueError: If they cannot be read, or the adapter cannot be an expert.
+    """
+    where, adapter, base = _where(reference), reference.get("adapter"), reference.get("model")
+    with _loading(name, adapter or base, where):
+        if adapter is None:
+            return AutoConfig.from_pretrained(base, trust_remote_code=False, **where), None
+        config = None if base is None else AutoConfig.from_pretrained(base, trust_remote_code=False)
+        return config, _adapter_config(adapter, where)
+
+
+def check_adapter(config: PeftConfig) -> None:
+    """Raise `ValueError` for adapters that cannot be experts: soft prompts, and stitches."""
+    if config.is_prompt_learning or config.peft_type == "STITCH":
+        kind = config.peft_type.value
+        raise ValueError(f"{kind} adapters cannot be experts; use a LoRA-like adapter or a full model.")
+
+
 @contextmanager
 def _loading(name: str, source: str, where: dict[str, Any]):
     """Say which expert it was, where it was looked for, and what to do, if that fails."""
@@ -82,7 +97,7 @@ def _loading(name: str, source: str, where: dict[str, Any]):
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
         at = f" at revision {where['revision']!r}" if "revision" in where else ""
         raise ValueError(
-            f"Expert {name!r} could not be loaded from {source!r}{at}: {error}\n{_how_to_replace(name)}"
+            f"Expert {name!r} could not be loaded from {source!r}{at}: {error}\n{how_to_replace(name)}"
         ) from error
 
 
@@ -109,70 +124,6 @@ def _is_stored_quantized(source: str) -> bool:
     """Whether a checkpoint itself is quantised, so that loading it takes no further word."""
     path = _find("config.json", source, {})
     return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def check_expert(name: str, expert: Expert, reference: dict[str, Any], hub: nn.Module, streams: str) -> dict[str, Any]:
-    """Check an expert against the hub and its reference; return the reference with the expert's sizes.
-
-    Raises:
-        ValueError: If tokenizers disagree, the sizes are not those the adapter was made with, or
-            `expert_streams="projected"` meets another width.
-    """
-    sizes = {key: getattr(expert.config, key, None) for key in _SIZES}
-    expected = reference.get("config") or {}
-    wrong = [
-        f"{k} is {sizes[k]!r}, expected {expected[k]!r}" for k in _SIZES if k in expected and expected[k] != sizes[k]
-    ]
-    if wrong:
-        raise ValueError(
-            f"Expert {name!r} is not the one that the adapter was made with: {'; '.join(wrong)}. "
-            + _how_to_replace(name)
-        )
-    hub_width = text_config(hub).hidden_size
-    if streams == "projected" and expert.width != hub_width:
-        raise ValueError(
-            f"Expert {name!r} has width {expert.width}, the hub {hub_width}: expert_streams='projected' hands the "
-            "hub's width back to the expert, which needs equal widths. Use expert_streams='intact'."
-        )
-    check_tokenizers(name, expert.model, hub, reference.get("revision"))
-    return {**reference, "config": sizes}
-
-
-def check_tokenizers(name: str, expert: nn.Module, hub: nn.Module, revision: Optional[str] = None) -> None:
-    """Raise `ValueError` if the expert would read other tokens out of the hub's ids.
-
-    Compares the token -> id maps where both are known, that is, where a tokenizer lies beside the model. Vocabularies
-    that only pad differently are fine. Where a tokenizer is unknown, the expert needs as many embeddings as the hub.
-    """
-    theirs, ours = _vocabulary(expert, revision), _vocabulary(hub)
-    rows, hub_rows = (m.get_input_embeddings().weight.shape[0] for m in (expert, hub))
-    if theirs is None or ours is None:
-        if rows < hub_rows:
-            raise ValueError(
-                f"Expert {name!r} has {rows} token embeddings, the hub {hub_rows}, and no tokenizer lies beside both "
-                "to show that only padding differs. Save the tokenizers with the models, or use an expert of the "
-                "hub's vocabulary."
-            )
-        return
-    for token, id_ in ours.items():
-        if theirs.get(token, id_) != id_:
-            raise ValueError(
-                f"Expert {name!r} has another tokenizer than the hub: token {token!r} is id {theirs[token]}, "
-                f"expected {id_} as in the hub. Stitched models read the same token ids; use an expert that was "
-                "trained from the same seed."
-            )
-    their_tokens = {id_: token for token, id_ in theirs.items()}
-    for token, id_ in ours.items():
-        if their_tokens.get(id_, token) != token:
-            raise ValueError(
-                f"Expert {name!r} has another tokenizer than the hub: id {id_} is {their_tokens[id_]!r}, expected "
-                f"{token!r} as in the hub. Stitched models read the same token ids."
-            )
-    if max(ours.values()) >= rows:
-        raise ValueError(
-            f"Expert {name!r} has {rows} token embeddings, but the hub's tokenizer has ids up to "
-            f"{max(ours.values())}. Resize the expert's embeddings, or use a hub without the added tokens."
-        )
 
 
 def share_weights(hub: nn.Module, adapter: Optional[str] = None) -> nn.Module:
@@ -219,11 +170,14 @@ def _load_model(source: str, hub: nn.Module, **how: Any) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **how)
 
 
-def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Module:
+def _adapter_config(source: str, where: dict[str, Any]) -> PeftConfig:
     config = PeftConfig.from_pretrained(source, **where)
-    if config.is_prompt_learning or config.peft_type == "STITCH":
-        kind = config.peft_type.value
-        raise ValueError(f"{kind} adapters cannot be experts; use a LoRA-like adapter or a full model.")
+    check_adapter(config)
+    return config
+
+
+def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Module:
+    _adapter_config(source, where)
     if is_dispatched(base):
         with adapters_where_layers_run(lambda layer: place_for_stitch(layer)[0]):
             # Made like its layers, on the meta device, then replaced by what is loaded.
@@ -243,20 +197,8 @@ def _find(file: str, source: str, where: dict[str, Any]) -> Optional[str]:
     )
 
 
-def _vocabulary(model: nn.Module, revision: Optional[str] = None) -> Optional[dict[str, int]]:
-    """Token -> id of the tokenizer beside a model, or `None` where none is known."""
-    source = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not source:
-        return None
-    if os.path.isdir(source) and not any(os.path.isfile(os.path.join(source, file)) for file in _TOKENIZER_FILES):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False).get_vocab()
-    except (OSError, ValueError, KeyError):  # no tokenizer there, out of reach, or one that needs code from the repo
-        return None
-
-
-def _how_to_replace(name: str) -> str:
+def how_to_replace(name: str) -> str:
+    """What to do about an expert that is not there, or is another one; the end of many errors."""
     return (
         "To use another copy of this expert, say where it is and hand the config over:\n"
         "    config = StitchConfig.from_pretrained(adapter)\n"

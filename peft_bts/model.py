@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from ._compat import adapter_is_made_by_this_load
 from .cache import caches_roll_back
+from .compatibility import compare, sizes
 from .config import EXPERTS_INTO_HUB, StitchConfig, as_reference, check_expert_name, stitch_schedule
 from .experts import Expert, find_decoder, text_config
 from .export import export_composition
 from .files import file_key, fit_to_model, stitch_weights
 from .layer import StitchLayer, place_for_stitch
-from .loading import check_expert, describe_model, load_expert, resolve_reference
+from .loading import describe_model, load_expert, resolve_reference
 from .observers import generation
 from .run import Plan, Runs
 from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, Init, PerModel, check_init
@@ -186,17 +187,14 @@ class StitchModel(BaseTuner):
             model = load_expert(name, reference, self.model) if shared is None else shared.model
         elif loading:
             raise ValueError(f"Expert {name!r} is a loaded model; {sorted(loading)} apply to ids and paths only.")
-        elif model is self.model or any(isinstance(module, StitchLayer) for module in model.modules()):
-            raise ValueError(f"Expert {name!r} is the hub itself, or another stitched model; attach a plain model.")
         else:
             reference = describe_model(model)
+        compare(
+            name, model, self.model, expected=reference.get("config"), expert_streams=config.expert_streams
+        ).raise_errors()
         known = next((e for e in self._all_experts() if e.model is model), None)
         expert = Expert(model, f"Expert {name!r}", source) if known is None else known
-        try:
-            return expert, check_expert(name, expert, reference, self.model, config.expert_streams)
-        except ValueError:
-            self._release(expert)
-            raise
+        return expert, {**reference, "config": sizes(model)}
 
     def _all_experts(self) -> Iterator[Expert]:
         return (expert for experts in self.experts.values() for expert in experts.values())

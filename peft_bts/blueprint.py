@@ -1,0 +1,118 @@
+"""Models from their configs alone: every module in its shape, no weight read, no memory taken.
+
+Torch's *fake tensors* know their shape, dtype and device, and no numbers. A model made of them still runs its own
+code, so what it would store, cache and compute can be counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, Optional, Union
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .config import as_reference
+from .loading import check_adapter, read_configs, resolve_reference, share_weights
+
+
+ModelLike = Union[nn.Module, PreTrainedConfig, str, os.PathLike, dict[str, Any]]
+
+
+class no_weights(FakeTensorMode):
+    """The context in which blueprints are made, and run."""
+
+    def __deepcopy__(self, memo: dict) -> no_weights:
+        return self  # copies of fake tensors belong to the same context
+
+
+def hub_blueprint(hub: ModelLike, dtype: Optional[torch.dtype] = None) -> nn.Module:
+    """The hub, without weights.
+
+    Args:
+        hub: A model, id, path, reference dict, or config.
+        dtype: Of the weights; `None` for the config's.
+
+    Raises:
+        ValueError: If its config cannot be read.
+    """
+    if isinstance(hub, nn.Module):
+        return _model(hub.config, dtype)
+    if isinstance(hub, PreTrainedConfig):
+        return _model(hub, dtype)
+    reference = hub if isinstance(hub, dict) else {"model": os.fspath(hub)}
+    source = str(reference.get("model"))
+    where = {key: reference[key] for key in ("revision", "subfolder") if reference.get(key)}
+    try:
+        return _model(AutoConfig.from_pretrained(source, trust_remote_code=False, **where), dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The hub's config could not be read from {source!r}: {error}\nGive the id or folder of a "
+            "causal language model of transformers. Load one that brings its own code yourself, and give the object."
+        ) from error
+
+
+def expert_blueprint(name: str, expert: ModelLike, hub: nn.Module, dtype: Optional[torch.dtype] = None) -> nn.Module:
+    """An expert, without weights. A LoRA of the hub shares the blueprint of the hub, as `load_expert` has it.
+
+    Args:
+        name: The expert's name, for errors.
+        expert: A model, id, path, reference dict, or config.
+        hub: The hub's blueprint.
+        dtype: Of the weights; `None` for the config's.
+
+    Raises:
+        ValueError: If its config cannot be read, or it is an adapter that cannot be an expert.
+    """
+    adapter: Optional[PeftConfig] = None
+    if isinstance(expert, PeftModel):
+        config, adapter = expert.get_base_model().config, expert.peft_config[expert.active_adapter]
+        check_adapter(adapter)
+    elif isinstance(expert, nn.Module):
+        config = expert.config
+    elif isinstance(expert, PreTrainedConfig):
+        config = expert
+    else:
+        config, adapter = read_configs(name, resolve_reference(name, as_reference(name, expert)))
+    try:
+        model = share_weights(hub) if config is None else _model(config, dtype)
+        return model if adapter is None else _with_adapter(model, adapter)
+    except (ValueError, RuntimeError) as error:  # no causal language model; an adapter of other modules
+        raise ValueError(f"Expert {name!r} cannot be made from its config: {error}") from error
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether this is a model whose experts' kernels (mixture of experts) can be chosen."""
+    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
+
+
+def _model(config: PreTrainedConfig, dtype: Optional[torch.dtype]) -> nn.Module:
+    config = copy.deepcopy(config)  # which `from_config` edits
+    config.__dict__.pop("quantization_config", None)  # shapes before quantisation are what stitches see
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
+    model.tie_weights()
+    if is_mixture(model):
+        model.set_experts_implementation(
+            "batched_mm"
+        )  # the others' kernels depend on numbers, or know no fake tensors
+    return model.eval()
+
+
+def _with_adapter(base: nn.Module, adapter: PeftConfig) -> PeftModel:
+    adapter = copy.deepcopy(adapter)
+    if hasattr(adapter, "init_lora_weights"):
+        adapter.init_lora_weights = False  # some of the other values compute with the base's weights
+    # PEFT moves what it has made to the base's device. Torch cannot move fake weights; those on meta PEFT leaves.
+    with unset_fake_temporarily():
+        model = PeftModel(base, adapter, low_cpu_mem_usage=True)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type == "meta":
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+    return model.eval()

@@ -1,0 +1,14 @@
+"""`peft-bts check`: do these experts fit this hub?"""
+
+from __future__ import annotations
+
+from ..compatibility import check_compatibility
+from .common import Experts, Hub, Result, by_name
+
+
+def check(hub: Hub, expert: Experts) -> Result:
+    """Say whether experts can be stitched to a hub, from config and tokenizer files, before weights are downloaded."""
+    reports = [check_compatibility(hub, source, name=name) for name, source in by_name(expert).items()]
+    ok = all(report.ok for report in reports)
+    data = {"ok": ok, "experts": {report.name: report.to_dict() for report in reports}}
+    return Result([f"{report}\n" for report in reports], data, ok)

@@ -1,0 +1,73 @@
+"""What the commands share: results, errors, options."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+
+Hub = Annotated[str, typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model.")]
+Experts = Annotated[
+    list[str], typer.Option("--expert", metavar="NAME=ID_OR_PATH", help="An expert; give the option once for each.")
+]
+_JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@dataclass
+class Result:
+    """What a command has found out.
+
+    Attributes:
+        parts: What people read: strings and rich tables.
+        data: The same for programs.
+        ok: Whether all is well; the exit code is 1 otherwise.
+    """
+
+    parts: list[Any]
+    data: Any
+    ok: bool = True
+
+
+def run(command: Callable[..., Result]) -> Callable[..., None]:
+    """Turn a function that returns a `Result` into a command: adds `--json`, prints, and sets the exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, json_output: bool, **kwargs: Any) -> None:
+        try:
+            result = command(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            typer.echo(f"peft-bts {command.__name__}: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from error
+        if json_output:
+            typer.echo(json.dumps(result.data, indent=2))
+        else:
+            console = Console()
+            for part in result.parts:
+                console.print(part, markup=False, highlight=False)
+        if not result.ok:
+            raise typer.Exit(1)
+
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("json_output", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_JSON)
+    wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
+    wrapper.__annotations__ = {name: p.annotation for name, p in wrapper.__signature__.parameters.items()}
+    return wrapper
+
+
+def by_name(experts: list[str]) -> dict[str, str]:
+    """`["code=org/code"]` as `{"code": "org/code"}`; a usage error for anything else."""
+    pairs = [expert.partition("=") for expert in experts]
+    for expert, (name, _, source) in zip(experts, pairs):
+        if not name or not source:
+            raise typer.BadParameter(f"{expert!r} is not of the form NAME=ID_OR_PATH.", param_hint="--expert")
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter("every expert needs a name of its own.", param_hint="--expert")
+    return {name: source for name, _, source in pairs}

@@ -1,0 +1,21 @@
+"""`peft-bts export`: hub, experts and stitches as one checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from peft import AutoPeftModelForCausalLM
+
+from .common import Result
+
+
+def export(
+    adapter: Annotated[str, typer.Argument(help="Id or folder of the adapter.")],
+    folder: Annotated[str, typer.Argument(help="Where to write the checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="Of hub and experts: auto, bfloat16, float16 or float32.")] = "auto",
+) -> Result:
+    """Load an adapter with its models and write them as one standalone checkpoint."""
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype)
+    model.export(folder)
+    return Result([f"Wrote {folder}. Load it with `import peft_bts` and AutoModelForCausalLM."], {"folder": folder})

@@ -1,0 +1,125 @@
+"""`peft-bts inspect`: what is in this adapter? Reads the adapter's files alone; no model is loaded."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+from ..config import EXPERTS_INTO_HUB, HUB_INTO_EXPERTS
+from ..stitch import HUB
+from ..text import table
+from .common import Result
+
+
+_KEY = re.compile(r".*\.(?P<layer>\d+)\.stitch_layer\.(?P<role>gate|proj)\.(?P<model>\w+)\.(?P<rest>.+)")
+_OPTIONS = ("pattern", "expert_streams", "gate", "gate_bias", "gate_dropout", "r", "modules_to_save")
+
+
+def inspect(adapter: Annotated[str, typer.Argument(help="Id or folder of the adapter.")]) -> Result:
+    """Show an adapter: its experts, its stitches, and how far training has moved them. Loads no model."""
+    if cached_file(adapter, CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
+        raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")
+    config = PeftConfig.from_pretrained(adapter)
+    if config.peft_type != "STITCH":
+        raise ValueError(f"{adapter!r} is a {config.peft_type.value} adapter, expected a STITCH adapter.")
+    weights, stitches, others = 0, {}, 0
+    with safe_open(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        keys: list[str] = file.keys()
+        for key in keys:
+            tensor, match = file.get_tensor(key), _KEY.match(key)
+            weights += tensor.numel()
+            if match is None:
+                others += tensor.numel()
+                continue
+            model = stitches.setdefault(int(match["layer"]), {}).setdefault(match["model"], {})
+            model[f"{match['role']}.{match['rest']}"] = tensor
+    layers = {layer: _stitch(models) for layer, models in sorted(stitches.items())}
+    options = {option: getattr(config, option) for option in _OPTIONS}
+    data = {
+        "adapter": adapter,
+        "hub": {"model": config.base_model_name_or_path, "revision": config.revision},
+        "experts": config.experts,
+        "options": options,
+        "weights": weights,
+        "weights_outside_of_stitches": others,
+        "stitches": layers,
+    }
+    return Result(_tables(data), data)
+
+
+def _stitch(models: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """One stitch: its kind (only Experts-into-Hub has a gate for the hub), and per model how far it has come."""
+    return {
+        "kind": EXPERTS_INTO_HUB if HUB in models else HUB_INTO_EXPERTS,
+        "models": {name: _moved(tensors) for name, tensors in sorted(models.items())},
+    }
+
+
+def _moved(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Root mean squares of a gate's weights and biases, and the projection's relative distance from the identity.
+
+    Both started at zero, unless the adapter was made with `init_weights=False`. The distance is
+    |P - I| / |I| in Frobenius norms.
+    """
+    found: dict[str, Any] = {"weights": sum(tensor.numel() for tensor in tensors.values())}
+    for role in ("weight", "bias"):
+        gate = tensors.get(f"gate.{role}")
+        found[f"gate_{role}_rms"] = None if gate is None else gate.double().square().mean().sqrt().item()
+    found["proj_distance"] = found["proj_shape"] = None
+    if "proj.weight" in tensors:
+        full = tensors["proj.weight"].float()
+        shape, distance = full.shape, (full - torch.eye(*full.shape)).norm().item()
+    elif "proj.up.weight" in tensors:
+        up, down = tensors["proj.up.weight"].double(), tensors["proj.down.weight"].double()
+        # |up @ down|^2 = trace(up' up down down'), without the large product
+        shape = torch.Size((up.shape[0], down.shape[1]))
+        distance = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt().item()
+    else:
+        return found
+    return {**found, "proj_distance": distance / min(shape) ** 0.5, "proj_shape": list(shape)}
+
+
+def _tables(data: dict[str, Any]) -> list[Any]:
+    hub, revision = data["hub"]["model"] or "(a model object)", data["hub"]["revision"]
+    experts = []
+    for name, reference in sorted(data["experts"].items()):
+        sizes = reference.get("config") or {}
+        source = reference.get("adapter") or reference.get("model") or "(a model object)"
+        kind = f"LoRA on {reference.get('model') or 'the hub'}" if reference.get("adapter") else ""
+        size = f"{sizes['model_type']}, {sizes['num_hidden_layers']} x {sizes['hidden_size']}" if sizes else ""
+        experts.append((name, source, kind, reference.get("revision") or "", size))
+
+    def number(value: Any) -> str:
+        return "" if value is None else f"{value:.3g}"
+
+    stitches = [
+        (
+            str(layer),
+            stitch["kind"].replace("_", "-"),
+            name,
+            found["weights"],
+            number(found["gate_weight_rms"]),
+            number(found["gate_bias_rms"]),
+            number(found["proj_distance"]),
+        )
+        for layer, stitch in data["stitches"].items()
+        for name, found in stitch["models"].items()
+    ]
+    options = ", ".join(f"{option}={value!r}" for option, value in data["options"].items() if value is not None)
+    columns = ["layer", "kind", "model", "weights", "gate", "bias", "projection"]
+    return [
+        f"Stitch adapter {data['adapter']}: {data['weights']:,} weights in {len(data['stitches'])} stitches.",
+        f"Hub: {hub}" + (f" at {revision}" if revision else ""),
+        f"Options: {options}",
+        table("Experts", ["expert", "model", "", "revision", "layers x width"], experts, left=5),
+        table("Stitches", columns, stitches, left=3),
+        "layer: of the hub, from 0. gate, bias: root mean squares. projection: relative distance from the identity.",
+    ]
