@@ -114,6 +114,7 @@ def train_with_accelerate(folder, name, checkpointing, options):
             accelerator.backward(loss)
             if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which takes the gradients away at once
                 check_gradients(model)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)  # as DeepSpeed does by default, and Trainer
             optimizer.step()
             optimizer.zero_grad()
             losses.append(accelerator.gather(loss.detach()[None]).mean().item())
