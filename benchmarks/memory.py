@@ -8,8 +8,7 @@ Every row is measured in a process of its own, with random llama models; all are
 - peak: how far the process's resident memory (`ru_maxrss`) rises above what it holds once the models are loaded,
   over two steps: activations, gradients, the optimizer's state, and what the allocator adds;
 - graph: bytes of the tensors that the forward pass keeps for the backward pass, weights not counted; exact, free of
-  noise, and the same on a GPU. It is the part that gradient checkpointing is there to reduce;
-- seconds: the second step's.
+  noise, and about the same on a GPU. It is the part that gradient checkpointing is there to reduce.
 """
 
 import json
@@ -17,7 +16,6 @@ import platform
 import resource
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -124,15 +122,12 @@ def measure(arguments):
     tokens = torch.randint(1024, (arguments.batch, arguments.length))
     before = psutil.Process().memory_info().rss
     graph = step(models, optimizer, tokens)
-    start = time.perf_counter()
-    step(models, optimizer, tokens)
-    seconds = time.perf_counter() - start
+    step(models, optimizer, tokens)  # with the optimizer's state in memory, which the first step has made
     return {
         "trained_parameters": sum(parameter.numel() for parameter in trained),
         "model_bytes": sum(p.numel() * p.element_size() for model in models for p in model.parameters()),
         "peak_bytes": peak_bytes() - before,
         "graph_bytes": graph,
-        "seconds": seconds,
     }
 
 
@@ -164,7 +159,7 @@ def main():
 
 def print_table(rows, settings):
     table = Table(title="Memory of a training step, in MiB")
-    for heading in ("trained", "checkpoints", "weights trained", "peak", "ratio", "graph", "ratio", "s/step"):
+    for heading in ("trained", "checkpoints", "weights trained", "peak", "ratio", "graph", "ratio"):
         table.add_column(heading, justify="left" if heading in ("trained", "checkpoints") else "right")
     first = rows[0]
     for row in rows:
@@ -176,7 +171,6 @@ def print_table(rows, settings):
             f"{row['peak_bytes'] / first['peak_bytes']:.2f}",
             f"{row['graph_bytes'] / 2**20:,.0f}",
             f"{row['graph_bytes'] / first['graph_bytes']:.2f}",
-            f"{row['seconds']:.1f}",
             end_section=row["checkpointing"] == list(CHECKPOINTING)[-1],
         )
     Console(width=119).print(table)

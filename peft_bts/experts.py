@@ -113,11 +113,17 @@ def find_decoder(model: nn.Module, what: str) -> Decoder:
         what: What to call it in errors, e.g. `"The hub"`.
 
     Raises:
-        ValueError: If there is no list of `num_hidden_layers` layers, more than one, or the model keeps its state
-            outside a `past_key_values` cache (state-space models such as Mamba).
+        ValueError: If there is no list of `num_hidden_layers` layers, more than one, the model keeps its state
+            outside a `past_key_values` cache (state-space models such as Mamba), or DeepSpeed has loaded it in parts.
     """
     config = text_config(model)
     kind = getattr(config, "model_type", type(model).__name__)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"{what} ({kind}) has been loaded in parts by DeepSpeed (zero.Init), so its layers cannot be run yet. "
+            "Make the stitched model before `TrainingArguments` or `Accelerator`, from models loaded whole; DeepSpeed "
+            "shards them when training begins."
+        )
     num_layers = getattr(config, "num_hidden_layers", None)
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():

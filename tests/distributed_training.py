@@ -19,6 +19,7 @@ from conftest import randomize
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 from zoo import tiny_model
 
 from peft_bts import StitchConfig
@@ -97,10 +98,10 @@ def train_with_accelerate(folder, name, checkpointing, options):
         reset()
         PartialState(cpu=True)
         shard_on_cpu(os.environ.get("ACCELERATE_USE_FSDP") == "true")
-        accelerator = Accelerator()
         model = build(**options)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        accelerator = Accelerator()  # not before: with ZeRO-3 it has models loaded in parts
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4)
         loader = DataLoader(DATA, batch_size=BATCH // accelerator.num_processes)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -113,6 +114,7 @@ def train_with_accelerate(folder, name, checkpointing, options):
             accelerator.backward(loss)
             if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which takes the gradients away at once
                 check_gradients(model)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)  # as DeepSpeed does by default, and Trainer
             optimizer.step()
             optimizer.zero_grad()
             losses.append(accelerator.gather(loss.detach()[None]).mean().item())
@@ -178,6 +180,7 @@ def reset():
     """Let the next scenario begin as a script of its own would."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    unset_hf_deepspeed_config()
 
 
 def shard_on_cpu(sharded):
