@@ -26,6 +26,7 @@ from transformers import Cache
 
 from ._compat import keep_output_capture, no_output_capture
 from .masks import expert_mask
+from .placement import execution_device, is_dispatched
 
 
 # What belongs to the hub's own call: experts get a cache of their own, and nobody reads their other outputs.
@@ -88,21 +89,6 @@ def text_config(model: nn.Module) -> Any:
     """The config of the model's language part, or `None`."""
     config = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
-
-
-def execution_device(module: nn.Module) -> Optional[torch.device]:
-    """Where accelerate runs a module whose weights it keeps elsewhere; `None` if it does not."""
-    hook = getattr(module, "_hf_hook", None)
-    devices = [getattr(h, "execution_device", None) for h in (*getattr(hook, "hooks", ()), hook)]
-    found = next((device for device in devices if device is not None), None)
-    return found if found is None else torch.device(found)
-
-
-def is_dispatched(model: nn.Module) -> bool:
-    """Whether accelerate has spread a model over several places: its parts must not be moved."""
-    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or any(
-        parameter.device.type == "meta" for parameter in model.parameters()
-    )
 
 
 def find_decoder(model: nn.Module, what: str) -> Decoder:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ._compat import replace_captured_hidden_state
-from .experts import execution_device
+from .placement import place_for_stitch
 from .run import Runs, checkpoint_function
 
 
@@ -81,16 +81,3 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         # PEFT would look for `base_layer.weight`. No dtype: loaded stitches have theirs already, and a round trip
         # through the hub's half precision would lose bits.
         return place_for_stitch(base_layer)[0], None
-
-
-def place_for_stitch(base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype for a stitch behind this layer: those of the layer's first floating-point weight.
-
-    Behind an offloaded layer (meta device) the stitch itself is not offloaded: it is where the layer is run.
-    """
-    for module in base_layer.modules():
-        for tensor in module.parameters(recurse=False):
-            if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2:
-                on_meta = tensor.device.type == "meta"
-                return (execution_device(module) or torch.device("cpu")) if on_meta else tensor.device, tensor.dtype
-    return torch.device("cpu"), torch.get_default_dtype()

@@ -18,8 +18,8 @@ from transformers.utils.hub import extract_commit_hash
 
 from ._compat import adapters_where_layers_run, real_weights
 from .config import PLACEMENT_KEYS, as_reference
-from .experts import is_dispatched
-from .layer import StitchLayer, place_for_stitch
+from .layer import StitchLayer
+from .placement import is_dispatched, place_for_stitch
 
 
 def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
