@@ -88,8 +88,6 @@ class StitchConfig(PeftConfig):
         gate (`str`): `"channel"` (the paper): one gate value per channel. `"token"`: one per token and model.
         gate_bias (`bool`): Whether the gates have a bias, which starts at zero.
         gate_dropout (`float`): Dropout on the gate logits in training (eq. 3).
-        expert_dropout (`float`): In training, the probability with which an expert is left out of the hub's gates for
-            a whole sequence, so that the others learn to do without it and its removal costs less.
         r (`int`, *optional*): Rank of the projections: identity + up @ down, of which only up and down are trained
             and stored. `None`: full matrices.
         init_weights (`bool`): `True`: projections start as the identity and gates at zero. `False`: random (tests).
@@ -116,9 +114,6 @@ class StitchConfig(PeftConfig):
     )
     gate_bias: bool = field(default=True, metadata={"help": "Whether the gates have a bias."})
     gate_dropout: float = field(default=0.0, metadata={"help": "Dropout on the gate logits."})
-    expert_dropout: float = field(
-        default=0.0, metadata={"help": "Probability of leaving an expert out of a training sequence."}
-    )
     r: Optional[int] = field(default=None, metadata={"help": "Rank of the projections; None for full matrices."})
     init_weights: bool = field(
         default=True, metadata={"help": "Identity projections and zero gates (True), or random weights (False)."}
@@ -147,9 +142,8 @@ class StitchConfig(PeftConfig):
             raise ValueError(f"num_stitches must be a whole number of at least 1, got {self.num_stitches!r}.")
         if self.r is not None and (not _is_int(self.r) or self.r < 1):
             raise ValueError(f"r must be None or a whole number of at least 1, got {self.r!r}.")
-        for option in ("gate_dropout", "expert_dropout"):
-            if not 0.0 <= getattr(self, option) < 1.0:
-                raise ValueError(f"{option} must lie in [0, 1), got {getattr(self, option)!r}.")
+        if not 0.0 <= self.gate_dropout < 1.0:
+            raise ValueError(f"gate_dropout must lie in [0, 1), got {self.gate_dropout!r}.")
         if self.layers_to_stitch is not None:
             layers = list(self.layers_to_stitch)
             if not layers or not all(map(_is_int, layers)) or layers != sorted(set(layers)) or layers[0] < 0:

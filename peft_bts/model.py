@@ -146,9 +146,7 @@ class StitchModel(Attaching, BaseTuner):
         experts = {name: self.experts[adapter][name] for name in names}
         schedule = stitch_schedule(config, hub_layers)
         projected = config.expert_streams == "projected"
-        self._plans[adapter] = Plan(
-            schedule, hub_layers, text_config(self.model), experts, projected, config.expert_dropout
-        )
+        self._plans[adapter] = Plan(schedule, hub_layers, text_config(self.model), experts, projected)
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
         """Make one adapter the active one. Raises `ValueError` for more than one."""

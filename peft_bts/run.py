@@ -33,7 +33,6 @@ class Plan:
     hub_config: Any  # the hub's text config
     experts: dict[str, Expert]
     projected: bool  # expert_streams="projected"
-    expert_dropout: float = 0.0
 
 
 class Run:
@@ -56,17 +55,10 @@ class Run:
     ) -> None:
         self.plan, self.call, self.outer, self.observers = plan, call, outer, observers
         self.streams: Optional[dict[str, Stream]] = None
-        self._dropped: Optional[dict[str, Tensor]] = None
         if observers:
             self.gates: dict[int, dict[str, Tensor]] = {}
             self.cache: Optional[Cache] = call.get("past_key_values")
             self.past = cached_tokens(self.cache)
-
-    def _dropped_experts(self, batch: int) -> dict[str, Tensor]:
-        """Expert dropout: for each expert, the sequences (B,) that do without it, the same at every stitch."""
-        if self._dropped is None:
-            self._dropped = {name: torch.rand(batch) < self.plan.expert_dropout for name in sorted(self.streams)}
-        return self._dropped
 
     @torch.compiler.disable
     def _note_gates(self, layer: int, gates: dict[str, Tensor]) -> None:
@@ -108,9 +100,7 @@ class Run:
             boundary = expert_boundary(layer + 1, plan.hub_layers, plan.experts[name].num_layers)
             states[name] = stream.advance(boundary, checkpoint).to(hub_BTD.device)
         if stitch.kind == EXPERTS_INTO_HUB:
-            dropout = stitch.training and plan.expert_dropout > 0
-            dropped = self._dropped_experts(len(hub_BTD)) if dropout else None
-            hub_BTD, new_states = stitch(hub_BTD, states, dropped, observe=observe)
+            hub_BTD, new_states = stitch(hub_BTD, states, observe)
         else:
             new_states = stitch(hub_BTD, states, observe)
         if stitch.kind != EXPERTS_INTO_HUB or plan.projected:

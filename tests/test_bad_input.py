@@ -103,7 +103,6 @@ def refused(*models, match, error=ValueError, flags=True):
         ({"pattern": "hub_into_experts"}, r"pattern must be one of alternating, experts_into_hub"),
         ({"expert_streams": "mixed"}, r"expert_streams must be one of intact, projected"),
         ({"gate_dropout": 1.0}, r"gate_dropout.*\[0, 1\).*1\.0"),
-        ({"expert_dropout": 1.0}, r"expert_dropout.*\[0, 1\).*1\.0"),
         ({"gate_dropout": -0.1}, r"gate_dropout.*\[0, 1\).*-0\.1"),
         ({"layers_to_stitch": []}, r"layers_to_stitch.*0-based.*\[\]"),
         ({"layers_to_stitch": [2, 1, 3]}, r"layers_to_stitch.*rising.*\[2, 1, 3\]"),

@@ -217,36 +217,6 @@ def test_gate_dropout_in_training_only():
     assert not torch.equal(logits(model), logits(model))
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_expert_dropout(arch):
-    """In training, every sequence computes what the model would with some of its experts; at inference, with all."""
-    model = stitch(fresh("llama"), {n: fresh(arch, seed=s) for s, n in enumerate("ab", 1)}, expert_dropout=0.4)
-    ids = IDS[:1].expand(64, -1)
-    subsets = {}
-    for names in (("a", "b"), ("a",), ("b",), ()):
-        with model.set_active_experts(names) if names else model.disable_adapter():
-            subsets[names] = logits(model, ids[:1])[0]
-    # Without any expert the stitches still run; a softmax over the hub alone is 1.
-    model.train()
-    torch.manual_seed(0)
-    rows = logits(model, ids)
-    found = [next((n for n, out in subsets.items() if torch.allclose(row, out, atol=1e-4)), None) for row in rows]
-    assert None not in found
-    assert 0.2 < sum("a" not in names for names in found) / 64 < 0.6
-    assert set(found) == set(subsets)
-    assert torch.equal(logits(model.eval(), ids[:1])[0], subsets["a", "b"])
-
-
-def test_expert_dropout_and_gradient_checkpointing():
-    """A recomputed forward leaves out the same experts."""
-    model = stitch(fresh("llama"), {"a": fresh("llama", seed=1)}, expert_dropout=0.5).train()
-    torch.manual_seed(1)
-    expected = backward(model)
-    model.gradient_checkpointing_enable()
-    torch.manual_seed(1)
-    close(backward(model), expected, 1e-4)
-
-
 @contextmanager
 def saved_tensors(modules):
     """Counts the tensors that the graph keeps: {"all": ..., "inside": those of the given modules' forwards}."""

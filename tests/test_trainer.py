@@ -267,7 +267,7 @@ def train_as_a_user(models, output, record, dropout, fatal=None, resume=False):
     set_seed(7)
     hub = AutoModelForCausalLM.from_pretrained(models / "seed")
     experts = {name: str(models / name) for name in ("code", "math")}
-    options = {"num_stitches": 2, "r": 4, "gate_dropout": dropout, "expert_dropout": dropout}
+    options = {"num_stitches": 2, "r": 4, "gate_dropout": dropout}
     model = get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM", experts=experts, **options))
     trainer = trainer_of(
         model,
