@@ -11,9 +11,10 @@ On several GPUs:
 
     accelerate launch --num_processes 4 examples/train_stitch.py ...the same...
 
-The evaluation is of each domain, on rows held out from it: `eval_code_loss` and so on. All options of `StitchConfig`
-can be set (`--num_stitches 6 --gate token`), and all of `TrainingArguments`. `--resume_from_checkpoint last` goes on
-with a run that was cut off. The adapter's folder is `--output_dir`, for `AutoPeftModelForCausalLM.from_pretrained`.
+The evaluation is of each domain, on rows held out from it: `eval_code_loss` and so on. The logs have the mean gates of
+every stitch, too. All options of `StitchConfig` can be set (`--num_stitches 6 --gate token`), and all of
+`TrainingArguments`. `--resume_from_checkpoint last` goes on with a run that was cut off. The adapter's folder is
+`--output_dir`, for `AutoPeftModelForCausalLM.from_pretrained`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_bts import StitchConfig
+from peft_bts import GateLogger, StitchConfig
 
 
 @dataclass
@@ -61,6 +62,7 @@ def main() -> None:
         eval_dataset=held_out,
         data_collator=default_data_collator,  # packed rows need no padding
         processing_class=tokenizer,  # saved beside the adapter
+        callbacks=[GateLogger()],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint == "last" or training.resume_from_checkpoint)
     trainer.save_model()

@@ -20,7 +20,7 @@ from common import DataArguments, load_domains, parse_experts
 from transformers import HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
-from peft_bts import StitchConfig
+from peft_bts import GateLogger, StitchConfig
 
 
 @dataclass
@@ -41,6 +41,7 @@ def main() -> None:
         train_dataset=mix,
         eval_dataset=held_out,
         peft_config=replace(config, task_type="CAUSAL_LM", experts=parse_experts(names.expert)),
+        callbacks=[GateLogger()],
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint == "last" or training.resume_from_checkpoint)
     trainer.save_model()

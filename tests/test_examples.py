@@ -76,6 +76,13 @@ def read_losses(folder):
     return {key.removeprefix("eval_").removesuffix("_loss"): metrics[key] for key in metrics if key.endswith("_loss")}
 
 
+def logged(checkpoint):
+    """The names of all that was logged up to a checkpoint."""
+    return {
+        key for entry in json.loads((checkpoint / "trainer_state.json").read_text())["log_history"] for key in entry
+    }
+
+
 def word_rows(path):
     """The documents of a file as rows of tokens; all are equally long."""
     tokenizer = word_tokenizer()
@@ -188,7 +195,20 @@ def test_train_stitch(root, tmp_path, common, monkeypatch):
     """The adapter's folder loads, the losses are its own, and the seed's tokenizer lies beside it."""
     out = tmp_path / "out"
     names = ["--hub", root / "seed", "--expert", f"code={root / 'code'}", "--expert", f"math={root / 'math'}"]
-    options = ["--num_stitches", 2, "--gate", "token", "--gate_bias", "False", "--r", 4, "--max_steps", 4]
+    options = [
+        "--num_stitches",
+        2,
+        "--gate",
+        "token",
+        "--gate_bias",
+        "False",
+        "--r",
+        4,
+        "--max_steps",
+        4,
+        "--save_steps",
+        4,
+    ]
     datasets = data(root, "code:2", "math", "general:0")
     run_here(monkeypatch, "train_stitch.py", *names, *datasets, *ROWS, *options, *TRAINING, "--output_dir", out)
     model = AutoPeftModelForCausalLM.from_pretrained(out)
@@ -200,6 +220,7 @@ def test_train_stitch(root, tmp_path, common, monkeypatch):
     }
     assert (out / "tokenizer.json").exists()
     assert sorted(read_losses(out)) == ["code", "general", "math"]
+    assert {"loss", "gate/layer_3/hub", "gate/layer_3/code", "gate_entropy/layer_3"} <= logged(out / "checkpoint-4")
 
 
 def test_train_stitch_trl(root, tmp_path, common, monkeypatch):
@@ -209,9 +230,8 @@ def test_train_stitch_trl(root, tmp_path, common, monkeypatch):
     options += ["--bf16", "False", "--eval_strategy", "steps", "--eval_steps", 2, "--output_dir", tmp_path / "out"]
     options += ["--save_steps", 4]
     run_here(monkeypatch, "train_stitch_trl.py", *names, *data(root, "code:2", "math"), *options, *TRAINING)
-    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
-    logged = {key for entry in state["log_history"] for key in entry}
-    assert {"loss", "eval_code_loss", "eval_math_loss"} <= logged
+    expected = {"loss", "eval_code_loss", "eval_math_loss", "gate/layer_3/hub", "gate_entropy/layer_3"}
+    assert expected <= logged(tmp_path / "out" / "checkpoint-4")
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.active_peft_config.num_stitches == 2
     assert torch.isfinite(torch.tensor(loss_of(model, word_rows(root / "code.jsonl"))))
