@@ -7,7 +7,7 @@ Every row is measured in a process of its own, with random llama models; all are
 
 - peak: how far the process's resident memory (`ru_maxrss`) rises above what it holds once the models are loaded,
   over two steps: activations, gradients, the optimizer's state, and what the allocator adds;
-- graph: bytes of the tensors that the forward pass keeps for the backward pass, weights not counted; exact, free of
+- graph: bytes of the tensors that the forward pass keeps for the backward pass, weights not counted; free of
   noise, and about the same on a GPU. It is the part that gradient checkpointing is there to reduce.
 """
 
