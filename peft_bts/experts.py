@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from transformers import Cache
 from ._compat import keep_output_capture, no_output_capture
 from .masks import expert_mask
 from .placement import execution_device, is_dispatched
+from .threads import PerThread
 
 
 # What belongs to the hub's own call: experts get a cache of their own, and nobody reads their other outputs.
@@ -43,33 +43,6 @@ _NOT_FOR_EXPERTS = {
 # Takes `past_key_values`, but in most supported versions of transformers its recurrent layers keep their state in
 # themselves; and they run over padding as over text.
 _STATE_IN_LAYERS = ("recurrent_gemma",)
-
-
-class PerThread:
-    """A slot with one value per thread, so that threads can share a model.
-
-    torch.compile cannot trace thread locals; while it traces, the value is a plain attribute, which it sees through.
-    Copies of a model (deepcopy, pickle) start with an empty slot.
-    """
-
-    def __init__(self) -> None:
-        self._local = threading.local()
-        self._traced: Any = None
-
-    def get(self) -> Any:
-        if torch.compiler.is_compiling():
-            return self._traced
-        value = getattr(self._local, "value", None)
-        return self._traced if value is None else value  # a forward of which only parts are compiled
-
-    def set(self, value: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._traced = value
-        else:
-            self._local.value = value
-
-    def __reduce__(self):
-        return PerThread, ()
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from transformers import Cache
 
 from .cache import check_cache, find_cache, join_caches
 from .config import EXPERTS_INTO_HUB, expert_boundary
-from .experts import Expert, PerThread, Stream, cached_tokens
+from .experts import Expert, Stream, cached_tokens
 from .masks import check_mask
+from .threads import PerThread
 
 
 @dataclass

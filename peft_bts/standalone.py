@@ -32,11 +32,12 @@ from transformers import (
 from ._compat import replace_captured_hidden_state
 from .cache import cache_like, static_length
 from .config import EXPERTS_INTO_HUB
-from .experts import PerThread, Planner, cached_tokens, find_decoder, text_config, with_layers
+from .experts import Planner, cached_tokens, find_decoder, text_config, with_layers
 from .masks import expert_mask
 from .observers import generation
 from .run import Plan, Run, checkpoint_function
 from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, PerModel
+from .threads import PerThread
 
 
 _OURS = "_stitched_layers"  # attribute of a cache that has a layer for every decoder layer of the composition
