@@ -1,6 +1,7 @@
 # `make quickstart` and `make test` do all the set-up they need, once, in .venv.
 PYTHON ?= python3
 VENV := .venv
+PACKAGE := $(VENV)/.package
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 export PYTHONUNBUFFERED := 1
@@ -8,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: quickstart test test-all test-lowest lint format clean
 
-quickstart: $(STAMP)
+quickstart: $(PACKAGE)
 	$(VENV)/bin/python examples/quickstart.py $(ARGS)
 
 test: $(STAMP)
@@ -28,8 +29,12 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-$(STAMP): pyproject.toml constraints.txt
+$(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(STAMP): $(PACKAGE)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
