@@ -124,12 +124,12 @@ def stages(arguments):
 # --- Data: Python's own sources -------------------------------------------------------------------------------------
 
 
-def read_python(limit=None):
+def read_python(limit=None, root=None):
     """Docstrings ("text") and what is left of the sources ("code") of the standard library, split *by file*.
 
     A document is a pair (prompt, answer), of which models learn the answer; here all of it, so the prompt is empty.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = root or Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
     files = [path for path in sorted(root.rglob("*.py")) if not skip & set(path.relative_to(root).parts)]
     if len(files) < 100:
@@ -238,7 +238,7 @@ def make_documents(arguments):
     return documents
 
 
-def train_tokenizer(documents):
+def train_tokenizer(documents, vocabulary=VOCABULARY):
     """A BPE tokenizer with single digits as tokens, in the form `transformers` wants."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -250,7 +250,7 @@ def train_tokenizer(documents):
     limits = {"text": 1_000_000, "code": 1_000_000, "math": 10_000, "lang": 150_000}
     tokenizer.train_from_iterator(
         ["\n".join(map("".join, documents[domain]))[:limit] for domain, limit in limits.items()],
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet),
+        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END} $A", special_tokens=[(END, tokenizer.token_to_id(END))]
@@ -261,8 +261,8 @@ def train_tokenizer(documents):
     )  # fmt: skip
 
 
-def make_blocks(tokenizer, documents, desc):
-    """Each domain's documents one after another, cut into blocks: a tensor (blocks, 2, LENGTH) of tokens and labels.
+def make_blocks(tokenizer, documents, desc, length=LENGTH):
+    """Each domain's documents one after another, cut into blocks: a tensor (blocks, 2, length) of tokens and labels.
 
     The label of a prompt's token is -100, which the loss leaves out: there is nothing to learn from drawn numbers.
     """
@@ -276,8 +276,8 @@ def make_blocks(tokenizer, documents, desc):
             for prompt, answer in zip(prompts, answers):
                 tokens += prompt + answer
                 labels += prompt[:1] + [-100] * (len(prompt) - 1) + answer
-        whole = len(tokens) // LENGTH * LENGTH
-        blocks[domain] = torch.tensor([tokens[:whole], labels[:whole]]).view(2, -1, LENGTH).transpose(0, 1)
+        whole = len(tokens) // length * length
+        blocks[domain] = torch.tensor([tokens[:whole], labels[:whole]]).view(2, -1, length).transpose(0, 1)
     return blocks
 
 

@@ -1,0 +1,99 @@
+"""The study of the Branch-Train-Stitch paper (arXiv 2502.00075), re-run at a size that fits, by one command.
+
+    python benchmarks/replicate.py                     # quick: 2 cores, one set of seed and experts
+    python benchmarks/replicate.py --preset full       # 2 cores, three sets, hours
+    python benchmarks/replicate.py --preset gpu        # one GPU, three sets of 54M-parameter models
+
+Trains seeds and experts from nothing, combines them with every method of the paper, and writes
+`benchmarks/results/replicate.json` and a report beside it, `replicate.md`, that states the paper's claims one by one
+with the paper's figures, ours, and a verdict. Every finished training is a file in the cache: after a kill, the same
+command goes on where it was. The library behind it is `benchmarks/replication/`.
+"""
+
+import os
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
+
+from replication.jobs import Job, Store, run
+from replication.presets import PRESETS
+from replication.report import write_report
+from replication.studies import Set, folder_of
+from replication.summary import summarize
+
+
+@dataclass
+class Arguments:
+    preset: str = field(default="quick", metadata={"help": "how large the study is", "choices": [*PRESETS]})
+    workers: int = field(default=2, metadata={"help": "processes that share the work, with one thread each"})
+    cache_dir: str = field(default=".cache/replicate", metadata={"help": "where finished pieces are kept"})
+    results: str = field(default="", metadata={"help": "file to write [benchmarks/results/replicate[-PRESET].json]"})
+    device: str = field(default="", metadata={"help": "cpu or cuda [cuda for the preset gpu]"})
+    worker: bool = field(default=False, metadata={"help": "only do pieces, in this process; write no report"})
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.disable_progress_bar()  # of loading and saving, both immediate
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21, transformers 5.23
+    torch.set_num_threads(1)
+    preset = PRESETS[arguments.preset]
+    device = arguments.device or ("cuda" if arguments.preset == "gpu" else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("PyTorch finds no GPU. Use --device cpu to wait very long, or another preset.")
+    store = Store(folder_of(Path(arguments.cache_dir), arguments.preset, preset))
+    sets = [Set(preset, number, store, device) for number in range(preset.sets)]
+    jobs = [job for one in sets for job in one.jobs()]
+    if arguments.worker or arguments.workers < 2:
+        run(jobs, store, desc=arguments.preset)
+    else:
+        share(jobs, store, arguments)
+    if not arguments.worker:
+        name = "replicate" if arguments.preset == "quick" else f"replicate-{arguments.preset}"
+        path = Path(arguments.results or HERE / "results" / f"{name}.json")
+        write_report(summarize(sets, arguments.preset), path)
+        print(f"Wrote {path} and {path.with_suffix('.md')}")
+
+
+def share(jobs: list[Job], store: Store, arguments: Arguments) -> None:
+    """Start workers on the same store and wait until they have done all pieces."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [store.place("logs") / f"worker{number}.log" for number in range(arguments.workers)]
+    workers = []
+    try:
+        for log in logs:
+            with open(log, "w") as file:
+                workers.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
+        with tqdm(total=len(jobs), desc=f"{arguments.preset}, {len(workers)} workers", unit="piece") as bar:
+            while any(worker.poll() is None for worker in workers):
+                bar.n = sum(store.has(job.name) for job in jobs)
+                bar.refresh()
+                failed = [log for worker, log in zip(workers, logs) if worker.poll()]
+                if failed:
+                    raise SystemExit(f"A worker failed; the end of {failed[0]}:\n{failed[0].read_text()[-3000:]}")
+                time.sleep(1)
+            bar.n = sum(store.has(job.name) for job in jobs)
+    finally:
+        for worker in workers:
+            worker.terminate()
+    unfinished = [job.name for job in jobs if not store.has(job.name)]
+    if unfinished:
+        raise SystemExit(f"{len(unfinished)} pieces are not done, first {unfinished[0]}; see {logs[0]}.")
+
+
+if __name__ == "__main__":
+    main()
