@@ -19,7 +19,7 @@ from .methods import Method, count_parameters, modules_of
 from .training import autocast
 
 
-TURNS = 7
+TURNS = 5
 
 
 class PeakMemory(TorchDispatchMode):

@@ -58,7 +58,7 @@ class Routing:
         embedded = self.embed(tokens).detach().float() * seen.unsqueeze(-1)
         return self.router(embedded.sum(1) / prompt.unsqueeze(1))
 
-    def fit(self, blocks: Tensor, *, learning_rate: float, seed: int, epochs: int = 20) -> None:
+    def fit(self, blocks: Tensor, *, learning_rate: float, seed: int, epochs: int = 20) -> dict[str, float]:
         """Train the router to find the model with the smallest loss on each block (N, 2, T).
 
         The paper draws prompts of 32 to 256 tokens; here they are of 1/16 of a block to all of it.
@@ -76,6 +76,7 @@ class Routing:
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+        return {"loss": loss.item()}
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, prompt: Tensor) -> Tensor:

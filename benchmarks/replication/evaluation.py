@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import DOMAINS, TASKS, Rows
+from .data import CROSS, DOMAINS, TASKS, Rows
 from .ensembles import log_probabilities
 
 
@@ -86,7 +86,7 @@ def rate_all(predict: Predictor, rows: dict[str, Rows]) -> dict:
         **rate_domains(predict, rows),
         "switching": {"bits_per_token": switching["loss"] / math.log(2), "n": switching["n"]},
         "three": {"exact": three["exact"], "se": three["exact_se"], "code": three_code["token"], "n": three["n"]},
-        "cross_untrained": {kind: score(predict, rows[kind])["exact"] for kind in ("cross_direct", "cross_steps")},
+        "cross_untrained": {kind: score(predict, rows[kind]) for kind in CROSS},
     }
 
 

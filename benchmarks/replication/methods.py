@@ -109,6 +109,7 @@ TRAINED: dict[str, Callable] = {
     "bts_k2": stitched(num_stitches=2),
     "bts_kL": stitched(num_stitches="L"),
     "bts_hub_math": stitched(hub="math"),
+    "bts_expert_dropout": stitched(expert_dropout=0.1),
     "bts_init_torch": stitched(init="torch"),
     "bts_init_near_seed": stitched(init="near_seed"),
 }

@@ -47,17 +47,17 @@ class Preset:
             "seed": (2000, 3e-3),
             "code": (700, 2e-3),
             "math": (800, 4e-3),
-            "lang": (500, 2e-3),
-            "roman": (300, 2e-3),
+            "lang": (350, 2e-3),
+            "roman": (350, 2e-3),
         }
     )
     # Combining: the same blocks, steps and number of learning rates for every trained method.
     batch: int = 8
-    steps: int = 200
+    steps: int = 150
     learning_rates: tuple = (1e-3, 4e-3)
-    cross_steps: int = 150
+    cross_steps: int = 100
     cross_items: int = 2000  # different training items of the cross task
-    long_factor: int = 4  # for the question whether more training would help the cross task
+    long_factor: int = 3  # for the question whether more training would help the cross task
     addition_steps: tuple = (25, 50, 100)
     # Measuring: items of every task, blocks of every domain.
     items: int = 1000

@@ -12,7 +12,6 @@ from .cost import measure_costs
 from .data import CROSS, Data, make_data
 from .ensembles import Routing
 from .evaluation import predictor, rate_all, rate_domains, rate_task
-from .gates import trace_gates
 from .jobs import Job, Store
 from .methods import (
     CROSS_TRAINED,
@@ -227,6 +226,8 @@ class Set:
         return {"steps": rated}
 
     def trace(self) -> dict:
+        from .gates import trace_gates
+
         return trace_gates(self.chosen(self.main, "bts"), self.data)
 
     def cost(self) -> dict:

@@ -1,0 +1,171 @@
+"""From the pieces of all sets to one results file: means, spreads, and everything that the report states."""
+
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from .claims import judge
+from .data import CROSS, DOMAINS
+from .methods import CROSS_TRAINED, LONG, TRAINED, UNTRAINED
+from .presets import EXPERTS, FOURTH
+from .studies import CROSS_EXPERTS, REPEATS, Set
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Mean and standard deviation over independent sets; `sd` is `None` for a single set."""
+    values = list(values)
+    return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "n": len(values), "values": values}
+
+
+def over_sets(sets: list[Set], name: str, pick: Callable[[dict], float]) -> dict[str, Any]:
+    return spread(pick(one.store.read(one.name(*name.split("/")))) for one in sets)
+
+
+def summarize(sets: list[Set], preset_name: str) -> dict[str, Any]:
+    """Everything that was found out, ready for JSON."""
+    results = {
+        "preset": preset_name,
+        "sets": len(sets),
+        **environment(sets[0]),
+        "trained": trainings(sets),
+        "methods": {name: main_method(sets, name) for name in main_names()},
+        "repeats": repeats(sets),
+        "cross": {study.name: cross(sets, study.name, LONG if study is sets[0].long else cross_names())
+                  for study in (*sets[0].crosses, sets[0].long)},
+        "cross_long_factor": sets[0].preset.long_factor,
+        "removal": {name: rated(sets, f"removal/{name}") for name in EXPERTS},
+        "addition": {init: addition(sets, init) for init in ("zero", "hub", "closed")},
+        "cost": sets[0].store.read(sets[0].name("cost")),
+        "gates": sets[0].store.read(sets[0].name("gates")),
+    }  # fmt: skip
+    results["claims"] = judge(results)
+    return results
+
+
+def main_names() -> list[str]:
+    return ["seed", *(f"expert_{name}" for name in EXPERTS), *UNTRAINED, *TRAINED]
+
+
+def cross_names() -> list[str]:
+    return ["seed", *(f"expert_{name}" for name in CROSS_EXPERTS), *UNTRAINED, *CROSS_TRAINED]
+
+
+def environment(one: Set) -> dict[str, Any]:
+    """The machine, the versions and the commit."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    device = torch.cuda.get_device_name() if one.device == "cuda" else platform.processor() or platform.machine()
+    jobs = one.jobs()
+    return {
+        "machine": device,
+        "python": platform.python_version(),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+        "commit": commit,
+        "core_minutes_per_set": sum(one.store.read(job.name)["seconds"] for job in jobs) / 60,
+        "pieces_per_set": len(jobs),
+        "settings": {
+            "seed_parameters": one.store.read(one.name("model", "seed"))["parameters"],
+            "batch": one.preset.batch, "length": one.preset.length, "steps": one.preset.steps,
+            "cross_steps": one.preset.cross_steps, "cross_items": one.preset.cross_items,
+            "learning_rates": list(one.preset.learning_rates), "mix": one.main.shares,
+            "branch": one.preset.branch, "layers": one.preset.llama["num_hidden_layers"],
+        },
+    }  # fmt: skip
+
+
+def trainings(sets: list[Set]) -> dict[str, Any]:
+    return {name: {key: over_sets(sets, f"model/{name}", lambda r: r[key]) for key in ("loss", "seconds")}
+            for name in ["seed", *EXPERTS, FOURTH]}  # fmt: skip
+
+
+def rated(sets: list[Set], name: str) -> dict[str, Any]:
+    """Average and domains of one rated thing; `se` is the mean standard error from the choice of test data."""
+    return {
+        "average": over_sets(sets, name, lambda r: r["average"]),
+        "se": over_sets(sets, name, lambda r: r["se"])["mean"],
+        "domains": {
+            domain: {
+                "score": over_sets(sets, name, lambda r: r["domains"][domain]["score"]),
+                "loss": over_sets(sets, name, lambda r: r["domains"][domain]["loss"]),
+                "se": over_sets(sets, name, lambda r: r["domains"][domain]["se"])["mean"],
+            }
+            for domain in DOMAINS
+        },
+    }
+
+
+def chosen_rates(sets: list[Set], name: str) -> list[float]:
+    results = [one.store.read(one.name(*name.split("/"))) for one in sets]
+    return [result["learning_rate"] for result in results if "learning_rate" in result]
+
+
+def main_method(sets: list[Set], name: str) -> dict[str, Any]:
+    place = f"main/{name}/test"
+    result = rated(sets, place)
+    parameters = sets[0].store.read(sets[0].name("main", name, "test"))["parameters"]
+    result |= {f"{kind}_parameters": count for kind, count in parameters.items()}
+    result["switching_bits"] = over_sets(sets, place, lambda r: r["switching"]["bits_per_token"])
+    result["three"] = {key: over_sets(sets, place, lambda r: r["three"][key]) for key in ("exact", "code")}
+    result["three"]["se"] = over_sets(sets, place, lambda r: r["three"]["se"])["mean"]
+    result["cross_untrained"] = {
+        kind: {
+            "exact": over_sets(sets, place, lambda r: r["cross_untrained"][kind]["exact"]),
+            "se": over_sets(sets, place, lambda r: r["cross_untrained"][kind]["exact_se"])["mean"],
+        }
+        for kind in CROSS
+    }
+    result["learning_rates"] = chosen_rates(sets, place)
+    return result
+
+
+def repeats(sets: list[Set]) -> dict[str, Any]:
+    """The paper's form trained again with its data in other orders: the spread that one training has by chance."""
+    spreads = [
+        stdev(
+            [one.store.read(one.name("main", "bts", "test"))["average"]]
+            + [one.store.read(one.name("repeat", i))["average"] for i in REPEATS]
+        )
+        for one in sets
+    ]
+    return {"sd": mean(spreads), "trainings": 1 + len(REPEATS)}
+
+
+def cross(sets: list[Set], study: str, names: list[str]) -> dict[str, Any]:
+    rows = {}
+    for name in names:
+        place = f"{study}/{name}/test"
+        rows[name] = {
+            "average": over_sets(sets, place, lambda r: r["average"]),
+            "se": over_sets(sets, place, lambda r: r["se"])["mean"],
+            "learning_rates": chosen_rates(sets, place),
+            "trained_parameters": sets[0].store.read(sets[0].name(study, name, "test"))["parameters"]["trained"],
+        }
+    return rows
+
+
+def addition(sets: list[Set], init: str) -> dict[str, Any]:
+    """By step: the new domain and the mean of the old ones, at the learning rate that is best on validation."""
+    runs = []
+    for one in sets:
+        trials = [one.store.read(one.name("addition", init, rate))["steps"] for rate in one.preset.learning_rates]
+        last = str(max(one.preset.addition_steps))
+        runs.append(max(trials, key=lambda steps: steps[last]["validation"]["average"]))
+    return {
+        step: {
+            "new": spread(run[step]["test"]["domains"][FOURTH]["score"] for run in runs),
+            "old": spread(mean(run[step]["test"]["domains"][domain]["score"] for domain in DOMAINS) for run in runs),
+        }
+        for step in runs[0]
+    }
