@@ -7,10 +7,13 @@ LOWEST := .venv-lowest
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test test-all test-lowest lint format clean
+.PHONY: quickstart replicate test test-all test-lowest lint format clean
 
 quickstart: $(PACKAGE)
 	$(VENV)/bin/python examples/quickstart.py $(ARGS)
+
+replicate: $(STAMP)
+	$(VENV)/bin/python benchmarks/replicate.py $(ARGS)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 $(ARGS)

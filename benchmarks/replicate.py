@@ -24,10 +24,10 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from replication.jobs import Job, Store, run
+from replication.jobs import Job, Store, run  # the quickstart, which it uses, is in examples/
 from replication.presets import PRESETS
 from replication.report import write_report
 from replication.studies import Set, folder_of
@@ -63,7 +63,7 @@ def main() -> None:
         share(jobs, store, arguments)
     if not arguments.worker:
         name = "replicate" if arguments.preset == "quick" else f"replicate-{arguments.preset}"
-        path = Path(arguments.results or HERE / "results" / f"{name}.json")
+        path = Path(arguments.results or Path(__file__).parent / "results" / f"{name}.json")
         write_report(summarize(sets, arguments.preset), path)
         print(f"Wrote {path} and {path.with_suffix('.md')}")
 

@@ -53,7 +53,9 @@ def held_bytes(method: Method, optimizer: Any = None) -> int:
     tensors = {t for module in modules_of(method) for t in (*module.parameters(), *module.buffers())}
     total = sum(t.numel() * t.element_size() for t in tensors)
     if optimizer is not None:
-        total += sum(t.numel() * t.element_size() for t in tree_leaves(list(optimizer.state.values())) if torch.is_tensor(t))
+        total += sum(
+            t.numel() * t.element_size() for t in tree_leaves(list(optimizer.state.values())) if torch.is_tensor(t)
+        )
     return total
 
 

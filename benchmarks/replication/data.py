@@ -200,6 +200,11 @@ def item_rows(tokenizer, items: list[Item]) -> Rows:
     return part_rows(tokenizer, [[(prompt, False), (answer, True)] for prompt, answer in items])
 
 
+def all_scored(blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Prompts are learned and scored too, as in pretraining. BTM needs models that expect their domain's prompts."""
+    return {domain: part[:, :1].expand(-1, 2, -1).contiguous() for domain, part in blocks.items()}
+
+
 def block_rows(blocks: torch.Tensor) -> Rows:
     """Blocks have no prompt; a method that decides once per sequence sees the first quarter."""
     tokens, labels = blocks.unbind(1)
@@ -242,14 +247,14 @@ def make_data(preset: Preset, number: int) -> Data:
     items = make_items(preset, random.Random(number))
     train = {**documents["train"], **items["train"]}
     tokenizer = qs.train_tokenizer(train, vocabulary=preset.vocabulary)
-    blocks = qs.make_blocks(tokenizer, train, "tokenize", length=preset.length)
+    blocks = all_scored(qs.make_blocks(tokenizer, train, "tokenize", length=preset.length))
     rows = {}
     for split in SPLITS:
         enough = preset.blocks if split == "test" else preset.validation_blocks
         held_out = qs.make_blocks(
             tokenizer, documents[split] | {task: items[split][task] for task in TASKS}, split, length=preset.length
         )
-        held_out = {domain: part[:: -(-len(part) // enough)] for domain, part in held_out.items()}
+        held_out = all_scored({domain: part[:: -(-len(part) // enough)] for domain, part in held_out.items()})
         rows[split] = {f"{domain}_blocks": block_rows(part) for domain, part in held_out.items()}
         rows[split] |= {task: item_rows(tokenizer, pairs) for task, pairs in items[split].items()}
         rows[split]["switching"] = block_rows(switching_blocks(held_out, 2 * enough))

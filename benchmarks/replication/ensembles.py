@@ -69,9 +69,7 @@ class Routing:
         optimizer = torch.optim.AdamW(self.router.parameters(), lr=learning_rate, weight_decay=0.0)
         for _ in range(epochs):
             for places in torch.randperm(len(blocks), generator=generator).split(32):
-                prompt = torch.randint(
-                    tokens.shape[1] // 16, tokens.shape[1] + 1, (len(places),), generator=generator
-                )
+                prompt = torch.randint(tokens.shape[1] // 16, tokens.shape[1] + 1, (len(places),), generator=generator)
                 loss = F.cross_entropy(self.choose(tokens[places], prompt), best[places].to(self.router.weight.device))
                 loss.backward()
                 optimizer.step()

@@ -1,4 +1,4 @@
-"""The report's plots: averages, the price of a step, and the gates of the last stitch (the paper's figures 2 and 3)."""
+"""The report's plots: averages, and the gates of the last stitch (the paper's figures 2 and 3)."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ def averages(results: dict[str, Any]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7, 0.27 * len(methods) + 0.8))
     means = [result["average"]["mean"] for _, result in methods]
     errors = [result["average"]["sd"] or 2 * result["se"] for _, result in methods]
-    colours = ["#d62728" if name == "bts" else "#f2a3a3" if name.startswith("bts") else "#9db8d2" for name, _ in methods]
+    colours = [
+        "#d62728" if name == "bts" else "#f2a3a3" if name.startswith("bts") else "#9db8d2" for name, _ in methods
+    ]
     axes.barh([name for name, _ in methods], means, xerr=errors, color=colours, error_kw={"lw": 1})
     axes.set_xlabel("average of four domains, %")
     axes.spines[["top", "right"]].set_visible(False)

@@ -16,6 +16,7 @@ from peft_bts.stitch import HUB, ExpertsIntoHub, HubIntoExperts
 
 from .ensembles import BTM, Routing
 from .mixtures import MixedFFN, bam_adapters, btx
+from .presets import EXPERTS
 
 
 @dataclass
@@ -60,7 +61,7 @@ def lora(models: Models, experts: list[str]) -> nn.Module:
     per_rank = sum(sum(m.weight.shape) for m in model.model.layers.modules() if isinstance(m, nn.Linear))
     rank = max(1, round(count_trained(stitched()(models, experts)) / per_rank))
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=rank, target_modules="all-linear")
-    return get_peft_model(model, config)
+    return get_peft_model(model, config).eval()
 
 
 def stitched(hub: str = "seed", init: str = "identity", **options: Any) -> Callable:
@@ -76,7 +77,7 @@ def stitched(hub: str = "seed", init: str = "identity", **options: Any) -> Calla
         model = get_peft_model(model, config)
         if init == "near_seed":
             shut_gates(model)
-        return model
+        return model.eval()
 
     return build
 
@@ -119,8 +120,35 @@ CROSS_TRAINED = {
     for name in ("routing", "dense", "lora", "btx_soft", "btx_sample", "bam_adapters", "bts", "bts_token",
                  "bts_experts_into_hub")
 } | {"dense_math": lambda models, experts: dense(models, experts, start="math")}  # fmt: skip
-LONG = ["dense", "dense_math", "bts"]  # trained longer on the cross task
+DIRECT = ["dense", "dense_math", "btx_soft", "bts"]  # of these, also on the harder format
+LONG = ["dense", "dense_math", "bts"]  # of these, also longer
 
+
+TITLES = {
+    "seed": "seed",
+    "soup": "model soup",
+    "btm": "BTM",
+    "routing": "expert routing",
+    "dense": "seed, all weights trained",
+    "dense_math": "maths expert, all weights trained",
+    "lora": "LoRA of the seed",
+    "btx_soft": "BTX Soft",
+    "btx_sample": "BTX Sample",
+    "bam_adapters": "BAM adapters",
+    "bts": "**BTS, the paper's form**",
+    "bts_token": "BTS, token gate",
+    "bts_token_r8": "BTS, token gate, rank 8",
+    "bts_experts_into_hub": "BTS, Experts-into-Hub only",
+    "bts_projected": "BTS, projected streams",
+    "bts_k1": "BTS, K = 1",
+    "bts_k2": "BTS, K = 2",
+    "bts_kL": "BTS, K = L",
+    "bts_hub_math": "BTS, maths expert as hub",
+    "bts_expert_dropout": "BTS, expert dropout 0.1",
+    "bts_init_torch": "BTS, torch's random start",
+    "bts_init_near_seed": "BTS, starts as the seed",
+    **{f"expert_{name}": f"{name} expert" for name in EXPERTS},
+}
 
 # --- Parameters -----------------------------------------------------------------------------------------------------
 

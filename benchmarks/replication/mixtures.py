@@ -34,7 +34,7 @@ class Router(nn.Module):
 
 
 class MixedFFN(nn.Module):
-    """Takes the place of a decoder layer's `mlp`. `project`: a trained projection behind each FFN, from the identity."""
+    """Takes the place of a decoder layer's `mlp`. `project`: behind each FFN, a trained projection."""
 
     def __init__(self, ffns: list[nn.Module], width: int, kind: str = "soft", project: bool = False) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def btx(models: list[nn.Module], kind: Literal["soft", "sample"]) -> nn.Module:
     mixed = qs.average_weights(models)
     for index, layer in enumerate(mixed.model.layers):
         layer.mlp = MixedFFN([m.model.layers[index].mlp for m in models], mixed.config.hidden_size, kind)
-    return mixed.requires_grad_(True)
+    return mixed.requires_grad_(True).eval()
 
 
 def bam_adapters(models: list[nn.Module]) -> nn.Module:
@@ -103,4 +103,4 @@ def bam_adapters(models: list[nn.Module]) -> nn.Module:
         if isinstance(module, (MixedFFN, MixedAttention)):
             module.router.requires_grad_(True)
             module.projections.requires_grad_(True)
-    return mixed
+    return mixed.eval()

@@ -1,4 +1,4 @@
-"""How large the study is: models, trainings, tests. Every result depends on the preset, so its hash names the cache."""
+"""How large the study is: models, trainings, tests. All results depend on it, so its hash is in the cache's name."""
 
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
@@ -17,9 +17,7 @@ EXPERTS = ["code", "math", "lang"]
 FOURTH = "roman"  # the expert that is added later; neither the seed nor the stitches have met its domain
 
 # The paper's mix: 15% for each expert's domain, 55% of the seed's own data.
-STITCH_MIX = {
-    domain: 0.55 * BRANCH_MIX["seed"][domain] + 0.15 * (domain in EXPERTS) for domain in BRANCH_MIX["seed"]
-}
+STITCH_MIX = {domain: 0.55 * BRANCH_MIX["seed"][domain] + 0.15 * (domain in EXPERTS) for domain in BRANCH_MIX["seed"]}
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,14 @@ class Preset:
         default_factory=lambda: {
             "seed": (2000, 3e-3),
             "code": (700, 2e-3),
-            "math": (800, 4e-3),
+            "math": (1000, 4e-3),
             "lang": (350, 2e-3),
             "roman": (350, 2e-3),
         }
     )
     # Combining: the same blocks, steps and number of learning rates for every trained method.
     batch: int = 8
-    steps: int = 150
+    steps: int = 120
     learning_rates: tuple = (1e-3, 4e-3)
     cross_steps: int = 100
     cross_items: int = 2000  # different training items of the cross task
@@ -62,7 +60,7 @@ class Preset:
     # Measuring: items of every task, blocks of every domain.
     items: int = 1000
     validation_items: int = 200
-    blocks: int = 120
+    blocks: int = 80
     validation_blocks: int = 40
 
     @property
@@ -106,7 +104,7 @@ PRESETS = {
     "smoke": replace(
         QUICK,
         llama={**QUICK.llama, "hidden_size": 32, "intermediate_size": 64},
-        branch={name: (3, 1e-3) for name in QUICK.branch},
+        branch=dict.fromkeys(QUICK.branch, (3, 0.001)),
         length=64,
         batch=2,
         steps=2,

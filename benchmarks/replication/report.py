@@ -7,34 +7,8 @@ from typing import Any
 
 from .data import DOMAINS, TASKS
 from .figures import draw_all
-from .presets import EXPERTS, FOURTH
-
-
-TITLES = {
-    "seed": "seed",
-    "soup": "model soup",
-    "btm": "BTM",
-    "routing": "expert routing",
-    "dense": "seed, all weights trained",
-    "dense_math": "maths expert, all weights trained",
-    "lora": "LoRA of the seed",
-    "btx_soft": "BTX Soft",
-    "btx_sample": "BTX Sample",
-    "bam_adapters": "BAM adapters",
-    "bts": "**BTS, the paper's form**",
-    "bts_token": "BTS, token gate",
-    "bts_token_r8": "BTS, token gate, rank 8",
-    "bts_experts_into_hub": "BTS, Experts-into-Hub only",
-    "bts_projected": "BTS, projected streams",
-    "bts_k1": "BTS, K = 1",
-    "bts_k2": "BTS, K = 2",
-    "bts_kL": "BTS, K = L",
-    "bts_hub_math": "BTS, maths expert as hub",
-    "bts_expert_dropout": "BTS, expert dropout 0.1",
-    "bts_init_torch": "BTS, torch's random start",
-    "bts_init_near_seed": "BTS, starts as the seed",
-    **{f"expert_{name}": f"{name} expert" for name in EXPERTS},
-}
+from .methods import TITLES
+from .presets import FOURTH
 
 
 def write_report(results: dict[str, Any], path: Path) -> None:
@@ -76,13 +50,14 @@ def head(results: dict[str, Any]) -> str:
         "One set of seed and experts: it tells what happened to these models, not what happens to models in general. "
         "Margins cover the choice of test data and the chance in a training, not other seeds and experts."
         if sets == 1
-        else f"{sets} independent sets of seed and experts: figures are means ± standard deviations over them, margins "
+        else f"{sets} independent sets of seed and experts: figures are means ± standard deviations, margins "
         "half the 95% confidence interval of a difference."
     )
     return (
         "# The paper's study, re-run\n\n"
         f"Written by `python benchmarks/replicate.py --preset {results['preset']}`; do not edit. Branch-Train-Stitch, "
-        f"arXiv 2502.00075, with models of {results['settings']['seed_parameters'] / 1e6:.2g}M parameters where the paper "
+        f"arXiv 2502.00075, with models of {results['settings']['seed_parameters'] / 1e6:.2g}M parameters "
+        "where the paper "
         f"has 2.7B.\n\nOf {len(verdicts)} claims: **{counts}**. {scope}"
     )
 
@@ -97,8 +72,10 @@ def claims(results: dict[str, Any]) -> str:
     chance = results["repeats"]
     return (
         "## Claim by claim\n\n"
-        "A difference larger than its margin counts; a smaller one is a tie, or, where the claim is that one is *as good* "
-        f"as the other, what was claimed. Training the paper's form {chance['trainings']} times with its data in other "
+        "A difference larger than its margin counts; a smaller one is a tie, or, where the claim is that one "
+        "is *as good* "
+        f"as the other, what was claimed. Training the paper's form {chance['trainings']} times with its data "
+        "in other "
         f"orders gave averages with a standard deviation of {chance['sd']:.1f}.\n\n"
         + table(["claim", "paper", "ours", "difference", "margin", "verdict"], rows)
     )
@@ -155,9 +132,12 @@ def sequences(results: dict[str, Any]) -> str:
     ]
     return (
         "## Several domains in one sequence\n\n"
-        "Bits per token on test sequences whose second half is of another domain (all ordered pairs; lower is better). "
-        "Three at once: a translation, a piece of code and a sum in one sequence; *both answers* right to the letter, and "
-        "next tokens of the code that are right, in percent. No method was trained on such sequences, beyond documents "
+        "Bits per token on test sequences whose second half is of another domain (all ordered pairs; lower is "
+        "better). "
+        "Three at once: a translation, a piece of code and a sum in one sequence; *both answers* right to the "
+        "letter, and "
+        "next tokens of the code that are right, in percent. No method was trained on such sequences, beyond "
+        "documents "
         "of one domain following one another.\n\n"
         + table(["method", "switching, bits per token", "three at once: both answers", "three at once: code"], rows)
     )
@@ -168,26 +148,33 @@ def cross(results: dict[str, Any]) -> str:
     settings = results["settings"]
     rows = []
     for name in steps:
-        more = figure(long[name]["average"]) if name in long else ""
-        rows.append([TITLES[name], figure(direct[name]["average"]), more, figure(steps[name]["average"])])
+        columns = [figure(study[name]["average"]) if name in study else "" for study in (direct, long, steps)]
+        rows.append([TITLES[name], *columns])
     untrained = results["methods"]["bts"]["cross_untrained"]
     return (
         "## Cross capability (tables 4, 6, 7 and 9)\n\n"
-        'Maths in the second language: `tricent kvardek sep plus ok =`, with the answer at once (*direct*: `5530`, units '
+        "Maths in the second language: `tricent kvardek sep plus ok =`, with the answer at once (*direct*: "
+        "`5530`, units "
         "first) or with the sum written in digits before it (*in steps*: `347+8=5530`). Language and maths experts, "
         f"{settings['cross_items']:,} different training items, {settings['cross_steps']} steps, and "
-        f"{results['cross_long_factor']} times as many for *direct, longer*. Exact answers in percent. Seed, experts, soup "
+        f"{results['cross_long_factor']} times as many for *direct, longer*. Exact answers in percent. Seed, "
+        "experts, soup "
         "and BTM are not trained on it.\n\n"
         + table(["method", "direct", "direct, longer", "in steps"], rows)
         + "\n\nWithout any in-domain data, the main table's BTS gets "
-        f"{figure(untrained['cross_direct']['exact'])} (direct) and {figure(untrained['cross_steps']['exact'])} (in steps): "
+        f"{figure(untrained['cross_direct']['exact'])} (direct) and "
+        f"{figure(untrained['cross_steps']['exact'])} (in steps): "
         "it cannot know the format."
     )
 
 
 def removal(results: dict[str, Any]) -> str:
     rows = []
-    everything = {"nothing": results["methods"]["bts"], **results["removal"], "all (the seed)": results["methods"]["seed"]}
+    everything = {
+        "nothing": results["methods"]["bts"],
+        **results["removal"],
+        "all (the seed)": results["methods"]["seed"],
+    }
     for name, result in everything.items():
         rows.append([name, *(figure(result["domains"][d]["score"]) for d in DOMAINS), figure(result["average"])])
     return (
@@ -205,8 +192,9 @@ def addition(results: dict[str, Any]) -> str:
     steps = list(next(iter(results["addition"].values())))
     return (
         "## A fourth expert added\n\n"
-        f'An expert for Roman numerals ("{FOURTH}"), a task that neither seed nor stitches had met, attached to the trained '
-        "BTS; the stitches are then trained on all five domains alike, at a constant learning rate.\n\n"
+        f'An expert for Roman numerals ("{FOURTH}"), a task that neither seed nor stitches had met, attached '
+        "to the trained "
+        "BTS; the stitches are then trained on all five domains alike, at the learning rate of BTS, constant.\n\n"
         + table(["start of its gates", "exact or token, %", *(f"{step} steps" for step in steps)], rows)
     )
 
@@ -225,9 +213,12 @@ def costs(results: dict[str, Any]) -> str:
         rows.append([TITLES[name], *counts, *(ratio(row, key) for key in keys)])
     return (
         "## What it costs (table 2, and what the paper leaves out)\n\n"
-        "Parameters, and ratios to the seed (in training: to training all of the seed). A step is forward, backward and "
-        "update; inference is a forward of whole sequences. Memory counts weights, optimizer and all tensors alive at the "
-        f"peak. The seed itself: {seed['tokens_per_second']:,.0f} tokens/s, {seed['forward_flops'] / 1e6:.1f} MFLOPs per "
+        "Parameters, and ratios to the seed (in training: to training all of the seed). A step is forward, "
+        "backward and "
+        "update; inference is a forward of whole sequences. Memory counts weights, optimizer and all tensors "
+        "alive at the "
+        f"peak. The seed itself: {seed['tokens_per_second']:,.0f} tokens/s, {seed['forward_flops'] / 1e6:.1f} "
+        "MFLOPs per "
         "token (matrix products and attention), forward.\n\n"
         + table(["method", "trained", "total", "active", "time per step", "FLOPs per step", "memory of a step",
                  "tokens/s", "FLOPs per token", "memory of inference"], rows)
@@ -278,8 +269,11 @@ def setup(results: dict[str, Any]) -> str:
         "## How it was made\n\n"
         f"- Steps of branching, {settings['batch']} sequences of {settings['length']} tokens each: {branch}.\n"
         f"- Data that combinations are trained on (the paper's shares): {mix}. {settings['layers']} layers; K = 4.\n"
-        "- Training: AdamW, warm-up, cosine to 1%; the learning rate with the best validation average was tested, once.\n"
-        "- Routing decides after the prompt, or after the first quarter of a text without one, whose tokens count too.\n"
-        f"- {results['pieces_per_set']} pieces of work, {results['core_minutes_per_set']:.0f} core minutes per set as they "
+        "- Training: AdamW, warm-up, cosine to 1%; the learning rate with the best validation average was "
+        "tested, once.\n"
+        "- Routing decides after the prompt, or after the first quarter of a text without one, whose tokens "
+        "count too.\n"
+        f"- {results['pieces_per_set']} pieces of work, {results['core_minutes_per_set']:.0f} core minutes per "
+        "set as they "
         f"ran, on {results['machine']}, Python {results['python']}, {versions}, commit {results['commit']}."
     )

@@ -1,5 +1,6 @@
 """Which pieces of work the study is made of, for one set: its seed, its experts, and all that is done with them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,12 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .cost import measure_costs
-from .data import CROSS, Data, make_data
+from .data import Data, make_data
 from .ensembles import Routing
 from .evaluation import predictor, rate_all, rate_domains, rate_task
 from .jobs import Job, Store
 from .methods import (
     CROSS_TRAINED,
+    DIRECT,
     LONG,
     TRAINED,
     UNTRAINED,
@@ -58,13 +60,14 @@ class Set:
     def __init__(self, preset: Preset, number: int, store: Store, device: str) -> None:
         self.preset, self.number, self.store, self.device = preset, number, store, device
         self.main = Study("main", EXPERTS, STITCH_MIX, preset.steps, TRAINED)
-        self.crosses = [
-            Study(kind, CROSS_EXPERTS, {kind: 1.0}, preset.cross_steps, CROSS_TRAINED, kind) for kind in CROSS
-        ]
-        self.long = Study(
-            "cross_direct_long", CROSS_EXPERTS, {"cross_direct": 1.0}, preset.long_factor * preset.cross_steps,
-            {name: CROSS_TRAINED[name] for name in LONG}, "cross_direct",
-        )  # fmt: skip
+        short, long = preset.cross_steps, preset.long_factor * preset.cross_steps
+
+        def cross(name: str, task: str, steps: int, methods: Iterable[str]) -> Study:
+            return Study(name, CROSS_EXPERTS, {task: 1.0}, steps, {m: CROSS_TRAINED[m] for m in methods}, task)
+
+        self.cross = cross("cross_steps", "cross_steps", short, CROSS_TRAINED)
+        self.direct = cross("cross_direct", "cross_direct", short, DIRECT)
+        self.long = cross("cross_direct_long", "cross_direct", long, LONG)
 
     def name(self, *parts: Any) -> str:
         return "/".join([f"set{self.number}", *map(str, parts)])
@@ -85,15 +88,14 @@ class Set:
             Job(self.name("model", name), partial(self.branch, name), [self.name("model", "seed")])
             for name in [*EXPERTS, FOURTH]
         ]
-        for study in (self.main, *self.crosses, self.long):
+        for study in (self.main, self.cross, self.direct, self.long):
             jobs += self.study_jobs(study)
         needs = [self.name("main", "bts", "test")]
         jobs += [Job(self.name("repeat", i), partial(self.repeat, i), needs) for i in REPEATS]
         jobs += [Job(self.name("removal", name), partial(self.remove, name), needs) for name in EXPERTS]
         jobs += [
-            Job(self.name("addition", init, rate), partial(self.add, init, rate), [*needs, self.name("model", FOURTH)])
+            Job(self.name("addition", init), partial(self.add, init), [*needs, self.name("model", FOURTH)])
             for init in ("zero", "hub", "closed")
-            for rate in self.preset.learning_rates
         ]
         jobs.append(Job(self.name("gates"), self.trace, needs))
         models = [self.name("model", name) for name in ["seed", *EXPERTS]]
@@ -103,7 +105,7 @@ class Set:
     def study_jobs(self, study: Study) -> list[Job]:
         models = [self.name("model", name) for name in ["seed", *study.experts]]
         jobs = []
-        if study is not self.long:
+        if study in (self.main, self.cross):
             for name in ["seed", *(f"expert_{expert}" for expert in study.experts), *UNTRAINED]:
                 jobs.append(Job(self.name(study.name, name, "test"), partial(self.untrained, study, name), models))
         for name in study.trained:
@@ -207,22 +209,20 @@ class Set:
         model.detach_expert(expert)
         return rate_domains(predictor(model), self.data.rows["test"])
 
-    def add(self, init: str, learning_rate: float) -> dict:
+    def add(self, init: str) -> dict:
         """Attach a fourth expert to the trained model, and go on training its stitches with all five domains."""
         model = self.chosen(self.main, "bts")
         model.attach_expert(FOURTH, str(self.models.folders[FOURTH]), init=init)
-        steps, tasks = max(self.preset.addition_steps), ["math", "lang", FOURTH]
-        rated = {0: {split: rate_domains(predictor(model), self.data.rows[split], tasks) for split in self.data.rows}}
+        rated = {}
 
         def rate(step: int) -> None:
-            rated[step] = {
-                split: rate_domains(predictor(model), rows, tasks) for split, rows in self.data.rows.items()
-            }
+            rated[step] = rate_domains(predictor(model), self.data.rows["test"], ["math", "lang", FOURTH])
 
-        shares = {domain: 0.2 for domain in [*BRANCH_MIX["seed"], FOURTH]}
+        rate(0)
+        shares, steps = dict.fromkeys([*BRANCH_MIX["seed"], FOURTH], 0.2), max(self.preset.addition_steps)
         rows = mix(self.data.train, shares, steps * self.preset.batch, seed=self.number)
-        train(model, rows, steps=steps, learning_rate=learning_rate, constant=True, desc=f"add, {init}",
-              pauses=self.preset.addition_steps, at_pause=rate)  # fmt: skip
+        train(model, rows, steps=steps, learning_rate=self.best_rate(self.main, "bts"), constant=True,
+              desc=f"add, {init}", pauses=self.preset.addition_steps, at_pause=rate)  # fmt: skip
         return {"steps": rated}
 
     def trace(self) -> dict:

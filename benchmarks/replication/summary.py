@@ -2,7 +2,9 @@
 
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,9 +15,9 @@ import transformers
 
 from .claims import judge
 from .data import CROSS, DOMAINS
-from .methods import CROSS_TRAINED, LONG, TRAINED, UNTRAINED
+from .methods import TRAINED, UNTRAINED
 from .presets import EXPERTS, FOURTH
-from .studies import CROSS_EXPERTS, REPEATS, Set
+from .studies import REPEATS, Set, Study
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:
@@ -24,21 +26,31 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
     return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "n": len(values), "values": values}
 
 
-def over_sets(sets: list[Set], name: str, pick: Callable[[dict], float]) -> dict[str, Any]:
-    return spread(pick(one.store.read(one.name(*name.split("/")))) for one in sets)
+def read_all(sets: list[Set], name: str) -> list[dict[str, Any]]:
+    """A piece's result in every set."""
+    return [one.store.read(one.name(name)) for one in sets]
+
+
+def over_sets(sets: list[Set], name: str, *keys: str) -> dict[str, Any]:
+    """The figure that `keys` lead to in a piece's results."""
+    return spread(reduce(getitem, keys, result) for result in read_all(sets, name))
 
 
 def summarize(sets: list[Set], preset_name: str) -> dict[str, Any]:
     """Everything that was found out, ready for JSON."""
+    first = sets[0]
     results = {
         "preset": preset_name,
         "sets": len(sets),
         **environment(sets[0]),
         "trained": trainings(sets),
-        "methods": {name: main_method(sets, name) for name in main_names()},
+        "methods": {name: main_method(sets, name) for name in (*untrained_names(first.main), *TRAINED)},
         "repeats": repeats(sets),
-        "cross": {study.name: cross(sets, study.name, LONG if study is sets[0].long else cross_names())
-                  for study in (*sets[0].crosses, sets[0].long)},
+        "cross": {
+            "cross_steps": cross(sets, "cross_steps", [*untrained_names(first.cross), *first.cross.trained]),
+            "cross_direct": cross(sets, "cross_direct", [*first.direct.trained]),
+            "cross_direct_long": cross(sets, "cross_direct_long", [*first.long.trained]),
+        },
         "cross_long_factor": sets[0].preset.long_factor,
         "removal": {name: rated(sets, f"removal/{name}") for name in EXPERTS},
         "addition": {init: addition(sets, init) for init in ("zero", "hub", "closed")},
@@ -49,12 +61,8 @@ def summarize(sets: list[Set], preset_name: str) -> dict[str, Any]:
     return results
 
 
-def main_names() -> list[str]:
-    return ["seed", *(f"expert_{name}" for name in EXPERTS), *UNTRAINED, *TRAINED]
-
-
-def cross_names() -> list[str]:
-    return ["seed", *(f"expert_{name}" for name in CROSS_EXPERTS), *UNTRAINED, *CROSS_TRAINED]
+def untrained_names(study: Study) -> list[str]:
+    return ["seed", *(f"expert_{name}" for name in study.experts), *UNTRAINED]
 
 
 def environment(one: Set) -> dict[str, Any]:
@@ -86,20 +94,20 @@ def environment(one: Set) -> dict[str, Any]:
 
 
 def trainings(sets: list[Set]) -> dict[str, Any]:
-    return {name: {key: over_sets(sets, f"model/{name}", lambda r: r[key]) for key in ("loss", "seconds")}
+    return {name: {key: over_sets(sets, f"model/{name}", key) for key in ("loss", "seconds")}
             for name in ["seed", *EXPERTS, FOURTH]}  # fmt: skip
 
 
 def rated(sets: list[Set], name: str) -> dict[str, Any]:
     """Average and domains of one rated thing; `se` is the mean standard error from the choice of test data."""
     return {
-        "average": over_sets(sets, name, lambda r: r["average"]),
-        "se": over_sets(sets, name, lambda r: r["se"])["mean"],
+        "average": over_sets(sets, name, "average"),
+        "se": over_sets(sets, name, "se")["mean"],
         "domains": {
             domain: {
-                "score": over_sets(sets, name, lambda r: r["domains"][domain]["score"]),
-                "loss": over_sets(sets, name, lambda r: r["domains"][domain]["loss"]),
-                "se": over_sets(sets, name, lambda r: r["domains"][domain]["se"])["mean"],
+                "score": over_sets(sets, name, "domains", domain, "score"),
+                "loss": over_sets(sets, name, "domains", domain, "loss"),
+                "se": over_sets(sets, name, "domains", domain, "se")["mean"],
             }
             for domain in DOMAINS
         },
@@ -107,8 +115,7 @@ def rated(sets: list[Set], name: str) -> dict[str, Any]:
 
 
 def chosen_rates(sets: list[Set], name: str) -> list[float]:
-    results = [one.store.read(one.name(*name.split("/"))) for one in sets]
-    return [result["learning_rate"] for result in results if "learning_rate" in result]
+    return [result["learning_rate"] for result in read_all(sets, name) if "learning_rate" in result]
 
 
 def main_method(sets: list[Set], name: str) -> dict[str, Any]:
@@ -116,13 +123,13 @@ def main_method(sets: list[Set], name: str) -> dict[str, Any]:
     result = rated(sets, place)
     parameters = sets[0].store.read(sets[0].name("main", name, "test"))["parameters"]
     result |= {f"{kind}_parameters": count for kind, count in parameters.items()}
-    result["switching_bits"] = over_sets(sets, place, lambda r: r["switching"]["bits_per_token"])
-    result["three"] = {key: over_sets(sets, place, lambda r: r["three"][key]) for key in ("exact", "code")}
-    result["three"]["se"] = over_sets(sets, place, lambda r: r["three"]["se"])["mean"]
+    result["switching_bits"] = over_sets(sets, place, "switching", "bits_per_token")
+    result["three"] = {key: over_sets(sets, place, "three", key) for key in ("exact", "code")}
+    result["three"]["se"] = over_sets(sets, place, "three", "se")["mean"]
     result["cross_untrained"] = {
         kind: {
-            "exact": over_sets(sets, place, lambda r: r["cross_untrained"][kind]["exact"]),
-            "se": over_sets(sets, place, lambda r: r["cross_untrained"][kind]["exact_se"])["mean"],
+            "exact": over_sets(sets, place, "cross_untrained", kind, "exact"),
+            "se": over_sets(sets, place, "cross_untrained", kind, "exact_se")["mean"],
         }
         for kind in CROSS
     }
@@ -132,14 +139,9 @@ def main_method(sets: list[Set], name: str) -> dict[str, Any]:
 
 def repeats(sets: list[Set]) -> dict[str, Any]:
     """The paper's form trained again with its data in other orders: the spread that one training has by chance."""
-    spreads = [
-        stdev(
-            [one.store.read(one.name("main", "bts", "test"))["average"]]
-            + [one.store.read(one.name("repeat", i))["average"] for i in REPEATS]
-        )
-        for one in sets
-    ]
-    return {"sd": mean(spreads), "trainings": 1 + len(REPEATS)}
+    names = ["main/bts/test", *(f"repeat/{i}" for i in REPEATS)]
+    averages = zip(*([result["average"] for result in read_all(sets, name)] for name in names))
+    return {"sd": mean(map(stdev, averages)), "trainings": len(names)}
 
 
 def cross(sets: list[Set], study: str, names: list[str]) -> dict[str, Any]:
@@ -147,8 +149,8 @@ def cross(sets: list[Set], study: str, names: list[str]) -> dict[str, Any]:
     for name in names:
         place = f"{study}/{name}/test"
         rows[name] = {
-            "average": over_sets(sets, place, lambda r: r["average"]),
-            "se": over_sets(sets, place, lambda r: r["se"])["mean"],
+            "average": over_sets(sets, place, "average"),
+            "se": over_sets(sets, place, "se")["mean"],
             "learning_rates": chosen_rates(sets, place),
             "trained_parameters": sets[0].store.read(sets[0].name(study, name, "test"))["parameters"]["trained"],
         }
@@ -156,16 +158,12 @@ def cross(sets: list[Set], study: str, names: list[str]) -> dict[str, Any]:
 
 
 def addition(sets: list[Set], init: str) -> dict[str, Any]:
-    """By step: the new domain and the mean of the old ones, at the learning rate that is best on validation."""
-    runs = []
-    for one in sets:
-        trials = [one.store.read(one.name("addition", init, rate))["steps"] for rate in one.preset.learning_rates]
-        last = str(max(one.preset.addition_steps))
-        runs.append(max(trials, key=lambda steps: steps[last]["validation"]["average"]))
+    """By step: the new domain, and the mean of the old ones."""
+    runs = [run["steps"] for run in read_all(sets, f"addition/{init}")]
     return {
         step: {
-            "new": spread(run[step]["test"]["domains"][FOURTH]["score"] for run in runs),
-            "old": spread(mean(run[step]["test"]["domains"][domain]["score"] for domain in DOMAINS) for run in runs),
+            "new": spread(run[step]["domains"][FOURTH]["score"] for run in runs),
+            "old": spread(mean(run[step]["domains"][domain]["score"] for domain in DOMAINS) for run in runs),
         }
         for step in runs[0]
     }
