@@ -18,7 +18,6 @@ import random
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
 
 import quickstart as qs
 import torch
@@ -154,50 +153,38 @@ def make_items(preset: Preset, rng: random.Random) -> dict[str, dict[str, list[I
 # --- Tokens ---------------------------------------------------------------------------------------------------------
 
 
-Part = tuple[Union[str, list[int]], bool]  # a piece of a sequence, as text or tokens, and whether it is scored
+Part = tuple[list[int], bool]  # tokens, and whether they are scored
 
 
 def part_rows(tokenizer, sequences: list[list[Part]]) -> Rows:
-    """Sequences made of parts, padded on the right. A part that is not scored opens a document, if it is text.
-
-    The END after a scored part is scored too. Everything before the last scored part counts as the prompt.
-    """
-    end, rows = tokenizer.eos_token_id, []
-    for parts in sequences:
-        tokens, labels, prompt = [], [], 0
-        for part, scored in parts:
-            if isinstance(part, str):
-                ids = tokenizer(part, add_special_tokens=False)["input_ids"]
-                ids = ids if scored else [end, *ids]
-            else:
-                ids = [end, *part]
+    """Sequences made of parts, padded on the right. What is before the last scored part counts as the prompt."""
+    longest = max(sum(len(ids) for ids, _ in parts) for parts in sequences)
+    tokens = torch.full((len(sequences), longest), tokenizer.pad_token_id)
+    labels = torch.full((len(sequences), longest), -100)
+    prompt = torch.zeros(len(sequences), dtype=torch.long)
+    for row, parts in enumerate(sequences):
+        place = 0
+        for ids, scored in parts:
+            end = place + len(ids)
+            tokens[row, place:end] = torch.tensor(ids)
             if scored:
-                prompt = len(tokens)
-            elif labels and labels[-1] != -100 and ids[0] == end:
-                labels.append(end)
-                tokens.append(end)
-                ids = ids[1:]
-            tokens += ids
-            labels += ids if scored else [-100] * len(ids)
-        if labels[-1] != -100:
-            tokens.append(end)
-            labels.append(end)
-        rows.append((tokens, labels, prompt))
-    longest = max(len(tokens) for tokens, _, _ in rows)
+                labels[row, place:end] = torch.tensor(ids)
+                prompt[row] = place
+            place = end
+    return Rows(tokens, labels, prompt)
 
-    def padded(sequence: list[int], value: int) -> list[int]:
-        return sequence + [value] * (longest - len(sequence))
 
-    return Rows(
-        torch.tensor([padded(tokens, tokenizer.pad_token_id) for tokens, _, _ in rows]),
-        torch.tensor([padded(labels, -100) for _, labels, _ in rows]),
-        torch.tensor([prompt for _, _, prompt in rows]),
-    )
+def asked_and_said(tokenizer, item: Item) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt, opened by END, and of its answer, ended by it."""
+    prompt, answer = item
+    end = [tokenizer.eos_token_id]
+    return tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"] + end
 
 
 def item_rows(tokenizer, items: list[Item]) -> Rows:
     """One row per item: the prompt, and the answer with its end, which are scored."""
-    return part_rows(tokenizer, [[(prompt, False), (answer, True)] for prompt, answer in items])
+    rows = (asked_and_said(tokenizer, item) for item in items)
+    return part_rows(tokenizer, [[(asked, False), (said, True)] for asked, said in rows])
 
 
 def all_scored(blocks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -226,10 +213,11 @@ def switching_blocks(blocks: dict[str, torch.Tensor], count: int) -> torch.Tenso
 def three_rows(tokenizer, code: torch.Tensor, items: dict[str, list[Item]]) -> tuple[Rows, Rows]:
     """A translation, a piece of code and a sum in one sequence: once with both answers scored, once with the code."""
     answers, pieces = [], []
-    for i, ((asked, said), (sum_asked, sum_said)) in enumerate(zip(items["lang"], items["math"])):
+    for i, (lang, math) in enumerate(zip(items["lang"], items["math"])):
         piece = code[i % len(code), 0, : code.shape[-1] // 4].tolist()
-        answers.append([(asked, False), (said, True), (piece, False), (sum_asked, False), (sum_said, True)])
-        pieces.append([(asked, False), (said, False), (piece, True), (sum_asked, False), (sum_said, False)])
+        (asked, said), (sum_asked, sum_said) = (asked_and_said(tokenizer, item) for item in (lang, math))
+        answers.append([(asked, False), (said, True), (piece + sum_asked, False), (sum_said, True)])
+        pieces.append([(asked + said, False), (piece, True), (sum_asked + sum_said, False)])
     return part_rows(tokenizer, answers), part_rows(tokenizer, pieces)
 
 
