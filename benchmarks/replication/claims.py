@@ -168,6 +168,17 @@ def judge_one(claim: Claim, results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def compare(results: dict[str, Any]) -> dict[str, Any]:
+    """Every method's average against that of the paper's form: how far above it, the margin, and what that means."""
+    bts, compared = main("bts")(results), {}
+    for name in results["methods"]:
+        other = main(name)(results)
+        m, difference = margin(other, bts, results["repeats"]["sd"]), mean(other.values) - mean(bts.values)
+        outcome = "better" if difference > m else "worse" if difference < -m else "tie"
+        compared[name] = {"difference": difference, "margin": m, "outcome": outcome}
+    return compared
+
+
 def judge_gates(results: dict[str, Any]) -> dict[str, Any]:
     """Figure 2: on its own domain, the fitting expert's gate is higher than on every other domain."""
     gates = results["gates"]["mean"]

@@ -66,7 +66,7 @@ def gate_prompts(gates: dict[str, Any]) -> plt.Figure:
 def gate_switching(gates: dict[str, Any]) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(9, 2.8))
     draw_gates(axes, gates["switching"], gates["models"])
-    for i, domain in enumerate(("text", "math", "lang", "code")):
+    for i, domain in enumerate(gates["switching"]["order"]):
         axes.axvline(i * gates["switching"]["every"], color="black", lw=0.7, ls=":")
         axes.text(i * gates["switching"]["every"] + 0.3, 0.93, DOMAINS[domain], fontsize=8)
     axes.legend(ncol=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.18))

@@ -81,14 +81,16 @@ def claims(results: dict[str, Any]) -> str:
     )
 
 
-def method_row(name: str, result: dict[str, Any]) -> list[str]:
+METHOD_HEAD = ["method", "trained weights", *DOMAINS.values(), "average", "to BTS", "learning rate"]
+
+
+def method_row(name: str, results: dict[str, Any]) -> list[str]:
+    result, to_bts = results["methods"][name], results["to_bts"][name]
     trained = f"{result['trained_parameters'] / 1e3:,.0f}k" if result["trained_parameters"] else "-"
     scores = [figure(result["domains"][domain]["score"]) for domain in DOMAINS]
+    difference = "" if name == "bts" else f"{to_bts['difference']:+.1f}, {to_bts['outcome']}"
     rates = ", ".join(sorted({f"{rate:g}" for rate in result["learning_rates"]}))
-    return [TITLES[name], trained, *scores, f"**{figure(result['average'])}**", rates]
-
-
-METHOD_HEAD = ["method", "trained weights", *DOMAINS.values(), "average", "learning rate"]
+    return [TITLES[name], trained, *scores, f"**{figure(result['average'])}**", difference, rates]
 
 
 def main_table(results: dict[str, Any], figures: dict[str, str]) -> str:
@@ -102,26 +104,25 @@ def main_table(results: dict[str, Any], figures: dict[str, str]) -> str:
         f"{' and '.join(DOMAINS[task] for task in TASKS)}. Every trained method saw the same {tokens:,} tokens in the "
         f"same order, and had the same learning rates to choose from, on validation data: "
         f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])}. The choice of test data makes a standard "
-        f"error of {min(errors):.1f} to {max(errors):.1f} in the averages.\n\n"
-        + table(METHOD_HEAD, [method_row(name, results["methods"][name]) for name in names])
+        f"error of {min(errors):.1f} to {max(errors):.1f} in the averages. *To BTS*: the difference of averages, and "
+        "whether it exceeds the margin.\n\n"
+        + table(METHOD_HEAD, [method_row(name, results) for name in names])
         + f"\n\n![averages]({figures['averages']})"
     )
 
 
 def variants(results: dict[str, Any]) -> str:
-    bts, sd = results["methods"]["bts"], results["repeats"]["sd"]
+    names, ratios = [name for name in results["methods"] if name.startswith("bts")], results["cost"]["ratios"]
     rows = []
-    for name, result in results["methods"].items():
-        if name.startswith("bts"):
-            difference = result["average"]["mean"] - bts["average"]["mean"]
-            cost = results["cost"]["ratios"][name]["seconds_per_step"]
-            cost /= results["cost"]["ratios"]["bts"]["seconds_per_step"]
-            rows.append([*method_row(name, result), f"{difference:+.1f}", f"{cost:.2f}"])
+    for name in names:
+        time = ratios[name]["seconds_per_step"] / ratios["bts"]["seconds_per_step"]
+        rows.append([*method_row(name, results), f"{time:.2f}"])
     return (
         "## Variants of BTS (tables 5, 6 and 8, and ours)\n\n"
-        f"Differences to the paper's form (`StitchConfig`'s defaults). With a standard deviation of {sd:.1f} between "
-        f"trainings of one and the same form, differences below {2 * 2**0.5 * sd:.1f} may be chance.\n\n"
-        + table([*METHOD_HEAD, "to BTS", "time per step, BTS = 1"], rows)
+        f"Against the paper's form (`StitchConfig`'s defaults), of which {results['repeats']['trainings']} "
+        "trainings have "
+        f"a standard deviation of {results['repeats']['sd']:.1f}.\n\n"
+        + table([*METHOD_HEAD, "time per step, BTS = 1"], rows)
     )
 
 

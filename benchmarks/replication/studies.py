@@ -226,9 +226,9 @@ class Set:
         return {"steps": rated}
 
     def trace(self) -> dict:
-        from .gates import trace_gates
+        from .gates import measure_gates
 
-        return trace_gates(self.chosen(self.main, "bts"), self.data)
+        return measure_gates(self.chosen(self.main, "bts"), self.data)
 
     def cost(self) -> dict:
         return measure_costs(

@@ -13,7 +13,7 @@ import peft
 import torch
 import transformers
 
-from .claims import judge
+from .claims import compare, judge
 from .data import CROSS, DOMAINS
 from .methods import TRAINED, UNTRAINED
 from .presets import EXPERTS, FOURTH
@@ -57,7 +57,7 @@ def summarize(sets: list[Set], preset_name: str) -> dict[str, Any]:
         "cost": sets[0].store.read(sets[0].name("cost")),
         "gates": sets[0].store.read(sets[0].name("gates")),
     }  # fmt: skip
-    results["claims"] = judge(results)
+    results["claims"], results["to_bts"] = judge(results), compare(results)
     return results
 
 
