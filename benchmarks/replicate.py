@@ -41,6 +41,7 @@ class Arguments:
     cache_dir: str = field(default=".cache/replicate", metadata={"help": "where finished pieces are kept"})
     results: str = field(default="", metadata={"help": "file to write [benchmarks/results/replicate[-PRESET].json]"})
     device: str = field(default="", metadata={"help": "cpu or cuda [cuda for the preset gpu]"})
+    report_only: bool = field(default=False, metadata={"help": "train nothing: report what is finished so far"})
     worker: bool = field(default=False, metadata={"help": "only do pieces, in this process; write no report"})
 
 
@@ -57,7 +58,9 @@ def main() -> None:
     store = Store(folder_of(Path(arguments.cache_dir), arguments.preset, preset))
     sets = [Set(preset, number, store, device) for number in range(preset.sets)]
     jobs = [job for one in sets for job in one.jobs()]
-    if arguments.worker or arguments.workers < 2:
+    if arguments.report_only:
+        pass
+    elif arguments.worker or arguments.workers < 2:
         run(jobs, store, desc=arguments.preset)
     else:
         share(jobs, store, arguments)

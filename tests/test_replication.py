@@ -369,6 +369,15 @@ def test_a_claim_is_judged_by_its_own_results(a, b, expected):
     assert judged["margin"] == pytest.approx(2 * (0.01 + 0.01 + 0.01) ** 0.5)
 
 
+def test_methods_against_the_papers_form():
+    averages = {"bts": 50.0, "bts_token": 50.1, "dense": 60.0, "soup": 10.0}
+    methods = {name: {"average": {"values": [value]}, "se": 0.1} for name, value in averages.items()}
+    compared = claims.compare({"methods": methods, "repeats": {"sd": 0.1}})
+    outcomes = {name: row["outcome"] for name, row in compared.items()}
+    assert outcomes == {"bts": "tie", "bts_token": "tie", "dense": "better", "soup": "worse"}
+    assert compared["dense"]["difference"] == pytest.approx(10.0)
+
+
 # --- Jobs -----------------------------------------------------------------------------------------------------------
 
 
@@ -435,7 +444,7 @@ def test_smoke(tmp_path):
     assert {claim["verdict"] for claim in results["claims"]} <= {"reproduced", "tie", "not reproduced"}
     report = (tmp_path / "out.md").read_text()
     assert all(claim["text"] in report for claim in results["claims"])
-    for name in ("averages", "gates_prompts", "gates_switching"):
+    for name in ("averages", "prompts", "switching"):
         assert f"(out/{name}.png)" in report and (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
     done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cache/**/*.json")}
     again = subprocess.run(command, capture_output=True, text=True)

@@ -18,11 +18,9 @@ COLOURS = {"hub": "#888888", "code": "#1f77b4", "lang": "#2ca02c", "math": "#d62
 def draw_all(results: dict[str, Any], folder: Path) -> dict[str, str]:
     """Write every figure into `folder`; their file names by title."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "averages": averages(results),
-        "gates_prompts": gate_prompts(results["gates"]),
-        "gates_switching": gate_switching(results["gates"]),
-    }
+    figures = {"averages": averages(results)}
+    if results["gates"]:
+        figures |= {"prompts": gate_prompts(results["gates"]), "switching": gate_switching(results["gates"])}
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         plt.close(figure)

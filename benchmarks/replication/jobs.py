@@ -78,9 +78,10 @@ def run(jobs: list[Job], store: Store, desc: Optional[str] = None) -> None:
                     with store.lock(job.name) as mine:
                         if mine and not store.has(job.name):
                             bar.set_description(job.name)
-                            start = time.perf_counter()
+                            start, cpu_start = time.perf_counter(), time.process_time()
                             result = job.work()
-                            store.write(job.name, {**result, "seconds": time.perf_counter() - start})
+                            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+                            store.write(job.name, {**result, "seconds": seconds, "cpu_seconds": cpu_seconds})
                             break  # look again from the start: others may have come free
             else:
                 time.sleep(1)  # what is left waits for other processes

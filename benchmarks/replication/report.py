@@ -16,10 +16,11 @@ def write_report(results: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rounded(results), indent=1) + "\n")
     figures = draw_all(results, path.with_suffix(""))
-    parts = [head(results), claims(results), main_table(results, figures), variants(results), sequences(results),
-             cross(results), removal(results), addition(results), costs(results), gates(results, figures),
-             facts(results), setup(results)]  # fmt: skip
-    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    parts = [head(results), claims(results), main_table(results, figures), variants(results), sequences(results)]
+    optional = {"removal": removal, "addition": addition, "cost": costs}
+    parts += [cross(results), *(section(results) for key, section in optional.items() if results[key])]
+    parts += [gates(results, figures)] if results["gates"] else []
+    path.with_suffix(".md").write_text("\n\n".join([*parts, facts(results), setup(results)]) + "\n")
 
 
 def rounded(value: Any) -> Any:
@@ -53,6 +54,9 @@ def head(results: dict[str, Any]) -> str:
         else f"{sets} independent sets of seed and experts: figures are means ± standard deviations, margins "
         "half the 95% confidence interval of a difference."
     )
+    pieces = results["pieces"]
+    if pieces["done"] < pieces["all"]:
+        scope += f" **Unfinished: {pieces['done']} of {pieces['all']} pieces of work are done, the rest is left out.**"
     return (
         "# The paper's study, re-run\n\n"
         f"Written by `python benchmarks/replicate.py --preset {results['preset']}`; do not edit. Branch-Train-Stitch, "
@@ -112,11 +116,10 @@ def main_table(results: dict[str, Any], figures: dict[str, str]) -> str:
 
 
 def variants(results: dict[str, Any]) -> str:
-    names, ratios = [name for name in results["methods"] if name.startswith("bts")], results["cost"]["ratios"]
-    rows = []
-    for name in names:
-        time = ratios[name]["seconds_per_step"] / ratios["bts"]["seconds_per_step"]
-        rows.append([*method_row(name, results), f"{time:.2f}"])
+    rows, ratios = [], results["cost"].get("ratios")
+    for name in (name for name in results["methods"] if name.startswith("bts")):
+        time = ratios and ratios[name]["seconds_per_step"] / ratios["bts"]["seconds_per_step"]
+        rows.append([*method_row(name, results), f"{time:.2f}" if time else ""])
     return (
         "## Variants of BTS (tables 5, 6 and 8, and ours)\n\n"
         f"Against the paper's form (`StitchConfig`'s defaults), of which {results['repeats']['trainings']} "
@@ -233,8 +236,8 @@ def gates(results: dict[str, Any], figures: dict[str, str]) -> str:
         "## Gates of the last stitch (figures 2 and 3)\n\n"
         "Mean over channels and test tokens, first set:\n\n"
         + table(["domain", *gates["models"]], rows)
-        + f"\n\nOne test sequence of each domain:\n\n![gates, one sequence of each domain]({figures['gates_prompts']})"
-        + f"\n\nOne sequence through all domains:\n\n![gates, switching]({figures['gates_switching']})"
+        + f"\n\nOne test sequence of each domain:\n\n![gates, one sequence of each domain]({figures['prompts']})"
+        + f"\n\nOne sequence through all domains:\n\n![gates, switching]({figures['switching']})"
     )
 
 
@@ -253,7 +256,8 @@ def facts(results: dict[str, Any]) -> str:
     rows = []
     for text, earlier, names, key in EARLIER:
         digits = 2 if key == "switching_bits" else 1
-        rows.append([text, earlier, ", ".join(figure(results["methods"][name][key], digits) for name in names)])
+        known = [results["methods"].get(name) for name in names]
+        rows.append([text, earlier, ", ".join(figure(method[key], digits) if method else "?" for method in known)])
     return (
         "## An earlier, smaller study of ours\n\n"
         "One set, no validation split, easier sums: orders should agree, figures need not.\n\n"

@@ -88,18 +88,20 @@ class Set:
             Job(self.name("model", name), partial(self.branch, name), [self.name("model", "seed")])
             for name in [*EXPERTS, FOURTH]
         ]
-        for study in (self.main, self.cross, self.direct, self.long):
-            jobs += self.study_jobs(study)
+        jobs += self.study_jobs(self.main)
         needs = [self.name("main", "bts", "test")]
         jobs += [Job(self.name("repeat", i), partial(self.repeat, i), needs) for i in REPEATS]
+        jobs.append(Job(self.name("gates"), self.gates, needs))
         jobs += [Job(self.name("removal", name), partial(self.remove, name), needs) for name in EXPERTS]
+        for study in (self.cross, self.direct):
+            jobs += self.study_jobs(study)
+        models = [self.name("model", name) for name in ["seed", *EXPERTS]]
+        jobs.append(Job(self.name("cost"), self.cost, models))
         jobs += [
             Job(self.name("addition", init), partial(self.add, init), [*needs, self.name("model", FOURTH)])
             for init in ("zero", "hub", "closed")
         ]
-        jobs.append(Job(self.name("gates"), self.trace, needs))
-        models = [self.name("model", name) for name in ["seed", *EXPERTS]]
-        jobs.append(Job(self.name("cost"), self.cost, models))
+        jobs += self.study_jobs(self.long)
         return jobs
 
     def study_jobs(self, study: Study) -> list[Job]:
@@ -225,7 +227,7 @@ class Set:
               desc=f"add, {init}", pauses=self.preset.addition_steps, at_pause=rate)  # fmt: skip
         return {"steps": rated}
 
-    def trace(self) -> dict:
+    def gates(self) -> dict:
         from .gates import measure_gates
 
         return measure_gates(self.chosen(self.main, "bts"), self.data)

@@ -36,27 +36,51 @@ def over_sets(sets: list[Set], name: str, *keys: str) -> dict[str, Any]:
     return spread(reduce(getitem, keys, result) for result in read_all(sets, name))
 
 
+def done(sets: list[Set], name: str) -> bool:
+    return all(one.store.has(one.name(name)) for one in sets)
+
+
 def summarize(sets: list[Set], preset_name: str) -> dict[str, Any]:
-    """Everything that was found out, ready for JSON."""
+    """Everything that was found out, ready for JSON. What is not finished is left out.
+
+    Raises:
+        ValueError: If no set has come as far as the paper's form of BTS.
+    """
+    sets = [one for one in sets if done([one], "main/bts/test")]
+    if not sets:
+        raise ValueError("there is nothing to report yet: the paper's form of BTS is not trained and tested")
     first = sets[0]
+
+    def finished(names: Iterable[str], place: str = "{}") -> list[str]:
+        return [name for name in names if done(sets, place.format(name))]
+
+    def one_of_first(name: str) -> dict[str, Any]:
+        return first.store.read(first.name(name)) if done([first], name) else {}
+
     results = {
         "preset": preset_name,
         "sets": len(sets),
-        **environment(sets[0]),
+        **environment(sets),
         "trained": trainings(sets),
-        "methods": {name: main_method(sets, name) for name in (*untrained_names(first.main), *TRAINED)},
+        "methods": {
+            name: main_method(sets, name)
+            for name in finished([*untrained_names(first.main), *TRAINED], "main/{}/test")
+        },
         "repeats": repeats(sets),
         "cross": {
-            "cross_steps": cross(sets, "cross_steps", [*untrained_names(first.cross), *first.cross.trained]),
-            "cross_direct": cross(sets, "cross_direct", [*first.direct.trained]),
-            "cross_direct_long": cross(sets, "cross_direct_long", [*first.long.trained]),
+            study.name: cross(sets, study.name, finished(names, f"{study.name}/{{}}/test"))
+            for study, names in (
+                (first.cross, [*untrained_names(first.cross), *first.cross.trained]),
+                (first.direct, first.direct.trained),
+                (first.long, first.long.trained),
+            )
         },
-        "cross_long_factor": sets[0].preset.long_factor,
-        "removal": {name: rated(sets, f"removal/{name}") for name in EXPERTS},
-        "addition": {init: addition(sets, init) for init in ("zero", "hub", "closed")},
-        "cost": sets[0].store.read(sets[0].name("cost")),
-        "gates": sets[0].store.read(sets[0].name("gates")),
-    }  # fmt: skip
+        "cross_long_factor": first.preset.long_factor,
+        "removal": {name: rated(sets, f"removal/{name}") for name in finished(EXPERTS, "removal/{}")},
+        "addition": {init: addition(sets, init) for init in finished(("zero", "hub", "closed"), "addition/{}")},
+        "cost": one_of_first("cost"),
+        "gates": one_of_first("gates"),
+    }
     results["claims"], results["to_bts"] = judge(results), compare(results)
     return results
 
@@ -65,8 +89,9 @@ def untrained_names(study: Study) -> list[str]:
     return ["seed", *(f"expert_{name}" for name in study.experts), *UNTRAINED]
 
 
-def environment(one: Set) -> dict[str, Any]:
-    """The machine, the versions and the commit."""
+def environment(sets: list[Set]) -> dict[str, Any]:
+    """The machine, the versions and the commit; how much is done, and how long it took; the settings."""
+    one = sets[0]
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True,
@@ -75,14 +100,15 @@ def environment(one: Set) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     device = torch.cuda.get_device_name() if one.device == "cuda" else platform.processor() or platform.machine()
-    jobs = one.jobs()
+    pieces = [(one, job.name) for one in sets for job in one.jobs()]
+    finished = [one.store.read(name) for one, name in pieces if one.store.has(name)]
     return {
         "machine": device,
         "python": platform.python_version(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "commit": commit,
-        "core_minutes_per_set": sum(one.store.read(job.name)["seconds"] for job in jobs) / 60,
-        "pieces_per_set": len(jobs),
+        "pieces": {"done": len(finished), "all": len(pieces)},
+        "core_minutes": sum(result["cpu_seconds"] for result in finished) / 60,
         "settings": {
             "seed_parameters": one.store.read(one.name("model", "seed"))["parameters"],
             "batch": one.preset.batch, "length": one.preset.length, "steps": one.preset.steps,
@@ -140,6 +166,8 @@ def main_method(sets: list[Set], name: str) -> dict[str, Any]:
 def repeats(sets: list[Set]) -> dict[str, Any]:
     """The paper's form trained again with its data in other orders: the spread that one training has by chance."""
     names = ["main/bts/test", *(f"repeat/{i}" for i in REPEATS)]
+    if not all(done(sets, name) for name in names):
+        return {"sd": 0.0, "trainings": 1}
     averages = zip(*([result["average"] for result in read_all(sets, name)] for name in names))
     return {"sd": mean(map(stdev, averages)), "trainings": len(names)}
 
