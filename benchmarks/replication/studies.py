@@ -13,6 +13,7 @@ from .cost import measure_costs
 from .data import Data, make_data
 from .ensembles import Routing
 from .evaluation import predictor, rate_all, rate_domains, rate_task
+from .gates import measure_gates
 from .jobs import Job, Store
 from .methods import (
     CROSS_TRAINED,
@@ -228,8 +229,6 @@ class Set:
         return {"steps": rated}
 
     def gates(self) -> dict:
-        from .gates import measure_gates
-
         return measure_gates(self.chosen(self.main, "bts"), self.data)
 
     def cost(self) -> dict:
