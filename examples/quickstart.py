@@ -125,7 +125,7 @@ def stages(arguments):
 
 
 def read_python(limit=None, root=None):
-    """Docstrings ("text") and what is left of the sources ("code") of the standard library (or `root`), *by file*.
+    """Docstrings ("text") and the rest of the sources ("code") of the standard library, or `root`, split *by file*.
 
     A document is a pair (prompt, answer), of which models learn the answer; here all of it, so the prompt is empty.
     """
