@@ -6,8 +6,8 @@ A claim compares two results, "a is better than b" or "a is as good as b". With 
     as good    d >= -m: reproduced;                      d < -m: not reproduced
 
 With several independent sets, m is half the 95% confidence interval of the mean of d over sets (Student's t). One set
-says nothing about other seeds and experts; m then covers only what one set can tell: the choice of test data, and the
-chance in a training, measured by training the paper's form again with its data in other orders.
+says nothing about other seeds and experts; m is then two standard errors of what one set can tell: the choice of test
+data, and the chance in a training, measured by training the paper's form again with its data in other orders.
 """
 
 from collections.abc import Callable
@@ -28,20 +28,20 @@ REPRODUCED, TIE, NOT = "reproduced", "tie", "not reproduced"
 
 @dataclass
 class Sample:
-    """One result: its value in every set, the standard error of its test, whether there is chance in its training."""
+    """One result: its value in every set, the standard error of its test, the standard deviation between trainings."""
 
     values: list[float]
     se: float
-    trained: bool = True
+    sd: float = 0.0
 
 
-def margin(a: Sample, b: Sample, training_sd: float) -> float:
+def margin(a: Sample, b: Sample) -> float:
     """How far a and b must be apart to be told apart."""
     n = len(a.values)
     if n > 1:
         differences = [x - y for x, y in zip(a.values, b.values)]
         return STUDENT_T.get(n, 2.5) * stdev(differences) / sqrt(n)
-    return 2 * sqrt(a.se**2 + b.se**2 + (a.trained + b.trained) * training_sd**2)
+    return 2 * sqrt(a.se**2 + b.se**2 + a.sd**2 + b.sd**2)
 
 
 def verdict(difference: float, margin: float, relation: str) -> str:
@@ -80,10 +80,20 @@ def rated(results: dict[str, Any], part: str, name: str) -> dict[str, Any]:
     return table[name]
 
 
+def chance(results: dict[str, Any], name: str, of: str = "") -> float:
+    """The standard deviation between trainings: of the average, or of a domain.
+
+    That of sums stands in for the cross task's, which is not measured.
+    """
+    if name in FREE:
+        return 0.0
+    return results["repeats"]["domains"].get(of, 0.0) if of else results["repeats"]["sd"]
+
+
 def main(name: str) -> Callable[[dict], Sample]:
     def pick(results: dict) -> Sample:
         result = rated(results, "methods", name)
-        return Sample(result["average"]["values"], result["se"], name not in FREE)
+        return Sample(result["average"]["values"], result["se"], chance(results, name))
 
     return pick
 
@@ -91,7 +101,7 @@ def main(name: str) -> Callable[[dict], Sample]:
 def domain(name: str, of: str) -> Callable[[dict], Sample]:
     def pick(results: dict) -> Sample:
         result = rated(results, "methods", name)["domains"][of]
-        return Sample(result["score"]["values"], result["se"], name not in FREE)
+        return Sample(result["score"]["values"], result["se"], chance(results, name, of))
 
     return pick
 
@@ -99,7 +109,7 @@ def domain(name: str, of: str) -> Callable[[dict], Sample]:
 def cross(name: str) -> Callable[[dict], Sample]:
     def pick(results: dict) -> Sample:
         result = rated(results, "cross_steps", name)
-        return Sample(result["average"]["values"], result["se"], name not in FREE)
+        return Sample(result["average"]["values"], result["se"], chance(results, name, "math"))
 
     return pick
 
@@ -107,7 +117,7 @@ def cross(name: str) -> Callable[[dict], Sample]:
 def cross_untrained(name: str) -> Callable[[dict], Sample]:
     def pick(results: dict) -> Sample:
         result = rated(results, "methods", name)["cross_untrained"]["cross_steps"]
-        return Sample(result["exact"]["values"], result["se"], name not in FREE)
+        return Sample(result["exact"]["values"], result["se"], chance(results, name, "math"))
 
     return pick
 
@@ -171,8 +181,8 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def judge_one(claim: Claim, results: dict[str, Any]) -> dict[str, Any]:
-    a, b, sd = claim.a(results), claim.b(results), results["repeats"]["sd"]
-    m, difference = margin(a, b, sd), mean(a.values) - mean(b.values)
+    a, b = claim.a(results), claim.b(results)
+    m, difference = margin(a, b), mean(a.values) - mean(b.values)
     both_fail = max(*a.values, *b.values) < FLOOR
     return {
         "id": claim.id,
@@ -190,7 +200,7 @@ def compare(results: dict[str, Any]) -> dict[str, Any]:
     bts, compared = main("bts")(results), {}
     for name in results["methods"]:
         other = main(name)(results)
-        m, difference = margin(other, bts, results["repeats"]["sd"]), mean(other.values) - mean(bts.values)
+        m, difference = margin(other, bts), mean(other.values) - mean(bts.values)
         outcome = "better" if difference > m else "worse" if difference < -m else "tie"
         compared[name] = {"difference": difference, "margin": m, "outcome": outcome}
     return compared

@@ -48,8 +48,8 @@ def head(results: dict[str, Any]) -> str:
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("reproduced", "tie", "not reproduced"))
     sets = results["sets"]
     scope = (
-        "One set of seed and experts: it tells what happened to these models, not what happens to models in general. "
-        "Margins cover the choice of test data and the chance in a training, not other seeds and experts."
+        "One set of seed and experts: it tells what happened to these models, not what happens to models in general; "
+        "no margin covers other seeds and experts."
         if sets == 1
         else f"{sets} independent sets of seed and experts: figures are means ± standard deviations, margins "
         "half the 95% confidence interval of a difference."
@@ -59,10 +59,9 @@ def head(results: dict[str, Any]) -> str:
         scope += f" **Unfinished: {pieces['done']} of {pieces['all']} pieces of work are done, the rest is left out.**"
     return (
         "# The paper's study, re-run\n\n"
-        f"Written by `python benchmarks/replicate.py --preset {results['preset']}`; do not edit. Branch-Train-Stitch, "
-        f"arXiv 2502.00075, with models of {results['settings']['seed_parameters'] / 1e6:.2g}M parameters "
-        "where the paper "
-        f"has 2.7B.\n\nOf {len(verdicts)} claims: **{counts}**. {scope}"
+        f"Written by `python benchmarks/replicate.py --preset {results['preset']}`; do not edit. "
+        f"Branch-Train-Stitch, arXiv 2502.00075, with models of {results['settings']['seed_parameters'] / 1e6:.2g}M "
+        f"parameters where the paper has 2.7B.\n\nOf {len(verdicts)} claims: **{counts}**. {scope}"
     )
 
 
@@ -73,15 +72,23 @@ def claims(results: dict[str, Any]) -> str:
         difference = "" if claim["difference"] is None else f"{claim['difference']:+.1f}"
         margin = "" if claim["margin"] is None else f"{claim['margin']:.1f}"
         rows.append([claim["text"], *pair, difference, margin, f"**{claim['verdict']}**"])
-    chance = results["repeats"]
     return (
         "## Claim by claim\n\n"
-        "A difference larger than its margin counts; a smaller one is a tie, or, where the claim is that one "
-        "is *as good* "
-        f"as the other, what was claimed. Training the paper's form {chance['trainings']} times with its data "
-        "in other "
-        f"orders gave averages with a standard deviation of {chance['sd']:.1f}.\n\n"
+        "A difference larger than its margin counts; a smaller one is a tie, or, where the claim is that one is *as "
+        f"good* as the other, what was claimed. {chance(results)}\n\n"
         + table(["claim", "paper", "ours", "difference", "margin", "verdict"], rows)
+    )
+
+
+def chance(results: dict[str, Any]) -> str:
+    trainings, sd = results["repeats"]["trainings"], results["repeats"]["sd"]
+    if trainings == 1:
+        return (
+            "How much chance there is in a training is not measured yet; margins cover the choice of test data alone."
+        )
+    return (
+        f"Training the paper's form {trainings} times with its data in other orders gave averages with a standard "
+        f"deviation of {sd:.1f}."
     )
 
 
@@ -104,9 +111,9 @@ def main_table(results: dict[str, Any], figures: dict[str, str]) -> str:
     tokens = settings["steps"] * settings["batch"] * settings["length"]
     return (
         "## All methods (table 3)\n\n"
-        f"In percent: next tokens that are right for docstrings and code, answers right to the letter for "
-        f"{' and '.join(DOMAINS[task] for task in TASKS)}. Every trained method saw the same {tokens:,} tokens in the "
-        f"same order, and had the same learning rates to choose from, on validation data: "
+        "In percent: next tokens that are right for docstrings and code, answers right to the letter for "
+        f"{' and '.join(DOMAINS[task] for task in TASKS)}. Every trained method saw the same {tokens:,} tokens in "
+        "the same order, and had the same learning rates to choose from, on validation data: "
         f"{', '.join(f'{rate:g}' for rate in settings['learning_rates'])}. The choice of test data makes a standard "
         f"error of {min(errors):.1f} to {max(errors):.1f} in the averages. *To BTS*: the difference of averages, and "
         "whether it exceeds the margin.\n\n"
@@ -122,9 +129,7 @@ def variants(results: dict[str, Any]) -> str:
         rows.append([*method_row(name, results), f"{time:.2f}" if time else ""])
     return (
         "## Variants of BTS (tables 5, 6 and 8, and ours)\n\n"
-        f"Against the paper's form (`StitchConfig`'s defaults), of which {results['repeats']['trainings']} "
-        "trainings have "
-        f"a standard deviation of {results['repeats']['sd']:.1f}.\n\n"
+        f"Against the paper's form (`StitchConfig`'s defaults). {chance(results)}\n\n"
         + table([*METHOD_HEAD, "time per step, BTS = 1"], rows)
     )
 
@@ -137,12 +142,9 @@ def sequences(results: dict[str, Any]) -> str:
     return (
         "## Several domains in one sequence\n\n"
         "Bits per token on test sequences whose second half is of another domain (all ordered pairs; lower is "
-        "better). "
-        "Three at once: a translation, a piece of code and a sum in one sequence; *both answers* right to the "
-        "letter, and "
-        "next tokens of the code that are right, in percent. No method was trained on such sequences, beyond "
-        "documents "
-        "of one domain following one another.\n\n"
+        "better). Three at once: a translation, a piece of code and a sum in one sequence; *both answers* right to "
+        "the letter, and next tokens of the code that are right, in percent. No method was trained on such "
+        "sequences, beyond documents of one domain following one another.\n\n"
         + table(["method", "switching, bits per token", "three at once: both answers", "three at once: code"], rows)
     )
 
@@ -157,18 +159,15 @@ def cross(results: dict[str, Any]) -> str:
     untrained = results["methods"]["bts"]["cross_untrained"]
     return (
         "## Cross capability (tables 4, 6, 7 and 9)\n\n"
-        "Maths in the second language: `tricent kvardek sep plus ok =`, with the answer at once (*direct*: "
-        "`5530`, units "
-        "first) or with the sum written in digits before it (*in steps*: `347+8=5530`). Language and maths experts, "
-        f"{settings['cross_items']:,} different training items, {settings['cross_steps']} steps, and "
+        "Maths in the second language: `tricent kvardek sep plus ok =`, with the answer at once (*direct*: `5530`, "
+        "units first) or with the sum written in digits before it (*in steps*: `347+8=5530`). Language and maths "
+        f"experts, {settings['cross_items']:,} different training items, {settings['cross_steps']} steps, and "
         f"{results['cross_long_factor']} times as many for *direct, longer*. Exact answers in percent. Seed, "
-        "experts, soup "
-        "and BTM are not trained on it.\n\n"
+        "experts, soup and BTM are not trained on it.\n\n"
         + table(["method", "direct", "direct, longer", "in steps"], rows)
         + "\n\nWithout any in-domain data, the main table's BTS gets "
-        f"{figure(untrained['cross_direct']['exact'])} (direct) and "
-        f"{figure(untrained['cross_steps']['exact'])} (in steps): "
-        "it cannot know the format."
+        f"{figure(untrained['cross_direct']['exact'])} (direct) and {figure(untrained['cross_steps']['exact'])} (in "
+        "steps): it cannot know the format."
     )
 
 
@@ -197,8 +196,8 @@ def addition(results: dict[str, Any]) -> str:
     return (
         "## A fourth expert added\n\n"
         f'An expert for Roman numerals ("{FOURTH}"), a task that neither seed nor stitches had met, attached '
-        "to the trained "
-        "BTS; the stitches are then trained on all five domains alike, at the learning rate of BTS, constant.\n\n"
+        "to the trained BTS; the stitches are then trained on all five domains alike, at the learning rate of BTS, "
+        "constant.\n\n"
         + table(["start of its gates", "exact or token, %", *(f"{step} steps" for step in steps)], rows)
     )
 
@@ -217,13 +216,10 @@ def costs(results: dict[str, Any]) -> str:
         rows.append([TITLES[name], *counts, *(ratio(row, key) for key in keys)])
     return (
         "## What it costs (table 2, and what the paper leaves out)\n\n"
-        "Parameters, and ratios to the seed (in training: to training all of the seed). A step is forward, "
-        "backward and "
-        "update; inference is a forward of whole sequences. Memory counts weights, optimizer and all tensors "
-        "alive at the "
-        f"peak. The seed itself: {seed['tokens_per_second']:,.0f} tokens/s, {seed['forward_flops'] / 1e6:.1f} "
-        "MFLOPs per "
-        "token (matrix products and attention), forward.\n\n"
+        "Parameters, and ratios to the seed (in training: to training all of the seed). A step is forward, backward "
+        "and update; inference is a forward of whole sequences. Memory counts weights, optimizer and all tensors "
+        f"alive at the peak. The seed itself: {seed['tokens_per_second']:,.0f} tokens/s, "
+        f"{seed['forward_flops'] / 1e6:.1f} MFLOPs per token (matrix products and attention), forward.\n\n"
         + table(["method", "trained", "total", "active", "time per step", "FLOPs per step", "memory of a step",
                  "tokens/s", "FLOPs per token", "memory of inference"], rows)
     )  # fmt: skip
@@ -274,11 +270,10 @@ def setup(results: dict[str, Any]) -> str:
         "## How it was made\n\n"
         f"- Steps of branching, {settings['batch']} sequences of {settings['length']} tokens each: {branch}.\n"
         f"- Data that combinations are trained on (the paper's shares): {mix}. {settings['layers']} layers; K = 4.\n"
-        "- Training: AdamW, warm-up, cosine to 1%; the learning rate with the best validation average was "
-        "tested, once.\n"
-        "- Routing decides after the prompt, or after the first quarter of a text without one, whose tokens "
-        "count too.\n"
-        f"- {results['pieces_per_set']} pieces of work, {results['core_minutes_per_set']:.0f} core minutes per "
-        "set as they "
-        f"ran, on {results['machine']}, Python {results['python']}, {versions}, commit {results['commit']}."
+        "- Training: AdamW, warm-up, cosine to 1%; the learning rate with the best validation average was tested, "
+        "once.\n"
+        "- Routing decides after the prompt, or after the first quarter of a text without one, whose tokens count "
+        "too.\n"
+        f"- {results['pieces']['done']} pieces of work, {results['core_minutes']:.0f} core minutes (processor time), "
+        f"on {results['machine']}, Python {results['python']}, {versions}, commit {results['commit']}."
     )

@@ -167,9 +167,14 @@ def repeats(sets: list[Set]) -> dict[str, Any]:
     """The paper's form trained again with its data in other orders: the spread that one training has by chance."""
     names = ["main/bts/test", *(f"repeat/{i}" for i in REPEATS)]
     if not all(done(sets, name) for name in names):
-        return {"sd": 0.0, "trainings": 1}
-    averages = zip(*([result["average"] for result in read_all(sets, name)] for name in names))
-    return {"sd": mean(map(stdev, averages)), "trainings": len(names)}
+        return {"sd": 0.0, "domains": {}, "trainings": 1}
+
+    def sd(*keys: str) -> float:
+        trainings = zip(*(over_sets(sets, name, *keys)["values"] for name in names))
+        return mean(map(stdev, trainings))
+
+    domains = {domain: sd("domains", domain, "score") for domain in DOMAINS}
+    return {"sd": sd("average"), "domains": domains, "trainings": len(names)}
 
 
 def cross(sets: list[Set], study: str, names: list[str]) -> dict[str, Any]:
