@@ -195,7 +195,7 @@ def test_what_is_trained(zoo):
 
 
 def test_methods_come_ready_to_be_tested(zoo):
-    """In eval mode: no gate is drawn, no expert dropped."""
+    """In eval mode: BTX draws no FFN."""
     for name, build in methods.TRAINED.items():
         if name != "routing" and name != "bts_hub_math":
             assert not any(module.training for module in build(zoo, EXPERTS).modules()), name

@@ -110,7 +110,6 @@ TRAINED: dict[str, Callable] = {
     "bts_k2": stitched(num_stitches=2),
     "bts_kL": stitched(num_stitches="L"),
     "bts_hub_math": stitched(hub="math"),
-    "bts_expert_dropout": stitched(expert_dropout=0.1),
     "bts_init_torch": stitched(init="torch"),
     "bts_init_near_seed": stitched(init="near_seed"),
 }
@@ -144,7 +143,6 @@ TITLES = {
     "bts_k2": "BTS, K = 2",
     "bts_kL": "BTS, K = L",
     "bts_hub_math": "BTS, maths expert as hub",
-    "bts_expert_dropout": "BTS, expert dropout 0.1",
     "bts_init_torch": "BTS, torch's random start",
     "bts_init_near_seed": "BTS, starts as the seed",
     **{f"expert_{name}": f"{name} expert" for name in EXPERTS},
