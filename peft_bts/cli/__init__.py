@@ -11,16 +11,20 @@ import typer
 
 from .check import check
 from .common import run
+from .eval import eval
 from .export import export
+from .gates import gates
 from .inspect import inspect
 from .plan import plan
+from .run_module import run_module
 
 
 app = typer.Typer(
-    help="Plan, check, look into and export Branch-Train-Stitch adapters.",
+    help="Plan, check, look into, evaluate and export Branch-Train-Stitch adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (check, plan, inspect, export):
+for command in (check, plan, inspect, eval, gates, export):
     app.command()(run(command))
+app.command("run", context_settings={"allow_interspersed_args": False})(run_module)

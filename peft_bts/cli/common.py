@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 from rich.console import Console
+from transformers.utils import cached_file
+
+from ..config import StitchConfig
 
 
 Hub = Annotated[str, typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model.")]
@@ -42,7 +47,7 @@ def run(command: Callable[..., Result]) -> Callable[..., None]:
     def wrapper(*args: Any, json_output: bool, **kwargs: Any) -> None:
         try:
             result = command(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ModuleNotFoundError) as error:
             typer.echo(f"peft-bts {command.__name__}: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from error
         if json_output:
@@ -61,13 +66,23 @@ def run(command: Callable[..., Result]) -> Callable[..., None]:
     return wrapper
 
 
-def by_name(experts: list[str]) -> dict[str, str]:
+def by_name(values: list[str], option: str = "--expert", source: str = "ID_OR_PATH") -> dict[str, str]:
     """`["code=org/code"]` as `{"code": "org/code"}`; a usage error for anything else."""
-    pairs = [expert.partition("=") for expert in experts]
-    for expert, (name, _, source) in zip(experts, pairs):
-        if not name or not source:
-            raise typer.BadParameter(f"{expert!r} is not of the form NAME=ID_OR_PATH.", param_hint="--expert")
+    pairs = [value.partition("=") for value in values]
+    for value, (name, _, place) in zip(values, pairs):
+        if not name or not place:
+            raise typer.BadParameter(f"{value!r} is not of the form NAME={source}.", param_hint=option)
     names = [name for name, _, _ in pairs]
     if len(set(names)) < len(names):
-        raise typer.BadParameter("every expert needs a name of its own.", param_hint="--expert")
-    return {name: source for name, _, source in pairs}
+        raise typer.BadParameter("every one needs a name of its own.", param_hint=option)
+    return {name: place for name, _, place in pairs}
+
+
+def stitch_config(adapter: str) -> StitchConfig:
+    """The config of a stitch adapter; a `ValueError` for anything else."""
+    if cached_file(adapter, CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
+        raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")
+    config = PeftConfig.from_pretrained(adapter)
+    if config.peft_type != "STITCH":
+        raise ValueError(f"{adapter!r} is a {config.peft_type.value} adapter, expected a STITCH adapter.")
+    return config

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
@@ -16,7 +15,7 @@ from transformers.utils import cached_file
 from ..config import EXPERTS_INTO_HUB, HUB_INTO_EXPERTS
 from ..stitch import HUB
 from ..text import table
-from .common import Result
+from .common import Result, stitch_config
 
 
 _KEY = re.compile(r".*\.(?P<layer>\d+)\.stitch_layer\.(?P<role>gate|proj)\.(?P<model>\w+)\.(?P<rest>.+)")
@@ -25,11 +24,7 @@ _OPTIONS = ("pattern", "expert_streams", "gate", "gate_bias", "gate_dropout", "r
 
 def inspect(adapter: Annotated[str, typer.Argument(help="Id or folder of the adapter.")]) -> Result:
     """Show an adapter: its experts, its stitches, and how far training has moved them. Loads no model."""
-    if cached_file(adapter, CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
-        raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")
-    config = PeftConfig.from_pretrained(adapter)
-    if config.peft_type != "STITCH":
-        raise ValueError(f"{adapter!r} is a {config.peft_type.value} adapter, expected a STITCH adapter.")
+    config = stitch_config(adapter)
     weights, stitches, others = 0, {}, 0
     with safe_open(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
         keys: list[str] = file.keys()

@@ -1,0 +1,114 @@
+"""`peft-bts eval`: what do the stitches gain? Hub, experts and stitched model on the same held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+from tqdm import tqdm
+
+from ..text import table
+from .common import Result, by_name
+from .texts import (
+    Adapter,
+    BatchSize,
+    Device,
+    Domain,
+    Dtype,
+    MaxTokens,
+    SequenceLength,
+    TextColumn,
+    load,
+    read_documents,
+    row_length,
+)
+
+
+def eval(
+    adapter: Adapter,
+    data: Annotated[
+        list[str], typer.Option("--data", metavar="NAME=FILE", help="A domain: a text or jsonl file. For each once.")
+    ],
+    text_column: TextColumn = "text",
+    max_tokens: MaxTokens = None,
+    sequence_length: SequenceLength = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> Result:
+    """Loss per token and perplexity on texts, by domain: of the hub, of each expert alone, and of all stitched."""
+    files = by_name(data, "--data", "FILE")
+    documents = {name: read_documents(file, text_column) for name, file in files.items()}
+    model, tokenizer = load(adapter, dtype, device)
+    length = row_length(model, sequence_length)
+    domains = {name: Domain.of(texts, tokenizer, length, max_tokens) for name, texts in documents.items()}
+    for name, domain in domains.items():
+        domain.rows = sorted((row for row in domain.rows if len(row) > 1), key=len, reverse=True)  # little padding
+        if not domain.rows:
+            raise ValueError(f"{files[name]} has no two tokens in a row, so there is nothing to predict.")
+    experts = {name: expert.model for name, expert in sorted(model.base_model.experts[model.active_adapter].items())}
+    total = (2 + len(experts)) * sum(len(domain.rows) for domain in domains.values())
+    with tqdm(total=total, desc="eval", unit=" rows") as bar:
+
+        def measure(one: nn.Module, context: Callable[[], Any] = nullcontext) -> dict[str, dict[str, float]]:
+            with context():
+                losses = {name: loss(one, domain, batch_size, bar) for name, domain in domains.items()}
+            return {name: {"loss": mean, "perplexity": math.exp(mean)} for name, mean in losses.items()}
+
+        found = {
+            "hub": measure(model, model.disable_adapter),
+            "experts": {name: measure(expert) for name, expert in experts.items()},
+            "stitched": measure(model),
+        }
+    sizes = {
+        name: {
+            "file": files[name],
+            "documents": domain.documents,
+            "bytes": domain.size,
+            "rows": len(domain.rows),
+            "predicted_tokens": sum(len(row) - 1 for row in domain.rows),
+        }
+        for name, domain in domains.items()
+    }
+    result = {"adapter": adapter, "sequence_length": length, "data": sizes, **found}
+    return Result(_tables(result), result)
+
+
+@torch.no_grad()
+def loss(model: nn.Module, domain: Domain, batch_size: int, bar: tqdm) -> float:
+    """Mean negative log-likelihood, in nats, of every token that has one before it in its row."""
+    total, device = 0.0, next(model.parameters()).device
+    for ids, mask in domain.batches(batch_size, device):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for row, row_mask, row_logits in zip(ids, mask.bool(), logits):  # row by row: float32 logits are large
+            text = row[row_mask]
+            total += nn.functional.cross_entropy(
+                row_logits[: len(text) - 1].float(), text[1:].to(logits.device), reduction="sum"
+            ).item()
+        bar.update(len(ids))
+    return total / sum(len(row) - 1 for row in domain.rows)
+
+
+def _tables(result: dict[str, Any]) -> list[Any]:
+    domains = result["data"]
+    experts = {f"{name} expert": row for name, row in result["experts"].items()}
+    rows = [
+        (who, *(f"{row[name][key]:.4g}" for name in domains for key in ("loss", "perplexity")))
+        for who, row in {"hub": result["hub"], **experts, "stitched": result["stitched"]}.items()
+    ]
+    sizes = [
+        (name, data["file"], data["documents"], data["bytes"], data["rows"], data["predicted_tokens"])
+        for name, data in domains.items()
+    ]
+    columns = [f"{name} {key}" for name in domains for key in ("loss", "ppl")]
+    return [
+        table("Loss per token and perplexity", ["model", *columns], rows),
+        table("Data", ["domain", "file", "documents", "bytes", "rows", "predicted tokens"], sizes, left=2),
+        "loss: in nats, over all tokens but the first of every row. ppl: exp(loss). hub, experts: each alone.\n"
+        f"Documents are cut into rows of {result['sequence_length']} tokens, each predicted from its own start.",
+    ]

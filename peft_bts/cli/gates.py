@@ -1,0 +1,87 @@
+"""`peft-bts gates`: whom do the stitches listen to in these texts?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import torch
+import typer
+from tqdm import tqdm
+
+from .._compat import needs
+from ..gates import trace_gates
+from .common import Result, by_name
+from .texts import (
+    Adapter,
+    BatchSize,
+    Device,
+    Domain,
+    Dtype,
+    MaxTokens,
+    SequenceLength,
+    TextColumn,
+    load,
+    read_documents,
+    row_length,
+)
+
+
+def gates(
+    adapter: Adapter,
+    text: Annotated[Optional[list[str]], typer.Option("--text", help="A text; the option can be repeated.")] = None,
+    file: Annotated[
+        Optional[list[str]],
+        typer.Option("--file", metavar="[NAME=]FILE", help="A domain: a text or jsonl file. For each once."),
+    ] = None,
+    html: Annotated[Optional[Path], typer.Option(help="Write a page of all tokens, coloured by model.")] = None,
+    png: Annotated[Optional[Path], typer.Option(help="Draw the first row of every domain, token by token.")] = None,
+    by: Annotated[
+        Literal["domain", "sequence", "stitch"], typer.Option(help="A row for each of these, within a domain.")
+    ] = "domain",
+    stitch: Annotated[int, typer.Option(help="Which stitch to count and draw; -1 is the last.")] = -1,
+    text_column: TextColumn = "text",
+    max_tokens: MaxTokens = 4096,
+    sequence_length: SequenceLength = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> Result:
+    """Mean gates, dominance and entropy over texts, by domain; also as a page and a figure."""
+    if not text and not file:
+        raise typer.BadParameter("give a text or a file.", param_hint="--text / --file")
+    if png is not None:
+        needs("matplotlib")  # said before anything is loaded
+    named = [one if "=" in one and not Path(one).exists() else f"{Path(one).stem}={one}" for one in file or []]
+    files = by_name(named, "--file", "FILE")
+    documents = {name: read_documents(path, text_column) for name, path in files.items()}
+    if text:
+        documents["text"] = text + documents.get("text", [])
+    model, tokenizer = load(adapter, dtype, device)
+    length = row_length(model, sequence_length)
+    domains = {name: Domain.of(texts, tokenizer, length, max_tokens) for name, texts in documents.items()}
+    total = sum(len(domain.rows) for domain in domains.values())
+    with tqdm(total=total, desc="gates", unit=" rows") as bar, trace_gates(model) as trace, torch.no_grad():
+        for name, domain in domains.items():
+            with trace.domain(name):
+                for ids, mask in domain.batches(batch_size, model.device):
+                    model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+                    bar.update(len(ids))
+    if not -len(trace.stitches) <= stitch < len(trace.stitches):
+        raise ValueError(f"--stitch {stitch}: the adapter has {len(trace.stitches)} stitches, counted from 0.")
+    found = trace.table(by="domain" if by == "domain" else ("domain", by), stitch=stitch)
+    if html is not None:
+        trace.to_html(html, tokenizer=tokenizer)
+    if png is not None:
+        trace.plot(stitch=stitch, tokenizer=tokenizer).savefig(png)
+    written = [str(path) for path in (html, png) if path is not None]
+    sizes = {
+        name: {"documents": domain.documents, "bytes": domain.size, "tokens": sum(map(len, domain.rows))}
+        for name, domain in domains.items()
+    }
+    counted = (
+        f"{name}: {size['tokens']:,} tokens ({size['bytes']:,} bytes) of {size['documents']:,} documents"
+        for name, size in sizes.items()
+    )
+    parts = [found, "; ".join(counted), *(f"Wrote {path}" for path in written)]
+    return Result(parts, {"adapter": adapter, "data": sizes, **found.to_dict(), "written": written})

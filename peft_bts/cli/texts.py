@@ -1,0 +1,130 @@
+"""What `eval` and `gates` work on: an adapter with its tokenizer, and files of text as rows of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import typer
+from peft import AutoPeftModelForCausalLM, PeftModel
+from peft.utils import infer_device
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from ..experts import text_config
+from .common import stitch_config
+
+
+Adapter = Annotated[str, typer.Argument(help="Id or folder of the adapter.")]
+TextColumn = Annotated[str, typer.Option(help="Where the rows of a jsonl file have their text.")]
+MaxTokens = Annotated[Optional[int], typer.Option(min=1, help="Read at most so many tokens of each domain.")]
+SequenceLength = Annotated[
+    Optional[int],
+    typer.Option(min=2, help="Tokens per row; documents are cut. If not given, 1024, or what the models can take."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward.")]
+Dtype = Annotated[str, typer.Option(help="Of hub and experts: auto, bfloat16, float16 or float32.")]
+Device = Annotated[Optional[str], typer.Option(help="Where to run; if not given, the accelerator, or cpu.")]
+
+
+def read_documents(source: str, text_column: str) -> list[str]:
+    """The documents of a file: the rows of a .jsonl file; any other file is one.
+
+    Raises:
+        OSError, ValueError: If the file cannot be read, or holds no text.
+    """
+    path = Path(source)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text: {error}") from error
+    documents = [content]
+    if path.suffix == ".jsonl":
+        documents = []
+        for number, line in enumerate(content.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                documents.append(json.loads(line)[text_column])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{source}, line {number}: expected a JSON object with {text_column!r}.") from error
+            if not isinstance(documents[-1], str):
+                raise ValueError(f"{source}, line {number}: {text_column!r} is no string.")
+    documents = [document for document in documents if document]
+    if not documents:
+        raise ValueError(f"{source} holds no text.")
+    return documents
+
+
+def load(adapter: str, dtype: str, device: Optional[str]) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """An adapter with its models, in eval mode, and the tokenizer beside it, or else its hub's."""
+    config = stitch_config(adapter)
+    own = cached_file(adapter, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    tokenizer = AutoTokenizer.from_pretrained(adapter if own else config.base_model_name_or_path)
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype, device_map=device or infer_device())
+    return model.eval(), tokenizer
+
+
+def row_length(model: PeftModel, asked: Optional[int]) -> int:
+    """Tokens per row: as asked for, else 1024, or as many as the models have positions for.
+
+    Raises:
+        ValueError: If a model cannot take as many as asked for.
+    """
+    models = {"hub": model.get_base_model()}
+    for name, expert in model.base_model.experts[model.active_adapter].items():
+        models[f"expert {name!r}"] = expert.model
+    limits = {who: getattr(text_config(one), "max_position_embeddings", None) for who, one in models.items()}
+    limits = {who: limit for who, limit in limits.items() if limit}
+    for who, limit in limits.items():
+        if asked is not None and asked > limit:
+            raise ValueError(f"--sequence-length {asked} is more than the {limit} positions of the {who}.")
+    return asked or min([1024, *limits.values()])
+
+
+@dataclass
+class Domain:
+    """The text of a domain, as it is given to models.
+
+    Attributes:
+        rows: Token ids. A document is cut into rows; it shares none with another.
+        documents, size: How many documents they are from, of how many bytes (UTF-8).
+    """
+
+    rows: list[list[int]]
+    documents: int = 0
+    size: int = 0
+
+    @classmethod
+    def of(
+        cls, documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: Optional[int]
+    ) -> Domain:
+        """Tokenize documents, with the special tokens that the tokenizer adds, up to `max_tokens` of them."""
+        domain, left = cls([]), float("inf") if max_tokens is None else max_tokens
+        for document in documents:
+            ids = tokenizer(document, verbose=False)["input_ids"]
+            if len(ids) > left:
+                ids = ids[: int(left)]
+                document = tokenizer.decode(ids, skip_special_tokens=True)
+            domain.rows += [ids[start : start + length] for start in range(0, len(ids), length)]
+            domain.documents += 1
+            domain.size += len(document.encode())
+            left -= len(ids)
+            if left <= 0:
+                break
+        return domain
+
+    def batches(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """`input_ids` and `attention_mask`, both (size or less, T), padded on the right."""
+        for start in range(0, len(self.rows), size):
+            rows = self.rows[start : start + size]
+            mask = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+            ids = torch.zeros_like(mask)
+            for i, row in enumerate(rows):
+                ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+            yield ids.to(device), mask.to(device)
