@@ -70,7 +70,7 @@ def test_check(folders):
 def test_plan(folders):
     """The options reach the config; the figures are those of `plan`."""
     options = ["--num-stitches", 2, "--gate", "token", "--no-gate-bias", "--r", 4, "--pattern", "experts_into_hub"]
-    options += ["--expert-dropout", 0.5, "--gate-dropout", 0.5]
+    options += ["--gate-dropout", 0.5]
     command = ("plan", "--hub", folders / "hub", "--expert", f"code={folders / 'code'}", "--sequence-length", 8)
     data = json.loads(call(*command, *options, "--json").stdout)
     config = StitchConfig(
@@ -81,7 +81,6 @@ def test_plan(folders):
         r=4,
         pattern="experts_into_hub",
         gate_dropout=0.5,
-        expert_dropout=0.5,
     )
     estimate = plan(str(folders / "hub"), {"code": str(folders / "code")}, config, sequence_length=8)
     assert data == estimate.to_dict()

@@ -25,7 +25,6 @@ def plan(
     ] = "channel",
     gate_bias: Annotated[bool, typer.Option(help="Whether the gates have biases.")] = True,
     gate_dropout: Annotated[float, typer.Option(help="Dropout on the gates' logits in training.")] = 0.0,
-    expert_dropout: Annotated[float, typer.Option(help="How often training leaves an expert out.")] = 0.0,
     r: Annotated[Optional[int], typer.Option("--r", help="Rank of the projections; full if not given.")] = None,
     batch_size: Annotated[int, typer.Option()] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
@@ -40,7 +39,6 @@ def plan(
         gate=gate,
         gate_bias=gate_bias,
         gate_dropout=gate_dropout,
-        expert_dropout=expert_dropout,
         r=r,
     )
     estimate = make_plan(hub, by_name(expert), config, batch_size=batch_size, sequence_length=sequence_length)
