@@ -1,48 +1,248 @@
-"""The pages' code, run as a reader would run it, block after block."""
+"""The README and the pages in docs/: their code runs, their commands, links and error messages exist."""
 
+import ast
 import os
 import re
+import runpy
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+import typer
+from accelerate import Accelerator
 from conftest import fresh
 from peft import LoraConfig, get_peft_model
-from test_generation import tokenizer
+from safetensors.torch import load_file
+from text import save_model, token_rows, word_tokenizer
+from transformers import AutoModelForCausalLM, TrainingArguments, cache_utils, logging
+
+from peft_bts import StitchConfig
+from peft_bts.cli import app
 
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "CONTRIBUTING.md"]
+
+
+def blocks(page, language):
+    """The code blocks of a page in one language, also those in lists."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(code) for _, code in found]
 
 
 def run_blocks(page, namespace=None):
     """Execute the Python blocks of a page, one after another, in one namespace; return it."""
     namespace = {} if namespace is None else namespace
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert blocks
-    for block in blocks:
+    for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), namespace)
     return namespace
 
 
-@pytest.fixture
-def hub_of_models(tmp_path, monkeypatch):
-    """A working directory in which the pages' names, such as `org/seed`, are folders of models."""
-    monkeypatch.chdir(tmp_path)
-    os.mkdir("org")
-    for seed, name in enumerate(("seed", "seed-code", "seed-math", "seed-bio", "law")):
-        fresh("llama", seed=seed, width=64).save_pretrained(f"org/{name}")
-        tokenizer().save_pretrained(f"org/{name}")
+# ------------------------------------------------------------------------------------------------------- Python blocks
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """What the pages' names stand for: a seed, experts, LoRAs of the seed, and an adapter on two of the experts."""
+    root = tmp_path_factory.mktemp("models")
+    for number, name in enumerate(("seed", "seed-code", "seed-math", "seed-bio", "seed-law", "law")):
+        save_model(root / "org" / name, seed=number, width=64)
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
-    seed = fresh("llama", width=64)
-    seed.config._name_or_path = "org/seed"
     for name in ("seed-law-lora", "seed-tax-lora"):
-        get_peft_model(seed, lora).save_pretrained(f"org/{name}")
         seed = fresh("llama", width=64)
+        seed.config._name_or_path = "org/seed"
+        get_peft_model(seed, lora).save_pretrained(root / "org" / name)
+    shutil.copytree(root / "org" / "seed-math", root / "new" / "place")
+    return root
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_experts(hub_of_models):
-    names = run_blocks("docs/experts.md")
+@pytest.fixture
+def here(models, tmp_path, monkeypatch):
+    """A working directory with the models."""
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    logging.set_verbosity_error()
+    yield tmp_path
+    logging.set_verbosity_warning()
+
+
+def save_adapter():
+    """`my-stitch`, for pages that begin with one."""
+    config = StitchConfig(
+        task_type="CAUSAL_LM", experts={"code": "org/seed-code", "math": "org/seed-math"}, init_weights=False
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("org/seed"), config)
+    model.save_pretrained("my-stitch")
+    word_tokenizer().save_pretrained("my-stitch")
+    return model
+
+
+def trainer_arguments():
+    return TrainingArguments("trained", max_steps=2, logging_steps=1, report_to="none", use_cpu=True)
+
+
+def readme(page):
+    given = {"args": trainer_arguments(), "mixed_data": token_rows(), "tokenizer": word_tokenizer()}
+    given |= {"law_model": fresh("llama", width=64), "path": "org/law"}
+    given["inputs"] = word_tokenizer()("w3 w4", return_tensors="pt")
+    names = run_blocks(page, given)
+    assert names["model"].active_peft_config.experts["math"]["model"] == "new/place"
+
+
+def experts(page):
+    names = run_blocks(page)
     assert sorted(names["again"].active_peft_config.experts) == ["code", "law", "math"]
     assert names["again"].active_peft_config.experts["math"]["quantization_config"]["load_in_4bit"]
     assert names["model"](torch.arange(3, 9)[None]).logits.isfinite().all()
+
+
+def training(page):
+    names = run_blocks(page)
+    assert sorted(names["model"].active_peft_config.experts) == ["code", "law", "math"]
+    files = [load_file(f"{folder}/adapter_model.safetensors") for folder in ("my-stitch", "my-dpo-stitch")]
+    assert files[0].keys() == files[1].keys() and not os.path.exists("my-dpo-stitch/ref")
+
+
+def distributed(page):
+    accelerator = Accelerator(cpu=True)
+    before = save_adapter()
+    run_blocks(page, {"accelerator": accelerator, "model": accelerator.prepare(before)})
+    assert AutoModelForCausalLM.from_pretrained("seed-tax").config.hidden_size == 64
+
+
+def inference(page):
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("the page shows what newer versions of transformers can do")
+    save_adapter()
+    assert run_blocks(page)["out"].logits.isfinite().all()
+
+
+def gates(page):
+    save_adapter()
+    names = run_blocks(page, {"args": trainer_arguments(), "data": token_rows(8)})
+    assert {row["domain"] for row in names["rows"]} == {"math", "code"} and '"rows"' in names["text"]
+    assert {"gates.png", "domains.png", "gates.html"} <= set(os.listdir())
+
+
+def planning(page):
+    names = run_blocks(page)
+    assert names["report"].ok and names["estimate"].to_dict()["batch_size"] == 1
+
+
+def concepts(page):
+    run_blocks(page)
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} == set(os.listdir("my-stitch"))
+
+
+def troubleshooting(page):
+    save_adapter()
+    assert run_blocks(page)["model"].active_peft_config.experts["math"]["model"] == "new/place"
+
+
+STORIES = {"README.md": readme} | {
+    f"docs/{story.__name__}.md": story
+    for story in (concepts, distributed, experts, gates, inference, planning, training, troubleshooting)
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python(page, here):
+    """Every block of a page, one after another, as a reader would run them. A new page needs a story above."""
+    STORIES[page](page)
+
+
+# ------------------------------------------------------------------------------------------------------ shell commands
+
+
+def commands(page):
+    """(program, arguments) of the shell commands of a page that this repository has, or makes."""
+    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    for line in text.splitlines():
+        words = line.partition("#")[0].split()
+        for program in ("peft-bts", "peft_bts", "make"):
+            if program in words[:4]:
+                yield program.replace("_", "-"), words[words.index(program) + 1 :]
+        yield from (
+            (word, words[i + 1 :]) for i, word in enumerate(words) if re.match(r"(examples|benchmarks)/.*py", word)
+        )
+
+
+def options(words):
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
+def known_options(script, monkeypatch, capsys):
+    """What a script's `--help` says it takes."""
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return set(re.findall(r"--\w+", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(commands(page))])
+def test_commands(page, monkeypatch, capsys):
+    """The commands that a page shows exist, and have the options that it gives them."""
+    ours = typer.main.get_command(app).commands
+    for program, words in commands(page):
+        if program == "make":
+            assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        elif program == "peft-bts" and words[0] != "run":
+            known = {
+                name for parameter in ours[words[0]].params for name in [*parameter.opts, *parameter.secondary_opts]
+            }
+            assert options(words) <= known, words
+        elif program != "peft-bts":
+            assert options(words) <= known_options(program, monkeypatch, capsys), (program, words)
+
+
+# ------------------------------------------------------------------------------------------------- links and messages
+
+
+def anchors(page):
+    """The places within a page that a link can name, as GitHub calls them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links(page):
+    """Files, pages and headings that a page links to are there."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_index():
+    """docs/README.md names every page."""
+    named = set(re.findall(r"\]\((\w[\w-]*\.md)\)", (ROOT / "docs" / "README.md").read_text()))
+    assert named == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def texts_in_code():
+    """All strings of the package; what f-strings fill in is `...`."""
+    for path in (ROOT / "peft_bts").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_error_messages():
+    """Every message in docs/troubleshooting.md is one of the package's, but for those marked as others'."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"\*\*`([^`]+)`\*\*(?! from)", page)
+    plain = [text.replace("`", "") for text in texts_in_code()]
+    assert len(quoted) > 30
+    for message in quoted:
+        parts = ".*".join(re.escape(part) for part in message.split("..."))
+        assert any(re.search(parts, text) for text in plain), message

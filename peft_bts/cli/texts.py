@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import torch
 import typer
 from peft import AutoPeftModelForCausalLM, PeftModel
-from peft.utils import infer_device
+from peft.utils import CONFIG_NAME, infer_device
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -65,7 +65,10 @@ def load(adapter: str, dtype: str, device: Optional[str]) -> tuple[PeftModel, Pr
     """An adapter with its models, in eval mode, and the tokenizer beside it, or else its hub's."""
     config = stitch_config(adapter)
     own = cached_file(adapter, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
-    tokenizer = AutoTokenizer.from_pretrained(adapter if own else config.base_model_name_or_path)
+    if config.base_model_name_or_path is None:
+        raise ValueError(f"{adapter!r} does not say what its hub is; set base_model_name_or_path in {CONFIG_NAME}.")
+    source, revision = (adapter, None) if own else (config.base_model_name_or_path, config.revision)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype, device_map=device or infer_device())
     return model.eval(), tokenizer
 
