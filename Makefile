@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart replicate test test-all test-lowest lint format clean
+.PHONY: quickstart replicate test test-all test-lowest lint format docs clean
 
 quickstart: $(PACKAGE)
 	$(VENV)/bin/python examples/quickstart.py $(ARGS)
@@ -31,6 +31,12 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# The annotation is one of PEFT's, inherited by StitchConfig; it cannot be read outside of its module.
+docs: $(PACKAGE)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(VENV)/bin/python -W "ignore:Error parsing type annotation Optional[Union[str, TaskType]]:UserWarning" \
+		-m pdoc --docformat google --no-show-source --output-directory build/docs peft_bts '!peft_bts.plan'
 
 $(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

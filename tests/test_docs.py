@@ -53,7 +53,7 @@ def models(tmp_path_factory):
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
     for name in ("seed-law-lora", "seed-tax-lora"):
         seed = fresh("llama", width=64)
-        seed.config._name_or_path = "org/seed"
+        seed.name_or_path = seed.config._name_or_path = "org/seed"
         get_peft_model(seed, lora).save_pretrained(root / "org" / name)
     shutil.copytree(root / "org" / "seed-math", root / "new" / "place")
     return root

@@ -308,21 +308,3 @@ def test_the_whole_story(root, tmp_path):
     assert any(not torch.equal(second[key], old[key]) for key in old)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "added")
     assert isinstance(model, PeftModel) and sorted(model.active_peft_config.experts) == ["code", "law", "math"]
-
-
-def test_the_page_on_training(root, tmp_path, monkeypatch):
-    """Every block of docs/training.md, one after another, as a reader would run them."""
-    for name, folder in (("seed", "seed"), ("seed-code", "code"), ("seed-math", "math"), ("seed-law", "math")):
-        (tmp_path / name).symlink_to(root / folder)
-    monkeypatch.chdir(tmp_path)
-    page = (EXAMPLES.parent / "docs" / "training.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 5
-    scope = {}
-    for block in blocks:
-        exec(block, scope)
-    assert sorted(scope["model"].active_peft_config.experts) == ["code", "law", "math"]
-    assert set(load_file(tmp_path / "my-dpo-stitch" / "adapter_model.safetensors")) == set(
-        load_file(tmp_path / "my-stitch" / "adapter_model.safetensors")
-    )
-    assert not (tmp_path / "my-dpo-stitch" / "ref").exists()

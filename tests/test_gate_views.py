@@ -8,20 +8,17 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import IDS, LEFT, fresh, logits, stitch
-from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast
 
-from peft_bts import StitchConfig, trace_gates
+from peft_bts import trace_gates
 from peft_bts.gate_views import token_texts
 
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "gates.md"
 NASTY = ["</script><script>document.title = 'run'</script>", "<!--<script>",
          "<img src=x onerror=document.title='run'>", "$\\frac$", "\n", "\t", "&lt;",
          "'\"", "[bold]", "\u2028", "  ", "é"]  # fmt: skip
@@ -181,26 +178,3 @@ def test_page_in_a_browser(trace, tmp_path):
             expected.append(("generated" if generated else "", str(i), colours[best], gates.max().item()))
     for (*shown, gate), (*right, value) in zip(spans, expected, strict=True):
         assert shown == right and float(gate) == pytest.approx(value, abs=6e-4)
-
-
-# -------------------------------------------------------------------------------------------------------- the page
-
-
-def test_the_page_on_gates_runs(tmp_path, monkeypatch):
-    """Every block of docs/gates.md, one after another, as a reader would run them."""
-    blocks = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
-    monkeypatch.chdir(tmp_path)
-    for seed, folder in enumerate(("seed", "code", "math")):
-        fresh("llama", seed=seed).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    config = StitchConfig(task_type="CAUSAL_LM", experts={"code": "code", "math": "math"}, init_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained("seed"), config).save_pretrained("my-stitch")
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained("my-stitch")
-    args = TrainingArguments(output_dir=".", max_steps=2, logging_steps=1, report_to="none", use_cpu=True)
-    namespace = {"args": args, "data": [{"input_ids": IDS[0], "labels": IDS[0]}] * 8}
-    for block in blocks:
-        exec(block, namespace)
-    assert len(namespace["rows"]) == 2 and json.loads(namespace["text"])["rows"] == namespace["rows"]
-    assert {"gates.png", "domains.png", "gates.html"} <= {path.name for path in tmp_path.iterdir()}

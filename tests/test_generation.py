@@ -5,8 +5,6 @@ find that out by asking the plain hub. What only the stitched model cannot do is
 """
 
 import copy
-import os
-import re
 import threading
 from contextlib import contextmanager
 from functools import cache, partial
@@ -15,11 +13,9 @@ import pytest
 import torch
 import transformers
 from conftest import IDS, LEFT, adapter_file, assert_near, fresh, logits, pristine, stitch
-from peft import get_peft_model
 from reference import reference_forward
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     PreTrainedTokenizerFast,
     QuantizedCache,
@@ -30,8 +26,6 @@ from transformers import (
     pipeline,
 )
 from zoo import ARCHITECTURES
-
-from peft_bts import StitchConfig
 
 
 NEW = 6
@@ -970,27 +964,3 @@ def test_continuous_batching_of_the_hub(small_pages):
     with model.disable_adapter():
         actual = in_continuous_batches(model, PROMPTS)
     assert actual == [uncached(pristine("llama"), torch.tensor([prompt]))[0].tolist() for prompt in PROMPTS]
-
-
-# -------------------------------------------------------------------------------------------------------- the page
-
-
-def test_the_page_on_inference_runs(tmp_path, monkeypatch, quiet):
-    """Every block of docs/inference.md, one after another, as a reader would run them."""
-    page = os.path.join(os.path.dirname(__file__), os.pardir, "docs", "inference.md")
-    with open(page) as file:
-        blocks = re.findall(r"^```python\n(.*?)^```", file.read(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 8
-    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
-        pytest.skip("the page shows what newer versions of transformers can do")
-    monkeypatch.chdir(tmp_path)
-    experts = {"code": {"seed": 1}, "math": {"seed": 2}}
-    for folder, options in {"seed": {}, **experts}.items():
-        fresh("llama", **options).save_pretrained(folder)
-    seed = AutoModelForCausalLM.from_pretrained("seed")
-    config = StitchConfig(task_type="CAUSAL_LM", experts={name: name for name in experts}, init_weights=False)
-    get_peft_model(seed, config).save_pretrained("my-stitch")
-    tokenizer().save_pretrained("my-stitch")
-    namespace = {}
-    for block in blocks:
-        exec(block, namespace)
