@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from peft import PeftConfig
@@ -22,6 +22,8 @@ Hub = Annotated[str, typer.Option("--hub", metavar="ID_OR_PATH", help="The seed 
 Experts = Annotated[
     list[str], typer.Option("--expert", metavar="NAME=ID_OR_PATH", help="An expert; give the option once for each.")
 ]
+Adapter = Annotated[str, typer.Argument(help="Id or folder of the adapter.")]
+Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Of hub and experts.")]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..text import table
-from .common import Result, by_name
+from .common import Adapter, Dtype, Result, by_name
 from .texts import (
-    Adapter,
     BatchSize,
     Device,
     Domain,
-    Dtype,
     MaxTokens,
     SequenceLength,
     TextColumn,
@@ -56,9 +54,12 @@ def eval(
     with tqdm(total=total, desc="eval", unit=" rows") as bar:
 
         def measure(one: nn.Module, context: Callable[[], Any] = nullcontext) -> dict[str, dict[str, float]]:
+            means = {}
             with context():
-                losses = {name: loss(one, domain, batch_size, bar) for name, domain in domains.items()}
-            return {name: {"loss": mean, "perplexity": math.exp(mean)} for name, mean in losses.items()}
+                for name, domain in domains.items():
+                    mean = loss(one, domain.batches(batch_size, model.device), bar)
+                    means[name] = {"loss": mean, "perplexity": math.exp(mean)}
+            return means
 
         found = {
             "hub": measure(model, model.disable_adapter),
@@ -80,18 +81,17 @@ def eval(
 
 
 @torch.no_grad()
-def loss(model: nn.Module, domain: Domain, batch_size: int, bar: tqdm) -> float:
+def loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bar: tqdm) -> float:
     """Mean negative log-likelihood, in nats, of every token that has one before it in its row."""
-    total, device = 0.0, next(model.parameters()).device
-    for ids, mask in domain.batches(batch_size, device):
+    total, count = 0.0, 0
+    for ids, mask in batches:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, row_mask, row_logits in zip(ids, mask.bool(), logits):  # row by row: float32 logits are large
-            text = row[row_mask]
-            total += nn.functional.cross_entropy(
-                row_logits[: len(text) - 1].float(), text[1:].to(logits.device), reduction="sum"
-            ).item()
+        for row, length, row_logits in zip(ids, mask.sum(1).tolist(), logits):  # by row: float32 logits are large
+            predicted = row_logits[: length - 1].float()
+            total += nn.functional.cross_entropy(predicted, row[1:length], reduction="sum").item()
+            count += length - 1
         bar.update(len(ids))
-    return total / sum(len(row) - 1 for row in domain.rows)
+    return total / count
 
 
 def _tables(result: dict[str, Any]) -> list[Any]:

@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 from peft import AutoPeftModelForCausalLM
 
-from .common import Result
+from .common import Adapter, Dtype, Result
 
 
 def export(
-    adapter: Annotated[str, typer.Argument(help="Id or folder of the adapter.")],
+    adapter: Adapter,
     folder: Annotated[str, typer.Argument(help="Where to write the checkpoint.")],
-    dtype: Annotated[str, typer.Option(help="Of hub and experts: auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Dtype = "auto",
 ) -> Result:
     """Load an adapter with its models and write them as one standalone checkpoint."""
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype)

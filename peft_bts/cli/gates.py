@@ -11,13 +11,11 @@ from tqdm import tqdm
 
 from .._compat import needs
 from ..gates import trace_gates
-from .common import Result, by_name
+from .common import Adapter, Dtype, Result, by_name
 from .texts import (
-    Adapter,
     BatchSize,
     Device,
     Domain,
-    Dtype,
     MaxTokens,
     SequenceLength,
     TextColumn,
@@ -51,7 +49,10 @@ def gates(
     if not text and not file:
         raise typer.BadParameter("give a text or a file.", param_hint="--text / --file")
     if png is not None:
-        needs("matplotlib")  # said before anything is loaded
+        needs("matplotlib")
+    for path in (html, png):
+        if path is not None and not path.parent.is_dir():  # said before anything is loaded
+            raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
     named = [one if "=" in one and not Path(one).exists() else f"{Path(one).stem}={one}" for one in file or []]
     files = by_name(named, "--file", "FILE")
     documents = {name: read_documents(path, text_column) for name, path in files.items()}

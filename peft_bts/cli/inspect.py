@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
@@ -15,14 +14,14 @@ from transformers.utils import cached_file
 from ..config import EXPERTS_INTO_HUB, HUB_INTO_EXPERTS
 from ..stitch import HUB
 from ..text import table
-from .common import Result, stitch_config
+from .common import Adapter, Result, stitch_config
 
 
 _KEY = re.compile(r".*\.(?P<layer>\d+)\.stitch_layer\.(?P<role>gate|proj)\.(?P<model>\w+)\.(?P<rest>.+)")
 _OPTIONS = ("pattern", "expert_streams", "gate", "gate_bias", "gate_dropout", "r", "modules_to_save")
 
 
-def inspect(adapter: Annotated[str, typer.Argument(help="Id or folder of the adapter.")]) -> Result:
+def inspect(adapter: Adapter) -> Result:
     """Show an adapter: its experts, its stitches, and how far training has moved them. Loads no model."""
     config = stitch_config(adapter)
     weights, stitches, others = 0, {}, 0

@@ -20,7 +20,6 @@ from ..experts import text_config
 from .common import stitch_config
 
 
-Adapter = Annotated[str, typer.Argument(help="Id or folder of the adapter.")]
 TextColumn = Annotated[str, typer.Option(help="Where the rows of a jsonl file have their text.")]
 MaxTokens = Annotated[Optional[int], typer.Option(min=1, help="Read at most so many tokens of each domain.")]
 SequenceLength = Annotated[
@@ -28,7 +27,6 @@ SequenceLength = Annotated[
     typer.Option(min=2, help="Tokens per row; documents are cut. If not given, 1024, or what the models can take."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward.")]
-Dtype = Annotated[str, typer.Option(help="Of hub and experts: auto, bfloat16, float16 or float32.")]
 Device = Annotated[Optional[str], typer.Option(help="Where to run; if not given, the accelerator, or cpu.")]
 
 
