@@ -211,6 +211,7 @@ def test_eval_limits(adapter, texts, tmp_path):
     assert data["data"]["code"]["bytes"] == size and data["data"]["code"]["documents"] == 2
     result = call(*command, "--sequence-length", 200, code=1)
     assert "--sequence-length 200 is more than the 128 positions of the hub." in result.stderr
+    assert "--device nowhere cannot be used" in call(*command[:-1], "nowhere", code=1).stderr
     (tmp_path / "one.txt").write_text("w3")
     assert "no two tokens" in call("eval", folder, "--data", f"a={tmp_path / 'one.txt'}", code=1).stderr
 
@@ -247,6 +248,7 @@ def test_gates(adapter, texts, tmp_path):
     assert [row["tokens"] for row in first["rows"]] == [3, 3, 2] and first["rows"][0]["layer"] == 1
     assert "plain" in call(*command).stdout
     assert "2 stitches" in call(*command, "--stitch", 2, code=1).stderr
+    assert "no tokens" in call("gates", folder, "--text", " ", code=1).stderr
 
 
 @pytest.mark.parametrize(

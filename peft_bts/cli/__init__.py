@@ -2,7 +2,8 @@
 
 A command is a function in a file of this package, registered with `app.command()`. It returns a `Result`: what people
 read, what `--json` prints, and whether all is well. Bad input is raised as `ValueError`; it becomes a line on stderr.
-Exit codes: 0 all is well, 1 a problem was found, 2 the command was called wrongly.
+Exit codes: 0 all is well, 1 a problem was found, 2 the command was called wrongly. `peft-bts run` alone is another
+program's command line, with that program's output and exit code.
 """
 
 from __future__ import annotations

@@ -48,10 +48,10 @@ def gates(
     """Mean gates, dominance and entropy over texts, by domain; also as a page and a figure."""
     if not text and not file:
         raise typer.BadParameter("give a text or a file.", param_hint="--text / --file")
-    if png is not None:
+    if png is not None:  # this, and folders that are not there, is said before anything is loaded
         needs("matplotlib")
     for path in (html, png):
-        if path is not None and not path.parent.is_dir():  # said before anything is loaded
+        if path is not None and not path.parent.is_dir():
             raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
     named = [one if "=" in one and not Path(one).exists() else f"{Path(one).stem}={one}" for one in file or []]
     files = by_name(named, "--file", "FILE")
@@ -62,6 +62,8 @@ def gates(
     length = row_length(model, sequence_length)
     domains = {name: Domain.of(texts, tokenizer, length, max_tokens) for name, texts in documents.items()}
     total = sum(len(domain.rows) for domain in domains.values())
+    if total == 0:
+        raise ValueError("The texts have no tokens, so there is nothing to see.")
     with tqdm(total=total, desc="gates", unit=" rows") as bar, trace_gates(model) as trace, torch.no_grad():
         for name, domain in domains.items():
             with trace.domain(name):

@@ -67,7 +67,12 @@ def load(adapter: str, dtype: str, device: Optional[str]) -> tuple[PeftModel, Pr
         raise ValueError(f"{adapter!r} does not say what its hub is; set base_model_name_or_path in {CONFIG_NAME}.")
     source, revision = (adapter, None) if own else (config.base_model_name_or_path, config.revision)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype, device_map=device or infer_device())
+    device = device or infer_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype, device_map=device)
     return model.eval(), tokenizer
 
 
