@@ -24,7 +24,12 @@ from peft_bts.cli import app
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")), "CONTRIBUTING.md"]
+PAGES = [
+    "README.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+]
 
 
 def blocks(page, language):
@@ -160,11 +165,12 @@ def test_python(page, here):
 
 def commands(page):
     """(program, arguments) of the shell commands of a page that this repository has, or makes."""
-    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
+    spans = re.findall(r"`((?:peft-bts|make|python) [^`]+)`", (ROOT / page).read_text())
+    text = "\n".join([*blocks(page, "bash"), *spans]).replace("\\\n", " ")
     for line in text.splitlines():
         words = line.partition("#")[0].split()
         for program in ("peft-bts", "peft_bts", "make"):
-            if program in words[:4]:
+            if program in words[:4] and words[-1] != program:
                 yield program.replace("_", "-"), words[words.index(program) + 1 :]
         yield from (
             (word, words[i + 1 :]) for i, word in enumerate(words) if re.match(r"(examples|benchmarks)/.*py", word)
