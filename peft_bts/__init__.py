@@ -5,26 +5,29 @@ Importing this package registers the method `STITCH` with PEFT.
 
 from peft.utils import register_peft_method
 
-from ._compat import add_peft_type, after_model_card, keep_offloaded_hubs
+from ._compat import add_peft_type, after_model_card, around_push, check_config_files, keep_offloaded_hubs
 
 
 add_peft_type("STITCH")  # what follows needs the member
 
 from .callbacks import GateLogger  # noqa: E402
-from .card import update_model_card  # noqa: E402
+from .card import card_after_peft, card_before_upload  # noqa: E402
 from .compatibility import CompatibilityReport, check_compatibility  # noqa: E402
-from .config import StitchConfig  # noqa: E402
+from .config import StitchConfig, check_config_file  # noqa: E402
 from .gates import GateTrace, trace_gates  # noqa: E402
 from .layer import StitchLayer  # noqa: E402
 from .model import StitchModel  # noqa: E402
 from .plan import Estimate, plan  # noqa: E402
+from .sharing import check_others_can_load, push_experts  # noqa: E402
 from .standalone import StitchedConfig, StitchedForCausalLM, StitchedModel  # noqa: E402
 from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 
 register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchModel)
 keep_offloaded_hubs()
-after_model_card(lambda model, folder: update_model_card(next(iter(model.peft_config.values())), folder))
+check_config_files(check_config_file)
+after_model_card(card_after_peft)
+around_push(before=check_others_can_load, card=card_before_upload)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,5 +45,6 @@ __all__ = [
     "StitchedModel",
     "check_compatibility",
     "plan",
+    "push_experts",
     "trace_gates",
 ]

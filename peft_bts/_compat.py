@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, PeftType
+from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -53,20 +56,62 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-def after_model_card(update: Callable[[PeftModel, str], None]) -> None:
-    """Have `update(model, folder)` called whenever PEFT has written the model card of a stitched model.
+def check_config_files(check: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
+    """Have `check(values, path)` look through what PEFT has read from the config file of a stitch adapter.
 
-    `save_pretrained` writes it, and `Trainer.create_model_card` writes it anew.
+    `PeftConfig.from_pretrained` reads the file before it knows the class, so a method of the class is not enough.
+    """
+    read = PeftConfigMixin.from_json_file.__func__
+
+    @functools.wraps(read)
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        values = read(cls, path_json_file, **kwargs)
+        return check(values, path_json_file) if values.get("peft_type") == "STITCH" else values
+
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)
+
+
+def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> None:
+    """Have `update(model, folder, tags)` called whenever PEFT has written the model card of a stitched model.
+
+    `save_pretrained` writes it, and `Trainer.create_model_card` writes it anew. `tags` are those that were there
+    before, which PEFT drops.
     """
     write = PeftModel.create_or_update_model_card
 
     @functools.wraps(write)
     def write_and_update(self: PeftModel, output_dir: str) -> None:
+        before = os.path.join(output_dir, "README.md")
+        tags = list(ModelCard.load(before).data.tags or []) if os.path.isfile(before) else []
         write(self, output_dir)
         if self.peft_type == "STITCH":
-            update(self, output_dir)
+            update(self, output_dir, tags)
 
     PeftModel.create_or_update_model_card = write_and_update
+
+
+def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, str, str], None]) -> None:
+    """For stitched models, have `push_to_hub` call `before(model)` first, and `card(model, folder, repo_id)` last.
+
+    `push_to_hub` writes the card of the repository, or an empty template, over the one that `save_pretrained` has
+    just made, and uploads the folder then.
+    """
+    push, upload = PeftModel.push_to_hub, PeftModel._upload_modified_files
+
+    @functools.wraps(push)
+    def push_to_hub(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type == "STITCH":
+            before(self)
+        return push(self, *args, **kwargs)
+
+    @functools.wraps(upload)
+    def _upload_modified_files(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type == "STITCH":
+            card(self, working_dir, repo_id)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    PeftModel.push_to_hub = push_to_hub
+    PeftModel._upload_modified_files = _upload_modified_files
 
 
 def keep_offloaded_hubs() -> None:

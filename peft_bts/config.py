@@ -9,6 +9,9 @@ Only these keys are read; a config file can therefore never make a loader run co
 the sizes that the stitches were made for, compared with the expert that a later load finds. Where an expert is to be
 put on *this* machine (`device_map`, `max_memory`, `offload_folder`) can be said in a reference too; that is never
 saved, and not taken from a file.
+
+A config that was downloaded is somebody else's word: it may name repositories of the Hub, no path of this machine
+(`HubId`), and at most `MAX_DOWNLOADED` experts.
 """
 
 from __future__ import annotations
@@ -18,9 +21,13 @@ import os
 import re
 import warnings
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal, Optional, Union
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftType
+from transformers.utils.hub import extract_commit_hash
 
 
 EXPERTS_INTO_HUB = "experts_into_hub"
@@ -28,7 +35,23 @@ HUB_INTO_EXPERTS = "hub_into_experts"
 
 REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "quantization_config", "config")
 PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this machine, so never in a file
+MAX_DOWNLOADED = 64  # each expert is a whole model in memory; the paper has three
 _NAME = re.compile(r"[A-Za-z0-9_]+")
+
+
+class HubId(str):
+    """The `model` or `adapter` of a reference in a downloaded config: followed to the Hub, never to this disk."""
+
+
+def is_on_hub(source: Optional[str]) -> bool:
+    """Whether loaders would look for `source` on the Hub: it has the form of an id, and is no path that exists."""
+    if source is None or os.path.exists(source):
+        return False
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
 
 
 def check_expert_name(name: Any) -> None:
@@ -57,7 +80,13 @@ def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[
     unknown = sorted(set(value) - set(known))
     if unknown:
         raise ValueError(f"Expert {name!r} has the unknown key(s) {unknown}; a reference has only {', '.join(known)}.")
-    reference = dict(value)
+    reference = {key: os.fspath(part) if isinstance(part, os.PathLike) else part for key, part in value.items()}
+    for key in ("model", "revision", "subfolder", "adapter"):
+        if not isinstance(reference.get(key), (str, type(None))):
+            raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}; expected a string.")
+    for key in ("revision", "subfolder"):  # both become parts of paths: in the Hub's cache, and below `model`
+        if _leads_out(reference.get(key)):
+            raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}, which leads out of its repository.")
     quantization = reference.get("quantization_config")
     if hasattr(quantization, "to_dict"):
         reference["quantization_config"] = json.loads(quantization.to_json_string(use_diff=False))
@@ -158,27 +187,63 @@ class StitchConfig(PeftConfig):
         values["experts"] = {name: _without_placement(ref) for name, ref in values["experts"].items()}
         return values
 
-    @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Read a config file, whoever wrote it: what only this machine's user may say is left out, with a warning."""
-        values = super().from_json_file(path_json_file, **kwargs)
-        experts = values.get("experts")
-        if isinstance(experts, dict):
-            values["experts"] = {name: _without_placement(ref) for name, ref in experts.items()}
-            if values["experts"] != experts:
-                warnings.warn(
-                    f"{path_json_file} says where to put experts ({', '.join(PLACEMENT_KEYS)}); this is ignored. Set "
-                    "it on the loaded config instead.",
-                    stacklevel=3,
-                )
-        return values
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and add the experts to the model card if PEFT has just written one there."""
         super().save_pretrained(save_directory, **kwargs)
         from .card import update_model_card  # here, since only saving needs it
 
         update_model_card(self, save_directory)
+
+
+def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike]) -> dict[str, Any]:
+    """Of the values of an adapter_config.json, keep what its author may say; `_compat` has PEFT call this.
+
+    Raises:
+        ValueError: If it was downloaded, and its seed is a path of this machine, or it has very many experts.
+    """
+    experts = values.get("experts")
+    if not isinstance(experts, dict):
+        return values
+    kept = {name: _without_placement(reference) for name, reference in experts.items()}
+    if kept != experts:
+        warnings.warn(
+            f"{path} says where to put experts ({', '.join(PLACEMENT_KEYS)}); this is ignored. Set it on the loaded "
+            "config instead.",
+            stacklevel=4,
+        )
+    if extract_commit_hash(os.fspath(path), None) is not None:  # it lies in the cache of the Hub
+        vouch = (
+            "If you trust it, make it your own: `hf download <its id> --local-dir <folder>`, edit adapter_config.json "
+            "there if need be, and load the folder."
+        )
+        seed = values.get("base_model_name_or_path")
+        if isinstance(seed, str) and os.path.exists(seed):
+            raise ValueError(
+                f"This downloaded adapter names {str(seed)!r} as its seed, which is a path of this machine. {vouch}"
+            )
+        if _leads_out(values.get("revision")):
+            raise ValueError(f"This downloaded adapter has the seed's revision {values['revision']!r}. {vouch}")
+        if len(kept) > MAX_DOWNLOADED:
+            raise ValueError(
+                f"This downloaded adapter has {len(kept)} experts; at most {MAX_DOWNLOADED} are loaded on somebody "
+                f"else's word. {vouch}"
+            )
+        kept = {name: _as_hub_ids(reference) for name, reference in kept.items()}
+    return {**values, "experts": kept}
+
+
+def _leads_out(path: Optional[str]) -> bool:
+    path = PurePath(path or "")
+    return path.is_absolute() or ".." in path.parts
+
+
+def _as_hub_ids(reference: Any) -> Any:
+    if isinstance(reference, str):
+        return HubId(reference)
+    if not isinstance(reference, dict):
+        return reference
+    sources = {key: HubId(reference[key]) for key in ("model", "adapter") if isinstance(reference.get(key), str)}
+    return {**reference, **sources}
 
 
 def _without_placement(reference: Any) -> Any:

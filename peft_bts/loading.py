@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ._compat import adapters_where_layers_run, real_weights
-from .config import PLACEMENT_KEYS, as_reference
+from .config import PLACEMENT_KEYS, HubId, as_reference, is_on_hub
 from .layer import StitchLayer
 from .placement import is_dispatched, place_for_stitch
 
@@ -35,6 +35,12 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
             f"Expert {name!r} has no reference: it was attached as a model object that came from no id or path. "
             + how_to_replace(name)
         )
+    for key in ("model", "adapter"):
+        if isinstance(reference.get(key), HubId) and not is_on_hub(reference[key]):
+            raise ValueError(
+                f"Expert {name!r} of this downloaded adapter refers to {str(reference[key])!r}, a path of this "
+                f"machine; only ids of the Hub are followed from a downloaded file. {how_to_replace(name, key)}"
+            )
     where = _where(reference)
     with _loading(name, source, where):
         config = _find(CONFIG_NAME, source, where) if reference.get("adapter") is None else None
@@ -94,7 +100,7 @@ def _loading(name: str, source: str, where: dict[str, Any]):
     """Say which expert it was, where it was looked for, and what to do, if that fails."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: weights of other shapes
+    except Exception as error:  # files of others can make their loaders fail in any way
         at = f" at revision {where['revision']!r}" if "revision" in where else ""
         raise ValueError(
             f"Expert {name!r} could not be loaded from {source!r}{at}: {error}\n{how_to_replace(name)}"
@@ -115,9 +121,12 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     source = getattr(config, "_name_or_path", "") or None
     quantization = getattr(config, "quantization_config", None)
+    reference = {"model": source}
+    if is_on_hub(source) and getattr(config, "_commit_hash", None) is not None:
+        reference["revision"] = config._commit_hash
     if source is None or quantization is None or _is_stored_quantized(source):
-        return {"model": source}
-    return as_reference("model", {"model": source, "quantization_config": quantization})
+        return reference
+    return as_reference("model", {**reference, "quantization_config": quantization})
 
 
 def _is_stored_quantized(source: str) -> bool:
@@ -197,11 +206,11 @@ def _find(file: str, source: str, where: dict[str, Any]) -> Optional[str]:
     )
 
 
-def how_to_replace(name: str) -> str:
+def how_to_replace(name: str, key: str = "model") -> str:
     """What to do about an expert that is not there, or is another one; the end of many errors."""
     return (
         "To use another copy of this expert, say where it is and hand the config over:\n"
         "    config = StitchConfig.from_pretrained(adapter)\n"
-        f'    config.experts["{name}"]["model"] = "another id or path"\n'
+        f'    config.experts["{name}"]["{key}"] = "another id or path"\n'
         "    AutoPeftModelForCausalLM.from_pretrained(adapter, config=config)"
     )

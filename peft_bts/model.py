@@ -26,6 +26,7 @@ from .experts import find_decoder, text_config
 from .export import export_composition
 from .files import file_key, fit_to_model, stitch_weights
 from .layer import StitchLayer
+from .loading import resolve_reference
 from .observers import generation
 from .placement import place_for_stitch
 from .run import Plan, Runs
@@ -65,18 +66,22 @@ class StitchModel(Attaching, BaseTuner):
         self._stitches_enabled = True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Make an adapter: load its experts, check all, then wrap the hub's layers. On an error nothing is left."""
+        """Make an adapter: find all its experts, load and check them, then wrap the hub's layers.
+
+        On an error nothing is left.
+        """
         config = self.peft_config[adapter_name]
         self._check_adapter_name(adapter_name)
         stitch_schedule(config, len(self._decoder.layers))
         # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
         owner = next((name for name in self.experts if self.peft_config.get(name) is config), None)
-        experts, references = {}, {}
-        for name, reference in config.experts.items():
-            if owner is not None:
-                experts[name], references[name] = self.experts[owner][name], reference
-            else:
-                experts[name], references[name] = self._make_expert(name, reference, config)
+        if owner is not None:
+            experts, references = dict(self.experts[owner].items()), config.experts
+        else:
+            found = {name: resolve_reference(name, reference) for name, reference in config.experts.items()}
+            made = {name: self._make_expert(name, reference, config) for name, reference in found.items()}
+            experts = {name: expert for name, (expert, _) in made.items()}
+            references = {name: reference for name, (_, reference) in made.items()}
         self.experts[adapter_name] = Experts(experts)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
