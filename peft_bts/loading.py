@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -122,11 +123,18 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     source = getattr(config, "_name_or_path", "") or None
     quantization = getattr(config, "quantization_config", None)
     reference = {"model": source}
-    if is_on_hub(source) and getattr(config, "_commit_hash", None) is not None:
-        reference["revision"] = config._commit_hash
+    commit = _cached_commit(source)
+    if commit is not None:
+        reference["revision"] = commit
     if source is None or quantization is None or _is_stored_quantized(source):
         return reference
     return as_reference("model", {**reference, "quantization_config": quantization})
+
+
+def _cached_commit(source: Optional[str]) -> Optional[str]:
+    """The commit of an id that this machine has loaded last; models themselves do not say what they came from."""
+    path = try_to_load_from_cache(source, "config.json") if is_on_hub(source) else None
+    return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
 def _is_stored_quantized(source: str) -> bool:

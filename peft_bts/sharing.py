@@ -13,7 +13,7 @@ from torch import nn
 
 from .config import StitchConfig, is_on_hub
 from .experts import Expert
-from .loading import share_weights
+from .loading import resolve_reference, share_weights
 from .model import StitchModel
 
 
@@ -84,8 +84,12 @@ def push_experts(
 
 
 def check_others_can_load(model: PeftModel) -> None:
-    """Raise `ValueError` if an adapter that is to be pushed refers to what exists only here."""
-    for config in model.peft_config.values():
+    """Pin what is not pinned yet in adapters that are to be pushed.
+
+    Raises:
+        ValueError: If they refer to what exists only here, or is not there.
+    """
+    for adapter, config in list(model.peft_config.items()):
         problems = [
             f"expert {name!r} is {_source(reference) or 'a model object'}"
             for name, reference in sorted(config.experts.items())
@@ -100,6 +104,12 @@ def check_others_can_load(model: PeftModel) -> None:
                 "that names ids. To keep a copy of your own on the Hub all the same: `model.save_pretrained(folder)`, "
                 "`hf upload <id> <folder>`."
             )
+        pinned = {
+            name: reference if reference.get("revision") else resolve_reference(name, reference)
+            for name, reference in config.experts.items()
+        }
+        if pinned != config.experts:
+            model.base_model._set_experts(adapter, pinned)
 
 
 def _is_local(reference: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import threading
@@ -87,9 +88,9 @@ class HubServer:
 
 
 class _Error(Exception):
-    def __init__(self, status: int, code: str) -> None:
+    def __init__(self, status: int, code: str, more: dict[str, str] = {}) -> None:  # noqa: B006
         super().__init__(code)
-        self.status, self.code = status, code
+        self.status, self.code, self.more = status, code, more
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -107,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return self.reply(answer(self, **match.groupdict()))
             raise _Error(404, "EntryNotFound")
         except _Error as error:
-            self.reply({"error": error.code}, error.status, {"X-Error-Code": error.code})
+            self.reply({"error": error.code, **error.more}, error.status, {"X-Error-Code": error.code})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -181,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Error(401 if self.user is None else 403, "Forbidden")
         repo = f"{owner}/{wanted['name']}"
         if repo in self.hub.repos:
-            raise _Error(409, "RepoExists")
+            raise _Error(409, "RepoExists", {"url": f"{self.hub.url}/{repo}"})
         self.hub.repos[repo] = Repo(private=wanted.get("visibility") == "private")
         self.hub.repos[repo].commit("main", {".gitattributes": b""})
         return {"url": f"{self.hub.url}/{repo}", "id": repo}
@@ -285,7 +286,7 @@ class FreshProcesses:
         process.start()
         sender.close()
         try:
-            result, error = receiver.recv()
+            result, error = pickle.loads(receiver.recv_bytes())
         finally:
             process.join()
         if error is not None:
@@ -305,7 +306,9 @@ def _run(sender, token, offline, function, args) -> None:
     if token is not None:
         os.environ["HF_TOKEN"] = token
     huggingface_hub.constants.HF_HUB_OFFLINE = offline
+    os.environ["HF_HUB_OFFLINE"] = str(int(offline))  # PEFT looks there
     try:
-        sender.send((function(*args), None))
+        answer = function(*args), None
     except Exception:
-        sender.send((None, traceback.format_exc()))
+        answer = None, traceback.format_exc()
+    sender.send_bytes(pickle.dumps(answer))  # plain bytes: torch would share tensors' memory with a process that ends
