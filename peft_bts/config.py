@@ -3,12 +3,13 @@
 An expert is kept as a *reference*, a small dict that says where its weights are:
 
     {"model": id or path, "revision": commit or branch, "subfolder": ..., "adapter": LoRA id or path,
-     "quantization_config": {...}, "config": {...}}
+     "base_revision": ..., "quantization_config": {...}, "config": {...}}
 
-Only these keys are read; a config file can therefore never make a loader run code. `config` is written at attach:
-the sizes that the stitches were made for, compared with the expert that a later load finds. Where an expert is to be
-put on *this* machine (`device_map`, `max_memory`, `offload_folder`) can be said in a reference too; that is never
-saved, and not taken from a file.
+With an `adapter`, `revision` and `subfolder` are the adapter's, and `base_revision` is the model's. Only these keys
+are read; a config file can therefore never make a loader run code. `config` is written at attach: the sizes that the
+stitches were made for, compared with the expert that a later load finds. Where an expert is to be put on *this*
+machine (`device_map`, `max_memory`, `offload_folder`) can be said in a reference too; that is never saved, and not
+taken from a file.
 
 A config that was downloaded is somebody else's word: it may name repositories of the Hub, no path of this machine
 (`HubId`), and at most `MAX_DOWNLOADED` experts.
@@ -33,7 +34,7 @@ from transformers.utils.hub import extract_commit_hash
 EXPERTS_INTO_HUB = "experts_into_hub"
 HUB_INTO_EXPERTS = "hub_into_experts"
 
-REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "quantization_config", "config")
+REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "base_revision", "quantization_config", "config")
 PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this machine, so never in a file
 MAX_DOWNLOADED = 64  # each expert is a whole model in memory; the paper has three
 _NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -81,10 +82,14 @@ def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[
     if unknown:
         raise ValueError(f"Expert {name!r} has the unknown key(s) {unknown}; a reference has only {', '.join(known)}.")
     reference = {key: os.fspath(part) if isinstance(part, os.PathLike) else part for key, part in value.items()}
-    for key in ("model", "revision", "subfolder", "adapter"):
+    for key in ("model", "revision", "subfolder", "adapter", "base_revision"):
         if not isinstance(reference.get(key), (str, type(None))):
             raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}; expected a string.")
-    for key in ("revision", "subfolder"):  # both become parts of paths: in the Hub's cache, and below `model`
+    for key in (
+        "revision",
+        "subfolder",
+        "base_revision",
+    ):  # they become parts of paths: in the Hub's cache, and below `model`
         if _leads_out(reference.get(key)):
             raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}, which leads out of its repository.")
     quantization = reference.get("quantization_config")

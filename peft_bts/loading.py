@@ -44,13 +44,24 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
             )
     where = _where(reference)
     with _loading(name, source, where):
-        config = _find(CONFIG_NAME, source, where) if reference.get("adapter") is None else None
-        if config is not None and _find("config.json", source, where) is None:
-            reference.update(model=None, adapter=source)
-        commit = extract_commit_hash(config or _find("config.json", source, where), None)
-    if commit is not None:
-        reference["revision"] = commit
+        file = _find(CONFIG_NAME, source, where)
+        if reference.get("adapter") is None:
+            model_file = _find("config.json", source, where)
+            if file is not None and model_file is None:
+                reference.update(model=None, adapter=source)
+            file = model_file or file
+        _pin(reference, "revision", file)
+    if reference.get("adapter") and reference.get("model"):
+        where = _base_where(reference)
+        with _loading(name, reference["model"], where):
+            _pin(reference, "base_revision", _find("config.json", reference["model"], where))
     return reference
+
+
+def _pin(reference: dict[str, Any], key: str, file: Optional[str]) -> None:
+    commit = extract_commit_hash(file, None)
+    if commit is not None:
+        reference[key] = commit
 
 
 def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Module:
@@ -69,6 +80,7 @@ def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Modu
     with _loading(name, adapter or base, where), real_weights():
         if adapter is None:
             return _load_model(base, hub, **where, **how)
+        how |= _base_where(reference)
         return _load_adapter(share_weights(hub) if base is None else _load_model(base, hub, **how), adapter, where)
 
 
@@ -85,13 +97,17 @@ def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrai
     with _loading(name, adapter or base, where):
         if adapter is None:
             return AutoConfig.from_pretrained(base, trust_remote_code=False, **where), None
-        config = None if base is None else AutoConfig.from_pretrained(base, trust_remote_code=False)
+        how = {"trust_remote_code": False, **_base_where(reference)}
+        config = None if base is None else AutoConfig.from_pretrained(base, **how)
         return config, _adapter_config(adapter, where)
 
 
 def check_adapter(config: PeftConfig) -> None:
-    """Raise `ValueError` for adapters that cannot be experts: soft prompts, and stitches."""
-    if config.is_prompt_learning or config.peft_type == "STITCH":
+    """Raise `ValueError` for adapters that cannot be experts: soft prompts, stitches, and X-LoRA.
+
+    X-LoRA's config names further adapters by any path or id, which nobody would have looked at.
+    """
+    if config.is_prompt_learning or config.peft_type in ("STITCH", "XLORA"):
         kind = config.peft_type.value
         raise ValueError(f"{kind} adapters cannot be experts; use a LoRA-like adapter or a full model.")
 
@@ -110,6 +126,10 @@ def _loading(name: str, source: str, where: dict[str, Any]):
 
 def _where(reference: dict[str, Any]) -> dict[str, Any]:
     return {key: reference[key] for key in ("revision", "subfolder") if reference.get(key)}
+
+
+def _base_where(reference: dict[str, Any]) -> dict[str, Any]:
+    return {"revision": reference["base_revision"]} if reference.get("base_revision") else {}
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,9 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: no test may need, or wait for, the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
+from hub_server import FreshProcesses, HubServer
 from peft import get_peft_model
 from reference import reference_forward
 from safetensors.torch import load_file
@@ -89,3 +91,16 @@ def assert_near(actual, expected, tolerance):
     assert actual.shape == expected.shape
     error = ((actual - expected).abs().max() / expected.abs().max()).item()
     assert error <= tolerance, f"off by {error:.1e} of the largest value"
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A Hugging Face Hub on this machine, with two owners."""
+    with HubServer(tokens={"hf_ann": "ann", "hf_org": "org"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def run(hub, tmp_path_factory):
+    """Runs a function in a fresh process that talks to `hub`."""
+    return FreshProcesses(hub, tmp_path_factory.mktemp("hub_home"))

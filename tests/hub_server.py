@@ -24,6 +24,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
+PRELOAD = ["peft_bts", "pytest", "transformers.trainer", "transformers.models.llama.modeling_llama"]
+TIMEOUT = 200  # seconds
 LARGE = (".safetensors", ".bin")  # files that the Hub wants by LFS
 
 
@@ -253,8 +255,8 @@ ROUTES = [
 class FreshProcesses:
     """Runs functions in new processes that know the server as the Hub.
 
-    They are forked from one that has imported everything with `environment` and has done nothing else, so that a
-    process costs no import.
+    They are forked from one that has imported everything with the right environment and has done nothing else, so
+    that a process costs no import. Python keeps one such server of forks: make one of these per test session.
     """
 
     def __init__(self, server: HubServer, home: Path) -> None:
@@ -271,11 +273,13 @@ class FreshProcesses:
         os.environ.update(environment)
         try:
             self.context = multiprocessing.get_context("forkserver")
-            self.context.set_forkserver_preload(["peft_bts", "transformers.models.llama.modeling_llama"])
-            self.context.Process(target=int).start()  # starts the server of forks, with this environment
+            self.context.set_forkserver_preload(PRELOAD)
+            process = self.context.Process(target=int)  # the first starts the server of forks, with this environment
+            process.start()
         finally:
             os.environ.clear()
             os.environ.update(before)
+        process.join()
 
     def __call__(self, function, *args, token=None, empty_cache=False, offline=False):
         """Return `function(*args)`, or raise `ChildError` with the traceback."""
@@ -285,10 +289,11 @@ class FreshProcesses:
         process = self.context.Process(target=_run, args=(sender, token, offline, function, args))
         process.start()
         sender.close()
-        try:
-            result, error = pickle.loads(receiver.recv_bytes())
-        finally:
-            process.join()
+        if not receiver.poll(TIMEOUT):
+            process.kill()
+            raise ChildError(f"{function.__name__} has not answered within {TIMEOUT} seconds")
+        result, error = pickle.loads(receiver.recv_bytes())
+        process.join()
         if error is not None:
             raise ChildError(error)
         return result

@@ -6,18 +6,15 @@ would on somebody's machine. Ann owns the models and has a token; others have no
 
 import json
 import os
-import pickle
 import re
 import shutil
-import sys
-import warnings
 
 import pytest
 import torch
 from conftest import IDS, fresh, logits, randomize
-from hub_server import ChildError, FreshProcesses, HubServer
+from hub_server import ChildError
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from text import save_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from zoo import tiny_model
@@ -37,19 +34,9 @@ def root(tmp_path_factory):
     save_model(root / "code", seed=1, width=48)
     save_model(root / "math", seed=2, layers=3)
     lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])
-    get_peft_model(AutoModelForCausalLM.from_pretrained(root / "seed"), lora).save_pretrained(root / "lora")
+    for base, name in (("seed", "lora"), ("code", "code-lora")):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(root / base), lora).save_pretrained(root / name)
     return root
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with HubServer(tokens={TOKEN: "ann"}) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def run(hub, tmp_path_factory):
-    return FreshProcesses(hub, tmp_path_factory.mktemp("home"))
 
 
 def stitched(seed, experts, **options):
@@ -74,6 +61,7 @@ def shared(hub, run, root):
     hub.upload("ann/seed", root / "seed")
     hub.upload("ann/code", root / "code")
     hub.upload("ann/lora", root / "lora")
+    hub.upload("ann/code-lora", root / "code-lora")
     nested = root / "nested"
     shutil.copytree(root / "math", nested / "models" / "math")
     hub.upload("ann/nested", nested)
@@ -84,6 +72,7 @@ EXPERTS = {
     "code": "ann/code",
     "math": {"model": "ann/nested", "subfolder": "models/math"},
     "lora": "ann/lora",
+    "both": {"model": "ann/code", "adapter": "ann/code-lora"},
 }
 
 
@@ -101,13 +90,15 @@ def test_push_and_load(hub, run, shared):
     assert set(files) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
     saved = json.loads(files["adapter_config.json"])["experts"]
     assert saved == references
-    commit = {repo: hub.repos[repo].sha("main") for repo in ("ann/code", "ann/nested", "ann/lora")}
+    commit = {repo: hub.repos[repo].sha("main") for repo in ("ann/code", "ann/nested", "ann/lora", "ann/code-lora")}
     assert {name: (ref.get("adapter") or ref["model"], ref["revision"]) for name, ref in saved.items()} == {
         "code": ("ann/code", commit["ann/code"]),
         "math": ("ann/nested", commit["ann/nested"]),
         "lora": ("ann/lora", commit["ann/lora"]),
+        "both": ("ann/code-lora", commit["ann/code-lora"]),
         "object": ("ann/code", commit["ann/code"]),
     }
+    assert saved["both"]["base_revision"] == commit["ann/code"]
     assert torch.equal(run(load_logits, "ann/stitch", empty_cache=True), expected)
 
 
@@ -151,7 +142,7 @@ def test_offline_afterwards(hub, run, shared):
     code = hub.repos.pop("ann/code")
     try:
         assert torch.equal(run(load_logits, "ann/stitch", offline=True), shared[0])
-        with pytest.raises(ChildError, match=r"Expert 'code' could not be loaded from 'ann/code' at revision"):
+        with pytest.raises(ChildError, match=r"Expert 'both' could not be loaded from 'ann/code' at revision"):
             run(load_logits, "ann/stitch", empty_cache=True)
     finally:
         hub.repos["ann/code"] = code
@@ -164,7 +155,7 @@ def test_private_and_missing_experts(hub, run, shared):
     try:
         for options in ({}, {"token": "hf_of_nobody"}):
             hub.requests.clear()
-            message = rf"(?s)Expert 'code' could not be loaded from 'ann/code' at revision '{commit}'.*private"
+            message = rf"(?s)Expert 'both' could not be loaded from 'ann/code' at revision '{commit}'.*private"
             with pytest.raises(ChildError, match=message):
                 run(load_logits, "ann/stitch", empty_cache=True, **options)
             assert not [f for f in hub.downloaded() if f.endswith(".safetensors") and not f.startswith("ann/seed")]
@@ -257,6 +248,29 @@ def test_push_experts_wants_a_stitched_model():
         peft_bts.push_experts(model, "ann/{name}")
 
 
+def test_the_page(run, hub, root):
+    """docs/sharing.md, followed to the letter on the author's machine."""
+    config = run(_follow_the_page, str(root), token="hf_org", empty_cache=True)
+    assert config["base_model_name_or_path"] == "org/seed" and config["experts"]["code"]["model"] == "org/seed-code"
+    card = ModelCard(hub.repos["org/stitch"].files("main")["README.md"].decode()).text
+    assert "|  | loss | accuracy |\n| --- | --- | --- |\n| code | 2.73 | 37.3 |" in card
+
+
+def _follow_the_page(root):
+    from test_docs import run_blocks
+
+    os.makedirs(f"{root}/desk/models")
+    os.chdir(f"{root}/desk")
+    os.rename(f"{root}/math", "math")  # experts that others do not have, one of them by a relative path
+    shutil.copytree("math", "models/my-math")
+    stitched(f"{root}/seed", {"code": f"{root}/code", "math": "math"}).save_pretrained("my-stitch")
+    expected = load_logits("my-stitch")
+    names = run_blocks("docs/sharing.md")
+    assert torch.equal(logits(names["model"].eval()), expected)
+    os.rename("math", f"{root}/math")
+    return names["config"].to_dict()
+
+
 # -------------------------------------------------------------------------------------------------------- the card
 
 
@@ -302,8 +316,10 @@ def test_results_and_words_on_the_card(root, tmp_path):
         assert card.data.to_dict()["base_model_relation"] == "adapter"
         assert "learning_rate: 5e-05" in card.text and "Ann's corpus" in card.text  # Trainer's
         assert card.text.count("## Results") == 1
-        assert "|  | loss | accuracy |\n| --- | --- | --- |\n| held-out code | 2.73 | 37.3 |\n| arithmetic | 0.06 |  |"
-        assert "| arithmetic | 0.06 |  |" in card.text
+        assert (
+            "|  | loss | accuracy |\n| --- | --- | --- |\n| held-out code | 2.73 | 37.3 |\n| arithmetic | 0.06 |  |"
+            in card.text
+        )
         model.save_pretrained(tmp_path)
     model.card_results = [1]
     with pytest.raises(ValueError, match="card_results is \\[1\\]; expected"):
