@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from huggingface_hub import HfApi
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 from torch import nn
 
 from .config import StitchConfig, is_on_hub
 from .experts import Expert
 from .loading import resolve_reference, share_weights
 from .model import StitchModel
+from .stitch import HUB
 
 
 # What a checkpoint folder holds for others. Not code, not the optimizer, not pickles, not nested checkpoints.
@@ -54,33 +55,104 @@ def push_experts(
     if not isinstance(tuner, StitchModel):
         raise ValueError(f"Expected a model with a stitch adapter, got a {type(model).__name__} without.")
     adapter = tuner._single_active_adapter()
-    config, experts = tuner.peft_config[adapter], tuner.experts[adapter]
-    local = [name for name in sorted(experts.keys()) if _is_local(config.experts[name])]
-    ids = _ids(local, repo_id)
-    seed_is_local = not is_on_hub(_seed(model, config))
-    if seed is None and seed_is_local:
-        raise ValueError(f"{_seed_problem(model, config)}; say where to upload it: seed='org/name'.")
-    for name in local:
-        _check_can_be_pushed(name, experts[name], tuner.model, config.experts[name], seed)
+    config, experts, hub = tuner.peft_config[adapter], tuner.experts[adapter], tuner.model
+    ids = _ids([name for name in sorted(experts.keys()) if _is_local(config.experts[name])], repo_id)
+    uploads = {name: _Upload.of_expert(name, experts[name], config.experts[name], hub) for name in ids}
+    if not is_on_hub(_seed(model, config)):
+        if seed is None:
+            raise ValueError(f"{_seed_problem(model, config)}; say where to upload it: seed='org/name'.")
+        uploads, ids = (
+            {HUB: _Upload("The seed", share_weights(hub), _seed(model, config)), **uploads},
+            {HUB: seed, **ids},
+        )
+    for upload in uploads.values():
+        upload.check()
 
     api, how = HfApi(token=token), {"private": private, "token": token, "commit_message": commit_message}
-    if seed_is_local:
-        repo, commit = _push_folder_or(share_weights(tuner.model), _seed(model, config), None, seed, api, how)
-        tuner.model.config._name_or_path = tuner.model.name_or_path = repo
-        for other in tuner.peft_config.values():
-            other.base_model_name_or_path, other.revision = repo, commit
-    for name in local:
-        reference, expert = config.experts[name], experts[name]
-        lora = isinstance(expert.model, PeftModel)
-        place = None if expert.source is None else reference["adapter" if lora else "model"]
-        repo, commit = _push_folder_or(expert.model, place, reference.get("subfolder"), ids[name], api, how)
-        place = {"adapter": repo, "model": _base_of(expert.model, tuner.model, reference)} if lora else {"model": repo}
-        moved = {key: value for key, value in reference.items() if key != "subfolder"}
-        moved |= {**place, "revision": commit}
-        tuner._set_experts(adapter, {**tuner.peft_config[adapter].experts, name: moved})
-        if expert.source is not None:
-            expert.source = {key: value for key, value in moved.items() if key != "config"}
-    return {**({"hub": seed} if seed_is_local else {}), **ids}
+    for name, upload in uploads.items():
+        ids[name], commit = upload.push(ids[name], api, how)
+        if name == HUB:
+            hub.config._name_or_path = hub.name_or_path = ids[name]
+            for other in tuner.peft_config.values():
+                other.base_model_name_or_path, other.revision = ids[name], commit
+        else:
+            reference = {**upload.reference_to(ids[name], commit), "config": config.experts[name]["config"]}
+            tuner._set_experts(adapter, {**tuner.peft_config[adapter].experts, name: reference})
+            if experts[name].source is not None:
+                experts[name].source = {key: value for key, value in reference.items() if key != "config"}
+    return ids
+
+
+@dataclass
+class _Upload:
+    """A model that is to be uploaded: from the folder that it lies in, if it does, or else as it is in memory.
+
+    Attributes:
+        what: What to call it in errors.
+        model: The model; for a LoRA, the one with the LoRA.
+        folder: Where it was loaded from.
+        base: For a LoRA, what its base is, by id or path; `None` for the hub itself.
+        rest: What else its reference says, and is to say further on.
+    """
+
+    what: str
+    model: nn.Module
+    folder: Optional[str]
+    base: Optional[str] = None
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_expert(cls, name: str, expert: Expert, reference: dict[str, Any], hub: nn.Module) -> _Upload:
+        what, model, folder, base, kept = f"Expert {name!r}", expert.model, None, None, []
+        if expert.source is not None:  # or it was attached as an object, which may differ from what lies there
+            folder = os.path.join(_source(reference), reference.get("subfolder") or "")
+            kept = ["quantization_config"]
+        if isinstance(model, PeftModel):
+            loaded = model.get_base_model()
+            if loaded.get_input_embeddings().weight is not hub.get_input_embeddings().weight:
+                base = reference.get("model") or loaded.name_or_path
+                base = None if base == hub.name_or_path else base
+            kept = [*kept, "base_revision"]
+        return cls(what, model, folder, base, {key: reference[key] for key in kept if reference.get(key)})
+
+    @property
+    def _has_folder(self) -> bool:
+        return self.folder is not None and any(Path(self.folder).glob("*.safetensors"))
+
+    def check(self) -> None:
+        """Raise `ValueError` if it cannot be uploaded, or not so that others can load it."""
+        if self.base is not None and not is_on_hub(self.base):
+            raise ValueError(
+                f"{self.what} is a LoRA on {self.base!r}, which exists only here. Upload that model yourself, then "
+                'attach the expert with its id: {"model": id, "adapter": the LoRA}.'
+            )
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        if quantizer is not None and not self._has_folder and not quantizer.is_serializable():
+            kind = self.model.config.quantization_config.quant_method
+            raise ValueError(
+                f"{self.what} is quantised ({kind}) in a way that transformers cannot save. Load it by id or path "
+                "with `quantization_config=...`; the original is then what is uploaded."
+            )
+
+    def push(self, repo_id: str, api: HfApi, how: dict[str, Any]) -> tuple[str, str]:
+        """Upload; return the repository's full id and the commit."""
+        if not self._has_folder:
+            commit = self.model.push_to_hub(repo_id, **how)
+            return commit.repo_url.repo_id, commit.oid
+        repo_id = api.create_repo(repo_id, private=how["private"], exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=self.folder,
+            commit_message=how["commit_message"],
+            allow_patterns=_LORA_FILES if isinstance(self.model, PeftModel) else _FILES,
+            ignore_patterns=_NOT_THOSE,
+        )
+        return repo_id, commit.oid
+
+    def reference_to(self, repo_id: str, commit: str) -> dict[str, Any]:
+        lora = isinstance(self.model, PeftModel)
+        places = {"model": self.base, "adapter": repo_id} if lora else {"model": repo_id}
+        return {**places, "revision": commit, **self.rest}
 
 
 def check_others_can_load(model: PeftModel) -> None:
@@ -138,58 +210,3 @@ def _ids(local: list[str], repo_id: Union[str, dict[str, str]]) -> dict[str, str
     if len(set(ids.values())) < len(ids):
         raise ValueError(f"repo_id={repo_id!r} would put all of {local} into one repository; write {{name}} in it.")
     return ids
-
-
-def _check_can_be_pushed(
-    name: str, expert: Expert, hub: nn.Module, reference: dict[str, Any], seed: Optional[str]
-) -> None:
-    model = expert.model
-    if isinstance(model, PeftModel):
-        base = _base_of(model, hub, reference)
-        if base is not None and not is_on_hub(base):
-            raise ValueError(
-                f"Expert {name!r} is a LoRA on {base!r}, which exists only here. Upload that model yourself, then "
-                f'set `config.experts["{name}"]["model"]` to its id.'
-            )
-        return
-    quantizer = getattr(model, "hf_quantizer", None)
-    from_folder = expert.source is not None and _has_weights(reference.get("model"), reference.get("subfolder"))
-    if quantizer is not None and not from_folder and not quantizer.is_serializable():
-        kind = model.config.quantization_config.quant_method
-        raise ValueError(
-            f"Expert {name!r} is quantised ({kind}) in a way that transformers cannot save. Attach it by id or path "
-            "with `quantization_config=...`; the original is then what is uploaded."
-        )
-
-
-def _base_of(lora: PeftModel, hub: nn.Module, reference: dict[str, Any]) -> Optional[str]:
-    """What a LoRA expert's `model` refers to: `None` for the hub's own weights."""
-    base = lora.get_base_model()
-    if base.get_input_embeddings().weight is hub.get_input_embeddings().weight:
-        return None
-    source = reference.get("model") or base.name_or_path
-    return None if source == hub.name_or_path else source
-
-
-def _has_weights(place: Optional[str], subfolder: Optional[str]) -> bool:
-    return place is not None and any(Path(place, subfolder or "").glob("*.safetensors"))
-
-
-def _push_folder_or(
-    model: nn.Module, place: Optional[str], subfolder: Optional[str], repo: str, api: HfApi, how: dict[str, Any]
-) -> tuple[str, str]:
-    """Upload the folder that a model lies in, or else the model; return the repository's full id and the commit."""
-    if not _has_weights(place, subfolder):
-        commit = model.push_to_hub(repo, **how)
-        return commit.repo_url.repo_id, commit.oid
-    folder = os.path.join(place, subfolder or "")
-    files = _LORA_FILES if os.path.isfile(os.path.join(folder, CONFIG_NAME)) else _FILES
-    repo = api.create_repo(repo, private=how["private"], exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repo,
-        folder_path=folder,
-        commit_message=how["commit_message"],
-        allow_patterns=files,
-        ignore_patterns=_NOT_THOSE,
-    )
-    return repo, commit.oid

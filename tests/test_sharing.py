@@ -16,7 +16,7 @@ from hub_server import ChildError
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from text import save_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from zoo import tiny_model
 
 import peft_bts
@@ -240,6 +240,59 @@ def test_push_experts_checks_before_it_uploads(run, hub, root):
 def _push_wrong(root, options):
     model = stitched(f"{root}/seed", {name: f"{root}/{name}" for name in ("code", "math")})
     peft_bts.push_experts(model, **{"seed": "ann/x-seed", **options})
+
+
+def test_quantised_experts(run, hub, root):
+    """From a folder, the original goes up, and the reference keeps how to quantise it; a loaded one goes up as it is.
+
+    Where transformers cannot save a quantised model, nothing is uploaded.
+    """
+    with pytest.raises(ChildError, match=r"(?s)Expert 'object' is quantised \(.*\) in a way .* cannot save"):
+        run(_push_quantised, str(root), False, token=TOKEN)
+    assert "ann/small-folder" not in hub.repos
+    expected, references = run(_push_quantised, str(root), True, token=TOKEN)
+    folder, loaded = (hub.repos[f"ann/small-{name}"].files("main") for name in ("folder", "object"))
+    assert folder["model.safetensors"] == (root / "math" / "model.safetensors").read_bytes()
+    assert (
+        references["folder"]["quantization_config"]["load_in_4bit"]
+        and "quantization_config" not in references["object"]
+    )
+    assert json.loads(loaded["config.json"])["quantization_config"]["load_in_4bit"]
+    assert torch.equal(run(load_logits, "ann/small-stitch"), expected)
+
+
+def _push_quantised(root, can_be_saved):
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = stitched(f"{root}/seed", {"folder": {"model": f"{root}/math", "quantization_config": four_bits}})
+    loaded = AutoModelForCausalLM.from_pretrained(f"{root}/math", quantization_config=four_bits, dtype=torch.float32)
+    loaded.hf_quantizer.is_serializable = lambda: can_be_saved
+    model.attach_expert("object", loaded)
+    randomize(model, seed=1).eval()
+    peft_bts.push_experts(model, "ann/small-{name}", seed="ann/small-seed")
+    model.push_to_hub("ann/small-stitch")
+    return logits(model), model.active_peft_config.experts
+
+
+def test_loras_as_objects(run, hub, root):
+    """A LoRA that was trained just now: on the seed, or on a model that others must be able to load as well."""
+    with pytest.raises(ChildError, match=r"Expert 'other' is a LoRA on '.*code', which exists only here"):
+        run(_push_loras, str(root), f"{root}/code", token=TOKEN)
+    assert "ann/new-own" not in hub.repos
+    hub.upload("ann/code", root / "code")
+    expected, references = run(_push_loras, str(root), "ann/code", token=TOKEN, empty_cache=True)
+    assert references["own"]["model"] is None and references["other"]["model"] == "ann/code"
+    assert torch.equal(run(load_logits, "ann/new-stitch", empty_cache=True), expected)
+
+
+def _push_loras(root, base):
+    model = stitched(f"{root}/seed", {})
+    lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])
+    for name, place in (("own", f"{root}/seed"), ("other", base)):
+        model.attach_expert(name, get_peft_model(AutoModelForCausalLM.from_pretrained(place), lora))
+    randomize(model, seed=1).eval()
+    peft_bts.push_experts(model, "ann/new-{name}", seed="ann/new-seed")
+    model.push_to_hub("ann/new-stitch")
+    return logits(model), model.active_peft_config.experts
 
 
 def test_push_experts_wants_a_stitched_model():
