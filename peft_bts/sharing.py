@@ -127,10 +127,12 @@ class _Upload:
                 'attach the expert with its id: {"model": id, "adapter": the LoRA}.'
             )
         quantizer = getattr(self.model, "hf_quantizer", None)
-        if quantizer is not None and not self._has_folder and not quantizer.is_serializable():
+        # bitsandbytes 0.50 repacks 4-bit weights for a CPU when they first run, and then saves them wrong.
+        repacked = getattr(self.model, "is_loaded_in_4bit", False) and self.model.device.type == "cpu"
+        if quantizer is not None and not self._has_folder and (repacked or not quantizer.is_serializable()):
             kind = self.model.config.quantization_config.quant_method
             raise ValueError(
-                f"{self.what} is quantised ({kind}) in a way that transformers cannot save. Load it by id or path "
+                f"{self.what} is quantised ({kind}) in a way that cannot be saved here. Load it by id or path "
                 "with `quantization_config=...`; the original is then what is uploaded."
             )
 

@@ -246,29 +246,29 @@ def _push_wrong(root, options):
 def test_quantised_experts(run, hub, root):
     """From a folder, the original goes up, and the reference keeps how to quantise it; a loaded one goes up as it is.
 
-    Where transformers cannot save a quantised model, nothing is uploaded.
+    Where a quantised model cannot be saved, nothing is uploaded.
     """
-    with pytest.raises(ChildError, match=r"(?s)Expert 'object' is quantised \(.*\) in a way .* cannot save"):
-        run(_push_quantised, str(root), False, token=TOKEN)
+    for how, can_be_saved in (("load_in_4bit", True), ("load_in_8bit", False)):
+        with pytest.raises(ChildError, match=r"(?s)Expert 'object' is quantised \(.*\) in a way .* cannot be saved"):
+            run(_push_quantised, str(root), how, can_be_saved, token=TOKEN)
     assert "ann/small-folder" not in hub.repos
-    expected, references = run(_push_quantised, str(root), True, token=TOKEN)
+    expected, references = run(_push_quantised, str(root), "load_in_8bit", True, token=TOKEN)
     folder, loaded = (hub.repos[f"ann/small-{name}"].files("main") for name in ("folder", "object"))
     assert folder["model.safetensors"] == (root / "wide" / "model.safetensors").read_bytes()
-    assert (
-        references["folder"]["quantization_config"]["load_in_4bit"]
-        and "quantization_config" not in references["object"]
-    )
-    assert json.loads(loaded["config.json"])["quantization_config"]["load_in_4bit"]
+    assert references["folder"]["quantization_config"]["load_in_8bit"]
+    assert "quantization_config" not in references["object"]
+    assert json.loads(loaded["config.json"])["quantization_config"]["load_in_8bit"]
     assert torch.equal(run(load_logits, "ann/small-stitch"), expected)
 
 
-def _push_quantised(root, can_be_saved):
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = stitched(f"{root}/seed", {"folder": {"model": f"{root}/wide", "quantization_config": four_bits}})
-    loaded = AutoModelForCausalLM.from_pretrained(f"{root}/wide", quantization_config=four_bits, dtype=torch.float32)
+def _push_quantised(root, how, can_be_saved):
+    eight_bits = BitsAndBytesConfig(load_in_8bit=True)
+    model = stitched(f"{root}/seed", {"folder": {"model": f"{root}/wide", "quantization_config": eight_bits}})
+    quantised = {"quantization_config": BitsAndBytesConfig(**{how: True}), "dtype": torch.float32}
+    loaded = AutoModelForCausalLM.from_pretrained(f"{root}/wide", **quantised)
     loaded.hf_quantizer.is_serializable = lambda: can_be_saved
     model.attach_expert("object", loaded)
-    expected = logits(randomize(model, seed=1).eval())  # before it is saved, see docs/experts.md on bitsandbytes
+    expected = logits(randomize(model, seed=1).eval())
     peft_bts.push_experts(model, "ann/small-{name}", seed="ann/small-seed")
     model.push_to_hub("ann/small-stitch")
     return expected, model.active_peft_config.experts
