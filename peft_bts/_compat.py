@@ -187,6 +187,30 @@ def adapter_is_made_by_this_load() -> bool:
     return False
 
 
+def keep_repacked_weights(model: nn.Module) -> None:
+    """Have `model.state_dict()` leave 4-bit weights alone that bitsandbytes has repacked for the CPU.
+
+    It repacks them at their first forward in eval mode, and packs them back for a state dict, so badly (0.50) that
+    the model computes something else afterwards. PEFT takes a state dict of everything whenever it saves, and keeps
+    the adapter's part of it. Experts are in eval mode even in training: a checkpoint would spoil the rest of it.
+    """
+    model.register_state_dict_pre_hook(_hide_repacking)
+    model.register_state_dict_post_hook(_show_repacking)
+
+
+def _hide_repacking(model: nn.Module, *_: Any) -> None:
+    states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules()]
+    hidden = [state for state in states if getattr(state, "packing_format_for_cpu", False)]
+    model.__dict__["_hidden_repacking"] = hidden
+    for state in hidden:
+        state.packing_format_for_cpu = False
+
+
+def _show_repacking(model: nn.Module, *_: Any) -> None:
+    for state in model.__dict__.pop("_hidden_repacking", ()):
+        state.packing_format_for_cpu = True
+
+
 @contextmanager
 def real_weights():
     """Allocate real memory inside PEFT's `init_empty_weights`.

@@ -18,7 +18,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ._compat import adapter_is_made_by_this_load
+from ._compat import adapter_is_made_by_this_load, keep_repacked_weights
 from .attaching import Attaching, Experts
 from .cache import caches_roll_back
 from .config import EXPERTS_INTO_HUB, StitchConfig, stitch_schedule
@@ -64,6 +64,7 @@ class StitchModel(Attaching, BaseTuner):
         self._inactive: dict[str, set[str]] = {}  # experts that `set_active_experts` left out, by adapter
         self._runs = Runs(self._decoder.backbone, self._decoder.layers[0], self._active_plan)
         self._stitches_enabled = True
+        keep_repacked_weights(self)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make an adapter: find all its experts, load and check them, then wrap the hub's layers.

@@ -115,7 +115,10 @@ def test_train_save_load(folder, quantization, tmp_path):
     assert losses[-1] < losses[0]
     assert not [n for n, p in model.named_parameters() if p.grad is not None and "stitch_layer" not in n]
 
-    model.eval().save_pretrained(tmp_path)
+    model.eval()
+    alone = logits(load_anew(folder / "code", quantization))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(code.eval()), alone)  # training and saving leave quantised experts what they were
     references = StitchConfig.from_pretrained(tmp_path).experts
     method = {"quant_method": config.to_dict()["quant_method"]}
     assert references["code"]["quantization_config"].items() >= method.items()
@@ -129,6 +132,23 @@ def test_train_save_load(folder, quantization, tmp_path):
     tokens = model.generate(input_ids=IDS, **options)
     assert torch.equal(again.generate(input_ids=IDS, **options), tokens)
     assert torch.equal(model.generate(input_ids=IDS, use_cache=False, **options), tokens)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_loaded_model_is_the_saved_one(folder, quantization, tmp_path):
+    """Saving, before a forward or after, spoils no quantised weights, and neither does loading."""
+    how = {"quantization_config": QUANTIZATIONS[quantization]()}
+    model = stitched(load_anew(folder / "seed", quantization), code=(folder / "code", how))
+    model.save_pretrained(tmp_path / "before")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "after")
+    assert torch.equal(logits(model), expected)
+    for when in ("before", "after"):
+        again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / when, dtype=torch.float32, **how)
+        assert torch.equal(logits(again.eval()), expected)
+    again.state_dict()
+    plain = load_anew(folder / "seed", quantization), {"code": load_anew(folder / "code", quantization)}
+    assert_near(logits(again), expected_logits(model, *plain), TOLERANCE[quantization])
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
@@ -148,7 +168,6 @@ def test_lora_of_a_quantized_hub(folder, quantization):
     hub = load_anew(folder / "seed", quantization)
     size = hub.get_memory_footprint()
     model = stitched(hub, lora=(folder / "lora", {}), code=(folder / "code", {}))
-    # (bitsandbytes spoils a 4-bit model on the CPU when its state dict is taken after a forward: compare before.)
     actual = logits(model)
     alone = PeftModel.from_pretrained(load_anew(folder / "seed", quantization), folder / "lora")
     lora = model.base_model.experts["default"]["lora"].model
