@@ -9,14 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import distributed_training as script
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.dataclasses import get_module_class_from_name
 from conftest import adapter_file, assert_near, fresh, logits, stitch
+from packaging import version
 from peft import AutoPeftModelForCausalLM
 
+
+pytestmark = pytest.mark.skipif(
+    version.parse(accelerate.__version__) < version.parse("1.15"),
+    reason="accelerate 1.13 loses keys where Trainer resumes under FSDP2; 1.14 was not tried",
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ONES = torch.ones_like(script.DATA[: script.BATCH])

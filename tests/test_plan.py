@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
+import transformers
 from conftest import IDS, RIGHT, fresh, stitch
+from packaging import version
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -129,6 +131,8 @@ def test_experts(arch, tmp_path):
 
 @pytest.mark.parametrize("arch", SOME)
 def test_hubs(arch, tmp_path):
+    if arch == "opt" and version.parse(transformers.__version__) < version.parse("5.23"):
+        pytest.skip("opt's code of transformers 5.18 depends on numbers, so such a hub cannot be counted")
     compare(arch, "llama", tmp_path)
 
 
