@@ -219,7 +219,8 @@ def costs(results: dict[str, Any]) -> str:
         "Parameters, and ratios to the seed (in training: to training all of the seed). A step is forward, backward "
         "and update; inference is a forward of whole sequences. Memory counts weights, optimizer and all tensors "
         f"alive at the peak. The seed itself: {seed['tokens_per_second']:,.0f} tokens/s, "
-        f"{seed['forward_flops'] / 1e6:.1f} MFLOPs per token (matrix products and attention), forward.\n\n"
+        f"{seed['forward_flops'] / 1e6:.1f} MFLOPs per token (matrix products and attention), forward. "
+        "Times hold for this machine and what else it did; compare small differences by FLOPs.\n\n"
         + table(["method", "trained", "total", "active", "time per step", "FLOPs per step", "memory of a step",
                  "tokens/s", "FLOPs per token", "memory of inference"], rows)
     )  # fmt: skip
