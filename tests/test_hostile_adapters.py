@@ -19,8 +19,10 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from conftest import logits
 from hub_server import Repo
+from packaging import version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from test_sharing import stitched
 from text import save_model
@@ -225,7 +227,10 @@ def test_no_harm(machine, name):
         if message is None:
             assert error is None, (road, error)
         elif message:
-            assert error is not None and message in error[0], (road, error)
+            assert error is not None, road
+            # transformers 5.18 finds out about the kernel only when the expert first runs, and names no expert.
+            if name != "its kernel" or version.parse(transformers.__version__) >= version.parse("5.23"):
+                assert message in error[0], (road, error)
 
 
 def test_thousands_of_experts_are_not_even_looked_for(machine):
