@@ -81,11 +81,12 @@ def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> Non
 
     @functools.wraps(write)
     def write_and_update(self: PeftModel, output_dir: str) -> None:
+        if self.peft_type != "STITCH":
+            return write(self, output_dir)
         before = os.path.join(output_dir, "README.md")
         tags = list(ModelCard.load(before).data.tags or []) if os.path.isfile(before) else []
         write(self, output_dir)
-        if self.peft_type == "STITCH":
-            update(self, output_dir, tags)
+        update(self, output_dir, tags)
 
     PeftModel.create_or_update_model_card = write_and_update
 
@@ -125,7 +126,8 @@ def keep_offloaded_hubs() -> None:
     @functools.wraps(_LOAD_MODEL)
     def from_pretrained(cls, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> PeftModel:
         stitched = False
-        if "hf_device_map" in vars(model):
+        places = (getattr(model, "hf_device_map", None) or {}).values()
+        if "cpu" in places or "disk" in places:  # else PEFT leaves the hooks alone
             config = inspect.signature(_LOAD_MODEL).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
             where = {k: kwargs[k] for k in ("subfolder", "revision", "cache_dir", "token") if k in kwargs}
             kind = PeftConfig._get_peft_type(model_id, **where) if config is None else config.peft_type

@@ -128,19 +128,34 @@ class Attaching:
         self._make_plan(adapter)
 
     def _make_expert(
-        self, name: str, model: Union[nn.Module, str, dict], config: StitchConfig, loading: Optional[dict] = None
+        self, name: str, model: Union[nn.Module, str, dict], config: StitchConfig, loading: dict[str, Any]
     ) -> tuple[Expert, dict[str, Any]]:
         """Load or adopt, check and freeze an expert; return it with its reference."""
-        source = None
         if not isinstance(model, nn.Module):
-            reference = resolve_reference(name, as_reference(name, {**as_reference(name, model), **(loading or {})}))
-            source = {key: value for key, value in reference.items() if key != "config"}
-            shared = next((e for e in self._all_experts() if e.source == source), None)
-            model = load_expert(name, reference, self.model) if shared is None else shared.model
-        elif loading:
+            reference = as_reference(name, {**as_reference(name, model), **loading})
+            return self._load_expert(name, resolve_reference(name, reference), config)
+        if loading:
             raise ValueError(f"Expert {name!r} is a loaded model; {sorted(loading)} apply to ids and paths only.")
-        else:
-            reference = describe_model(model)
+        return self._adopt(name, model, describe_model(model), config)
+
+    def _load_expert(
+        self, name: str, reference: dict[str, Any], config: StitchConfig
+    ) -> tuple[Expert, dict[str, Any]]:
+        """The same for a reference that `resolve_reference` has looked up."""
+        source = {key: value for key, value in reference.items() if key != "config"}
+        shared = next((e for e in self._all_experts() if e.source == source), None)
+        model = load_expert(name, reference, self.model) if shared is None else shared.model
+        return self._adopt(name, model, reference, config, source)
+
+    def _adopt(
+        self,
+        name: str,
+        model: nn.Module,
+        reference: dict[str, Any],
+        config: StitchConfig,
+        source: Optional[dict] = None,
+    ) -> tuple[Expert, dict[str, Any]]:
+        """The same for a loaded model."""
         compare(
             name, model, self.model, expected=reference.get("config"), expert_streams=config.expert_streams
         ).raise_errors()

@@ -98,9 +98,7 @@ def _model(config: PreTrainedConfig, dtype: Optional[torch.dtype]) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
     model.tie_weights()
     if is_mixture(model):
-        model.set_experts_implementation(
-            "batched_mm"
-        )  # the others' kernels depend on numbers, or know no fake tensors
+        model.set_experts_implementation("batched_mm")  # other kernels depend on numbers, or know no fake tensors
     return model.eval()
 
 

@@ -85,11 +85,7 @@ def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[
     for key in ("model", "revision", "subfolder", "adapter", "base_revision"):
         if not isinstance(reference.get(key), (str, type(None))):
             raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}; expected a string.")
-    for key in (
-        "revision",
-        "subfolder",
-        "base_revision",
-    ):  # they become parts of paths: in the Hub's cache, and below `model`
+    for key in ("revision", "subfolder", "base_revision"):  # parts of paths: in the Hub's cache, and below `model`
         if _leads_out(reference.get(key)):
             raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}, which leads out of its repository.")
     quantization = reference.get("quantization_config")

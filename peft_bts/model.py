@@ -80,7 +80,7 @@ class StitchModel(Attaching, BaseTuner):
             experts, references = dict(self.experts[owner].items()), config.experts
         else:
             found = {name: resolve_reference(name, reference) for name, reference in config.experts.items()}
-            made = {name: self._make_expert(name, reference, config) for name, reference in found.items()}
+            made = {name: self._load_expert(name, reference, config) for name, reference in found.items()}
             experts = {name: expert for name, (expert, _) in made.items()}
             references = {name: reference for name, (_, reference) in made.items()}
         self.experts[adapter_name] = Experts(experts)

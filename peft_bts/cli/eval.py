@@ -14,17 +14,7 @@ from tqdm import tqdm
 
 from ..text import table
 from .common import Adapter, Dtype, Result, by_name
-from .texts import (
-    BatchSize,
-    Device,
-    Domain,
-    MaxTokens,
-    SequenceLength,
-    TextColumn,
-    load,
-    read_documents,
-    row_length,
-)
+from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, load_domains, read_documents
 
 
 def eval(
@@ -42,9 +32,7 @@ def eval(
     """Loss per token and perplexity on texts, by domain: of the hub, of each expert alone, and of all stitched."""
     files = by_name(data, "--data", "FILE")
     documents = {name: read_documents(file, text_column) for name, file in files.items()}
-    model, tokenizer = load(adapter, dtype, device)
-    length = row_length(model, sequence_length)
-    domains = {name: Domain.of(texts, tokenizer, length, max_tokens) for name, texts in documents.items()}
+    model, _, length, domains = load_domains(adapter, documents, dtype, device, sequence_length, max_tokens)
     for name, domain in domains.items():
         domain.rows = sorted((row for row in domain.rows if len(row) > 1), key=len, reverse=True)  # little padding
         if not domain.rows:

@@ -12,17 +12,7 @@ from tqdm import tqdm
 from .._compat import needs
 from ..gates import trace_gates
 from .common import Adapter, Dtype, Result, by_name
-from .texts import (
-    BatchSize,
-    Device,
-    Domain,
-    MaxTokens,
-    SequenceLength,
-    TextColumn,
-    load,
-    read_documents,
-    row_length,
-)
+from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, load_domains, read_documents
 
 
 def gates(
@@ -58,9 +48,7 @@ def gates(
     documents = {name: read_documents(path, text_column) for name, path in files.items()}
     if text:
         documents["text"] = text + documents.get("text", [])
-    model, tokenizer = load(adapter, dtype, device)
-    length = row_length(model, sequence_length)
-    domains = {name: Domain.of(texts, tokenizer, length, max_tokens) for name, texts in documents.items()}
+    model, tokenizer, _, domains = load_domains(adapter, documents, dtype, device, sequence_length, max_tokens)
     total = sum(len(domain.rows) for domain in domains.values())
     if total == 0:
         raise ValueError("The texts have no tokens, so there is nothing to see.")

@@ -93,6 +93,21 @@ def row_length(model: PeftModel, asked: Optional[int]) -> int:
     return asked or min([1024, *limits.values()])
 
 
+def load_domains(
+    adapter: str,
+    documents: dict[str, list[str]],
+    dtype: str,
+    device: Optional[str],
+    sequence_length: Optional[int],
+    max_tokens: Optional[int],
+) -> tuple[PeftModel, PreTrainedTokenizerBase, int, dict[str, Domain]]:
+    """The model, its tokenizer, the tokens per row, and every domain's documents as rows."""
+    model, tokenizer = load(adapter, dtype, device)
+    length = row_length(model, sequence_length)
+    domains = {name: Domain.of(texts, tokenizer, length, max_tokens) for name, texts in documents.items()}
+    return model, tokenizer, length, domains
+
+
 @dataclass
 class Domain:
     """The text of a domain, as it is given to models.
