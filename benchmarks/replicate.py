@@ -55,7 +55,7 @@ def main() -> None:
     device = arguments.device or ("cuda" if arguments.preset == "gpu" else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch finds no GPU. Use --device cpu to wait very long, or another preset.")
-    store = Store(folder_of(Path(arguments.cache_dir), arguments.preset, preset))
+    store = Store(folder_of(Path(arguments.cache_dir), preset, device))
     sets = [Set(preset, number, store, device) for number in range(preset.sets)]
     jobs = [job for one in sets for job in one.jobs()]
     if arguments.report_only:

@@ -19,8 +19,6 @@ from .ensembles import log_probabilities
 Predictor = Callable[[Tensor, Tensor], Tensor]  # tokens (B, T), prompt lengths (B,) -> logits or log p (B, T, V)
 Rated = dict[str, dict[str, float]]
 
-SIDE_ROWS = 200  # of the sequences with several domains, and of the cross task where nothing was trained on it
-
 
 def predictor(model: nn.Module) -> Predictor:
     return lambda tokens, prompt: log_probabilities(model, tokens)
@@ -83,12 +81,12 @@ def average(domains: Rated) -> dict[str, float]:
 def rate_all(predict: Predictor, rows: dict[str, Rows]) -> dict:
     """The domains, and what needs several of them in one sequence; the cross task without any training on it."""
     switching = score(predict, rows["switching"])
-    three, three_code = (score(predict, rows[name][:SIDE_ROWS]) for name in ("three", "three_code"))
+    three, three_code = (score(predict, rows[name]) for name in ("three", "three_code"))
     return {
         **rate_domains(predict, rows),
         "switching": {"bits_per_token": switching["loss"] / math.log(2), "n": switching["n"]},
         "three": {"exact": three["exact"], "se": three["exact_se"], "code": three_code["token"], "n": three["n"]},
-        "cross_untrained": {kind: score(predict, rows[kind][:SIDE_ROWS]) for kind in CROSS},
+        "cross_untrained": {kind: score(predict, rows[kind]) for kind in CROSS},
     }
 
 

@@ -92,12 +92,13 @@ class Set:
         jobs += self.study_jobs(self.main)
         needs = [self.name("main", "bts", "test")]
         jobs += [Job(self.name("repeat", i), partial(self.repeat, i), needs) for i in REPEATS]
-        jobs.append(Job(self.name("gates"), self.gates, needs))
         jobs += [Job(self.name("removal", name), partial(self.remove, name), needs) for name in EXPERTS]
         for study in (self.cross, self.direct):
             jobs += self.study_jobs(study)
         models = [self.name("model", name) for name in ["seed", *EXPERTS]]
-        jobs.append(Job(self.name("cost"), self.cost, models))
+        if self.number == 0:  # pictures and costs are of the first set
+            jobs.append(Job(self.name("gates"), self.gates, needs))
+            jobs.append(Job(self.name("cost"), self.cost, models))
         jobs += [
             Job(self.name("addition", init), partial(self.add, init), [*needs, self.name("model", FOURTH)])
             for init in ("zero", "hub", "closed")
@@ -242,5 +243,5 @@ def as_predictor(method: Method):
     return predictor(method) if isinstance(method, torch.nn.Module) else method
 
 
-def folder_of(cache: Path, preset_name: str, preset: Preset) -> Path:
-    return cache / f"{preset_name}-{preset.key}"
+def folder_of(cache: Path, preset: Preset, device: str) -> Path:
+    return cache / f"{device}-{preset.key}"
