@@ -20,6 +20,9 @@ from .experts import Expert, PerThread, cached_tokens
 # Attributes of a joined cache, by expert name: the experts' own caches, and which experts they were made for.
 _JOINED, _MADE_FOR = "_stitched_caches", "_stitched_experts"
 
+# The same, where experts may be dropped: who has seen which tokens (dropping.py).
+ROSTER = "_stitched_roster"
+
 
 # Whether tokens will be taken back from the caches made now, as drafts are. transformers tells the hub's layers before
 # an expert's exist, and a hub's layers without windows do not note it.
@@ -64,9 +67,9 @@ def check_cache(cache: Cache, experts: dict[str, Expert]) -> None:
             f"The cache was filled with the experts {sorted(joined)}; now {sorted(experts)} are active, or "
             "other models of these names. Start with an empty cache."
         )
-    held = cached_tokens(cache)
+    held, roster = cached_tokens(cache), getattr(cache, ROSTER, None)
     for name, own in joined.items():
-        theirs = cached_tokens(own)
+        theirs = cached_tokens(own) if roster is None else roster.seen
         if None not in (held, theirs) and held != theirs:
             raise ValueError(
                 f"The cache holds {held} tokens of the hub but {theirs} of expert {name!r}: it was used while the "

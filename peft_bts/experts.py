@@ -354,6 +354,10 @@ class Stream:
         self.state: Tensor = tape[0][0]
         self._done = 0
 
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
     def advance(self, layers_done: int, checkpoint: Optional[Callable] = None) -> Tensor:
         """Run layers until `layers_done` of them are done; return the hidden states.
 

@@ -11,7 +11,7 @@ import copy
 import os
 import re
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Optional, Union
 
 from peft import PeftConfig
@@ -20,20 +20,21 @@ from torch import Tensor, nn
 
 from ._compat import adapter_is_made_by_this_load, keep_repacked_weights
 from .attaching import Attaching, Experts
-from .cache import caches_roll_back
 from .config import EXPERTS_INTO_HUB, StitchConfig, stitch_schedule
+from .dropping import new_run
 from .experts import find_decoder, text_config
 from .export import export_composition
 from .files import file_key, fit_to_model, stitch_weights
+from .generating import Generating
 from .layer import StitchLayer
 from .loading import resolve_reference
-from .observers import generation
 from .placement import place_for_stitch
-from .run import Plan, Runs
+from .run import Plan, Run, Runs
 from .stitch import ExpertsIntoHub, HubIntoExperts, PerModel
+from .threads import PerThread
 
 
-class StitchModel(Attaching, BaseTuner):
+class StitchModel(Attaching, Generating, BaseTuner):
     """Branch-Train-Stitch around a causal language model, made by `get_peft_model(hub, StitchConfig(...))`.
 
     Args:
@@ -62,7 +63,8 @@ class StitchModel(Attaching, BaseTuner):
         self.experts = Experts()
         self._plans: dict[str, Plan] = {}
         self._inactive: dict[str, set[str]] = {}  # experts that `set_active_experts` left out, by adapter
-        self._runs = Runs(self._decoder.backbone, self._decoder.layers[0], self._active_plan)
+        self._dropping = PerThread()
+        self._runs = Runs(self._decoder.backbone, self._decoder.layers[0], self._active_plan, self._new_run)
         self._stitches_enabled = True
         keep_repacked_weights(self)
 
@@ -268,45 +270,8 @@ class StitchModel(Attaching, BaseTuner):
             return None
         return self._plans.get(self.active_adapters[0])
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The hub's `generate`, which knows nothing of the experts: what they cannot do is refused here.
-
-        Raises:
-            ValueError: For drafts that would have to be taken back from an expert with recurrent states, and for
-                continuous batching.
-        """
-        plan = self._active_plan()
-        config = kwargs.get("generation_config") or self.model.generation_config
-
-        def asked_for(option: str) -> Any:
-            return kwargs.get(option, getattr(config, option, None))
-
-        drafts = kwargs.get("assistant_model") is not None or asked_for("prompt_lookup_num_tokens")
-        if plan is not None and drafts:
-            for name, expert in plan.experts.items():
-                if getattr(expert.model, "_is_stateful", False):
-                    raise ValueError(
-                        f"Drafts have to be taken back where they were wrong, and expert {name!r} "
-                        f"({expert.config.model_type}) is stateful: it cannot. Generate without `assistant_model` and "
-                        "`prompt_lookup_num_tokens`, or leave the expert out (`set_active_experts`)."
-                    )
-        if plan is not None and asked_for("cache_implementation") == "paged":
-            self._refuse_continuous_batching()
-        rolls_back = caches_roll_back() if drafts or asked_for("is_assistant") else nullcontext()
-        with rolls_back, generation(self._runs.observers, self.model, args, kwargs):
-            return self.model.generate(*args, **kwargs)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """The hub's `generate_batch` (continuous batching) while the adapter is disabled, else a `ValueError`."""
-        if self._active_plan() is not None:
-            self._refuse_continuous_batching()
-        return self.model.generate_batch(*args, **kwargs)
-
-    def _refuse_continuous_batching(self) -> None:
-        raise ValueError(
-            "Continuous batching keeps the states of one model in its paged cache, and a stitched model has several. "
-            "Use `generate()` with a left-padded batch, or disable the adapter to run the hub alone."
-        )
+    def _new_run(self, *args: Any) -> Run:
+        return new_run(self._dropping.get(), *args)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):

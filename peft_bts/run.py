@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
@@ -22,6 +23,7 @@ from .cache import check_cache, find_cache, join_caches
 from .config import EXPERTS_INTO_HUB, expert_boundary
 from .experts import Expert, Stream, cached_tokens
 from .masks import check_mask
+from .parallel import Ahead, may_run_ahead
 from .threads import PerThread
 
 
@@ -44,6 +46,7 @@ class Run:
         call: The arguments of the hub's backbone, by name.
         outer: The run that this one interrupts: that of a forward in whose middle this forward was called.
         observers: Told of the run, with its gates, when the last stitch is done (gates.py).
+        ahead: Where experts run while the hub does; `None` if all run in this thread.
 
     Attributes:
         gates: While there are observers, by hub layer and model: a token's gate, the mean over its channels, (B, T).
@@ -52,10 +55,15 @@ class Run:
     """
 
     def __init__(
-        self, plan: Optional[Plan], call: dict[str, Any], outer: Optional[Run], observers: tuple = ()
+        self,
+        plan: Optional[Plan],
+        call: dict[str, Any],
+        outer: Optional[Run],
+        observers: tuple = (),
+        ahead: Optional[Ahead] = None,
     ) -> None:
-        self.plan, self.call, self.outer, self.observers = plan, call, outer, observers
-        self.streams: Optional[dict[str, Stream]] = None
+        self.plan, self.call, self.outer, self.observers, self.ahead = plan, call, outer, observers, ahead
+        self.streams: Optional[dict[Any, Stream]] = None  # by expert
         if observers:
             self.gates: dict[int, dict[str, Tensor]] = {}
             self.cache: Optional[Cache] = call.get("past_key_values")
@@ -73,10 +81,34 @@ class Run:
         for observer in self.observers:
             observer.record(self)
 
-    def _open(self, cache: Optional[Cache]) -> dict[str, Stream]:
+    def check(self) -> None:
+        """Raise `ValueError` for inputs that the experts cannot take, before anything is computed."""
+        check_call(self.plan, self.call)
+
+    def _open(self, cache: Optional[Cache]) -> None:
         experts = self.plan.experts
         caches = {} if cache is None else join_caches(cache, self.plan.hub_layers, experts)
-        return {name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)}
+        self.streams = {
+            name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)
+        }
+        if self.observers:
+            self.cache = cache
+
+    def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """If experts run ahead, start them. Arguments: those of the hub's first layer."""
+        if self.ahead is not None:
+            self._open(find_cache(args, kwargs))
+            self._run_ahead(-1)
+
+    def _run_ahead(self, layer: int) -> None:
+        """Send the experts to the next stitch behind a hub layer."""
+        following = min((index for index in self.plan.schedule if index > layer), default=None)
+        if following is not None:
+            for stream in self.streams.values():
+                self.ahead.begin(partial(stream.advance, self._boundary(following, stream)))
+
+    def _boundary(self, layer: int, stream: Stream) -> int:
+        return expert_boundary(layer + 1, self.plan.hub_layers, stream.num_layers)
 
     def cross(self, layer: int, stitch: nn.Module, hub_BTD: Tensor, args: tuple, kwargs: dict, checkpoint) -> Tensor:
         """Bring every expert up to the stitch behind a hub layer, apply it, and return the hub's new state.
@@ -91,25 +123,39 @@ class Run:
         if self.streams is None:
             # transformers drops the cache while it checkpoints gradients: the recomputation would fill it twice.
             cache = find_cache(args, kwargs) if checkpoint is None else None
-            self.streams = self._open(cache)
-            if self.observers:
-                self.cache = cache
-        plan, streams = self.plan, self.streams
-        observe = partial(self._note_gates, layer) if self.observers else None
-        states = {}
-        for name, stream in streams.items():
-            boundary = expert_boundary(layer + 1, plan.hub_layers, plan.experts[name].num_layers)
-            states[name] = stream.advance(boundary, checkpoint).to(hub_BTD.device)
-        if stitch.kind == EXPERTS_INTO_HUB:
-            hub_BTD, new_states = stitch(hub_BTD, states, observe)
-        else:
-            new_states = stitch(hub_BTD, states, observe)
-        if stitch.kind != EXPERTS_INTO_HUB or plan.projected:
-            for name, stream in streams.items():
-                stream.state = new_states[name].to(stream.state.device)
-        if self.observers and layer == plan.hub_layers - 1:
-            self._tell_observers()
+            self._open(cache)
+        if self.ahead is not None:
+            self.ahead.finish()
+        states = {
+            key: stream.advance(self._boundary(layer, stream), checkpoint) for key, stream in self.streams.items()
+        }
+        changes_experts = stitch.kind != EXPERTS_INTO_HUB or self.plan.projected
+        if self.ahead is not None and not changes_experts:
+            self._run_ahead(layer)
+        hub_BTD, new_states = self._apply(layer, stitch, hub_BTD, states)
+        if changes_experts:
+            for key, stream in self.streams.items():
+                stream.state = new_states[key].to(stream.state.device)
+            if self.ahead is not None:
+                self._run_ahead(layer)
+        if layer == self.plan.hub_layers - 1:
+            self._end()
         return hub_BTD
+
+    def _apply(
+        self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
+    ) -> tuple[Tensor, dict[Any, Tensor]]:
+        """Apply the stitch behind a hub layer: the hub's and the experts' new states."""
+        states = {name: state.to(hub_BTD.device) for name, state in states.items()}
+        observe = partial(self._note_gates, layer) if self.observers else None
+        if stitch.kind == EXPERTS_INTO_HUB:
+            return stitch(hub_BTD, states, observe)
+        return hub_BTD, stitch(hub_BTD, states, observe)
+
+    def _end(self) -> None:
+        """The last stitch is done."""
+        if self.observers:
+            self._tell_observers()
 
 
 class Runs:
@@ -119,15 +165,25 @@ class Runs:
         backbone: The module that loops over the hub's decoder layers.
         first_layer: The first of them.
         active_plan: Says what a forward that starts now runs; `None` for the hub alone.
+        new_run: Makes the `Run`.
 
     Attributes:
         observers: Told of every run's gates (gates.py); mostly none.
+        pool: Threads for the experts (parallel.py), or `None`.
     """
 
     observers: tuple = ()
+    pool: Optional[ThreadPoolExecutor] = None
 
-    def __init__(self, backbone: nn.Module, first_layer: nn.Module, active_plan: Callable[[], Optional[Plan]]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        first_layer: nn.Module,
+        active_plan: Callable[[], Optional[Plan]],
+        new_run: Callable[..., Run],
+    ) -> None:
         self._backbone, self._first_layer, self._active_plan = backbone, first_layer, active_plan
+        self._new_run = new_run
         self._argument_names = list(inspect.signature(backbone.forward).parameters)
         self._slot = PerThread()
         self._hooks: list[Any] = []
@@ -145,7 +201,7 @@ class Runs:
             self._hooks = [
                 self._backbone.register_forward_pre_hook(self._open, with_kwargs=True),
                 self._backbone.register_forward_hook(self._close, always_call=True),
-                self._first_layer.register_forward_pre_hook(self._cut, with_kwargs=True),
+                self._first_layer.register_forward_pre_hook(self._before_first_layer, with_kwargs=True),
             ]
 
     def unwatch(self) -> None:
@@ -161,15 +217,26 @@ class Runs:
         if outer is not None and not torch.compiler.is_compiling():
             outer = self._without_dead_runs(outer, opening=True)
         # Before the checks: `_close` is called even if they raise.
-        self._slot.set(Run(plan, call, outer, self.observers))
+        ahead = Ahead(self.pool) if self.pool is not None and plan is not None and may_run_ahead() else None
+        run = self._new_run(plan, call, outer, self.observers, ahead)
+        self._slot.set(run)
         if plan is not None:
-            check_call(plan, call)
+            run.check()
 
     def _close(self, backbone: nn.Module, args: tuple, output: Any) -> None:
         run = self._slot.get()
+        if run is not None and run.ahead is not None:
+            run.ahead.abandon()  # nothing is left, unless there was an error
         self._slot.set(None if run is None else run.outer)
 
-    def _cut(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional[tuple]:
+    def _before_first_layer(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional[tuple]:
+        run = self.current()
+        if run is None or run.plan is None:
+            return None
+        run.begin(args, kwargs)
+        return self._cut(run, layer, args, kwargs)
+
+    def _cut(self, run: Run, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional[tuple]:
         """Take the gradient off the hub's embeddings where nobody reads it.
 
         With gradient checkpointing, transformers and TRL have the embeddings require gradients, lest reentrant
@@ -177,8 +244,7 @@ class Runs:
         and every layer before it would be recomputed and differentiated for nothing.
         """
         hidden = args[0] if args else kwargs.get("hidden_states")
-        run = self.current()
-        if run is None or run.plan is None or not isinstance(hidden, Tensor) or not hidden.requires_grad:
+        if not isinstance(hidden, Tensor) or not hidden.requires_grad:
             return None
         if getattr(checkpoint_function(layer), "keywords", {}).get("use_reentrant", True):
             return None
@@ -209,7 +275,7 @@ class Runs:
 
 
 def check_call(plan: Plan, call: dict[str, Any]) -> None:
-    """Raise `ValueError` for inputs that the experts cannot take, before anything is computed."""
+    """See `Run.check`."""
     if not plan.experts:
         raise ValueError(
             "No expert is attached, so there is nothing to stitch. Call `model.attach_expert(name, model)`, or name "

@@ -9,6 +9,7 @@ along with the maths: every tensor must be used, and none may be missing.
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
@@ -29,15 +30,21 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def experts_into_hub(h_hub, h, gate, proj):
+def experts_into_hub(h_hub, h, gate, proj, present=None, watch=None):
     """Equation 3. A gate holds d_hub rows, or a single one (a value per token) that is spread over all channels.
 
     h_hub (..., d_hub); h {expert: (..., d_e)}; gate {"hub" or expert: (weight (d_hub or 1, d_hub), bias or None)};
-    proj {expert: (d_hub, d_e)}. Returns the hub's new state (..., d_hub) and the projected {expert: (..., d_hub)}.
+    proj {expert: (d_hub, d_e)}; present {expert: (B, T), 1 or 0}: where an expert takes part, everywhere if `None`;
+    watch is given the gates as they were if it took part everywhere, {model: (B, T, d_hub or 1)}.
+    Returns the hub's new state (..., d_hub) and the projected {expert: (..., d_hub)}.
     """
     logits = {name: linear(h_hub, weight, bias) for name, (weight, bias) in gate.items()}
     largest = reduce(torch.maximum, logits.values()).detach()  # cancels in the softmax; keeps exp in range
     scores = {name: torch.exp(logit - largest) for name, logit in logits.items()}
+    if watch is not None:
+        watch({name: score / sum(scores.values()) for name, score in scores.items()})
+    for name in present or ():
+        scores[name] = scores[name] * present[name][..., None]
     total = sum(scores.values())
     g = {name: score / total for name, score in scores.items()}
 
@@ -93,6 +100,8 @@ class Stitch:
     gate: dict  # model -> (weight, bias or None)
     proj: dict  # expert -> matrix
     projected: bool  # an Experts-into-Hub stitch hands the projected states on to the experts
+    present: dict | None = None  # where experts take part in Experts-into-Hub stitches, see `experts_into_hub`
+    watch: Callable | None = None
 
     def __call__(self, states):
         """{model: (B, T, d_model)} -> the same, after the stitch; the maths runs in the stitch's dtype."""
@@ -100,7 +109,7 @@ class Stitch:
         h = {name: states[name].to(dtype) for name in self.proj}
         h_hub = states["hub"].to(dtype)
         if self.into_hub:
-            h_hub, p = experts_into_hub(h_hub, h, self.gate, self.proj)
+            h_hub, p = experts_into_hub(h_hub, h, self.gate, self.proj, self.present, self.watch)
             new = {"hub": h_hub, **(p if self.projected else {})}
         else:
             new = hub_into_experts(h_hub, h, self.gate, self.proj)
@@ -229,15 +238,22 @@ def hook_layers(name, model, meetings, this_thread):
         yield layer.register_forward_hook(after(i + 1))
 
 
-def reference_forward(hub, experts, tensors, config, input_ids, attention_mask=None, **kwargs):
+def reference_forward(
+    hub, experts, tensors, config, input_ids, attention_mask=None, present=None, watch=None, **kwargs
+):
     """The hub's logits (B, T, V) with `experts` {name: model}, all plain causal LMs, stitched into it.
 
     tensors: what adapter_model.safetensors holds; config: what adapter_config.json holds (gate_dropout is ignored);
-    kwargs go to every model. An error in any model is raised here; BrokenBarrierError is a model that never came to a
-    stitch. Gradients reach `tensors` (and the models) if grad mode is on.
+    present, watch: see `experts_into_hub`, watch of the last stitch; kwargs go to every model. An error in any model is
+    raised here; BrokenBarrierError is a model that never came to a stitch. Gradients reach `tensors` (and the models)
+    if grad mode is on.
     """
     models = {"hub": hub, **experts}
-    meetings = [Meeting(stitch, len(models)) for stitch in read_stitches(hub, experts, config, tensors)]
+    stitches = read_stitches(hub, experts, config, tensors)
+    for stitch in stitches:
+        stitch.present = present
+    stitches[-1].watch = watch
+    meetings = [Meeting(stitch, len(models)) for stitch in stitches]
     grad = torch.is_grad_enabled()
     this_thread = threading.local()
 
