@@ -22,10 +22,10 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from speed_parts.cases import PRESETS, models, token_ids
+from speed_parts.cases import PRESETS, Case, Preset, forget_models, models, token_ids
 from speed_parts.page import write_page
 from speed_parts.processes import ProcessRows, measure_here
-from speed_parts.rows import Forward, Measurements, Row, alone, free
+from speed_parts.rows import Forward, Measurements, Row, alone
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -84,12 +84,15 @@ def main() -> None:
         for row in bar:
             bar.set_postfix_str(f"{row.section}: {row.name}")
             started = time.perf_counter()
-            measured = row.measure()
+            try:
+                measured = row.measure()
+            except torch.OutOfMemoryError:
+                forget_models()
+                measured = {"out_of_memory": ["its models"]}
             measured["took"] = time.perf_counter() - started
             results["rows"].setdefault(row.section, {})[row.name] = measured
             write_results(results, path)
-    free()
-    write_results(results, path)
+    forget_models()
     write_page(results, path)
     print(f"Wrote {path} and {path.with_suffix('.md')}")
 
@@ -100,8 +103,8 @@ def machine_slug(device: str, threads: int) -> str:
     return f"cpu-{threads}-core{'s' * (threads > 1)}"
 
 
-def settings_of(arguments: Arguments, preset, case) -> dict:
-    """All that a row depends on besides its name."""
+def settings_of(arguments: Arguments, preset: Preset, case: Case) -> dict:
+    """All that a row depends on, besides its name and the package itself."""
     chip = torch.cuda.get_device_name() if case.device.startswith("cuda") else platform.processor()
     return json.loads(json.dumps({
         "preset": arguments.preset,
@@ -140,7 +143,7 @@ def rounded(value):
     return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
-def say_how_long(todo: list[Row], preset, case) -> None:
+def say_how_long(todo: list[Row], preset: Preset, case: Case) -> None:
     """An estimate from E, measured now."""
     _, hub, experts = models(case)
     run = Forward(alone(hub, experts), token_ids(case, 1, min(256, preset.prefill[0][1])))

@@ -1,7 +1,7 @@
 """Sizes of models and of measurements, and models of random weights."""
 
 import copy
-import functools
+import gc
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -161,11 +161,25 @@ def stitched(case: Case, hub, experts, pattern: str = "alternating") -> PeftMode
     return model.eval()
 
 
-@functools.lru_cache(maxsize=1)
-def models(case: Case, pattern: str = "alternating"):
-    """The stitched model, and what it is compared with: a hub of the same weights, and its own experts."""
-    hub, *experts = llamas(case)
-    return stitched(case, copy.deepcopy(hub), experts, pattern), hub, experts
+_kept: dict[Case, tuple] = {}
+
+
+def models(case: Case) -> tuple[PeftModel, LlamaForCausalLM, list[LlamaForCausalLM]]:
+    """A stitched model, and what it is compared with: a hub of the same weights, and its very experts.
+
+    Those of the last case are kept, as long as nobody asks for another one's.
+    """
+    if case not in _kept:
+        forget_models()
+        hub, *experts = llamas(case)
+        _kept[case] = stitched(case, copy.deepcopy(hub), experts), hub, experts
+    return _kept[case]
+
+
+def forget_models() -> None:
+    """Let go of the models that are kept; to be called, too, after they were changed."""
+    _kept.clear()
+    gc.collect()  # modules and hooks refer to each other in circles
 
 
 def token_ids(case: Case, batch: int, length: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ needs; in decoding one such step, each model with a cache of its own.
 """
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from torch import nn
 
 from peft_bts.model import StitchModel
 
-from .cases import PATTERNS, Case, Preset, llama, llamas, models, stitched, token_ids
+from .cases import PATTERNS, Case, Preset, forget_models, llama, llamas, models, stitched, token_ids
 from .decoding import Decoding
 from .plain import PlainLoop
 from .timing import Runner, copy_bandwidth, seconds, take_turns
@@ -111,21 +110,21 @@ class Measurements:
     def __init__(self, preset: Preset, case: Case) -> None:
         self.preset, self.case = preset, case
 
-    def rows(self, section: str) -> Iterator[Row]:
-        return getattr(self, section)()
-
     def _turns(
         self, runners: dict[str, Runner], pairs: list, budget: float | None = None, flops: bool = False
     ) -> dict:
-        budget = self.preset.seconds if budget is None else budget
-        result = take_turns(
-            runners, pairs, budget=budget, rounds=self.preset.rounds, flops=flops and self.preset.flops
+        return take_turns(
+            runners,
+            pairs,
+            budget=self.preset.seconds if budget is None else budget,
+            rounds=self.preset.rounds,
+            flops=flops and self.preset.flops,
         )
-        return result
 
-    def _row(self, name: str, measure: Callable[[], dict], units: float, budget: float | None = None) -> Row:
-        section = name.split(":")[0]
-        return Row(section, name.split(": ")[1], measure, units, self.preset.seconds if budget is None else budget)
+    def _row(
+        self, section: str, name: str, measure: Callable[[], dict], units: float, budget: float | None = None
+    ) -> Row:
+        return Row(section, name, measure, units, self.preset.seconds if budget is None else budget)
 
     def _dtypes(self) -> Iterator[tuple[str, Case]]:
         """The cases to measure by what is added to the row's name."""
@@ -148,23 +147,23 @@ class Measurements:
     def prefill(self) -> Iterator[Row]:
         for more, case in self._dtypes():
             for batch, length in self.preset.prefill:
-                name = f"prefill: {batch} x {length} tokens{more}"
-                yield self._row(name, partial(self._prefill, case, batch, length), 2 * batch * length / 256)
+                name = f"{batch} x {length} tokens{more}"
+                yield self._row("prefill", name, partial(self._prefill, case, batch, length), 2 * batch * length / 256)
 
     def decode(self) -> Iterator[Row]:
         for more, case in self._dtypes():
             for batch in self.preset.decode:
-                name = f"decode: {batch} sequence{'s' * (batch > 1)}{more}"
-                yield self._row(name, partial(self._decode, case, batch, self.preset.prompt), 2 + batch / 2)
+                name = f"{batch} sequence{'s' * (batch > 1)}{more}"
+                yield self._row("decode", name, partial(self._decode, case, batch, self.preset.prompt), 2 + batch / 2)
 
     def training(self) -> Iterator[Row]:
         batch, length = self.preset.training
         for more, case in self._dtypes():
-            name = f"training: {batch} x {length} tokens{more}"
-            yield self._row(name, partial(self._training, case), 7 * batch * length / 256)
+            name = f"{batch} x {length} tokens{more}"
+            yield self._row("training", name, partial(self._training, case), 7 * batch * length / 256)
 
     def _training(self, case: Case) -> dict:
-        models.cache_clear()
+        forget_models()
         ids = token_ids(case, *self.preset.training)
         hub, *experts = llamas(case)
         runners = {p: TrainingStep([stitched(case, copy.deepcopy(hub), experts, p)], ids) for p in PATTERNS}
@@ -179,10 +178,10 @@ class Measurements:
     def plain(self) -> Iterator[Row]:
         """The paper's pseudo code as a plain loop, which must give the same logits."""
         batch, length = self.preset.prefill[0]
-        yield self._row(f"plain: prefill, {batch} x {length} tokens", self._plain_prefill, 3)
-        yield self._row("plain: decode, 1 sequence", self._plain_decode, 4)
+        yield self._row("plain", f"prefill, {batch} x {length} tokens", self._plain_prefill, 3)
+        yield self._row("plain", "decode, 1 sequence", self._plain_decode, 4)
         batch, length = self.preset.training
-        yield self._row(f"plain: training step, {batch} x {length} tokens", self._plain_training, 6 * batch)
+        yield self._row("plain", f"training step, {batch} x {length} tokens", self._plain_training, 6 * batch)
 
     def _plain_loop(self) -> tuple[nn.Module, PlainLoop, float]:
         """Both, with the largest difference of their logits in units of the largest logit."""
@@ -218,7 +217,7 @@ class Measurements:
         ids = token_ids(self.case, *self.preset.training)
         runners = {"stitched": TrainingStep([model], ids), "plain loop": TrainingStep([loop], ids)}
         result = {"largest_difference": difference, **self._turns(runners, [("stitched", "plain loop")])}
-        models.cache_clear()  # its stitches have been trained, and it is in training mode
+        forget_models()  # its stitches have been trained, and it is in training mode
         return result
 
     def streams(self) -> Iterator[Row]:
@@ -226,11 +225,11 @@ class Measurements:
         if not PARALLEL.exists:
             return
         for batch in self.preset.decode:
-            name = f"streams: decode, {batch} sequence{'s' * (batch > 1)}"
-            yield self._row(name, partial(self._parallel, batch, None), 3 + batch)
+            name = f"decode, {batch} sequence{'s' * (batch > 1)}"
+            yield self._row("streams", name, partial(self._parallel, batch, None), 3 + batch)
         for batch, length in self.preset.prefill[:1]:
-            name = f"streams: prefill, {batch} x {length} tokens"
-            yield self._row(name, partial(self._parallel, batch, length), 3 * batch * length / 256)
+            name = f"prefill, {batch} x {length} tokens"
+            yield self._row("streams", name, partial(self._parallel, batch, length), 3 * batch * length / 256)
 
     def _parallel(self, batch: int, length: int | None) -> dict:
         model, hub, experts = models(self.case)
@@ -247,8 +246,8 @@ class Measurements:
         """Decoding with at most k experts, against the hub and k experts that nobody stitches."""
         if at_most(0).exists:
             for kept in range(1 + self.case.experts):
-                name = f"dropping: decode, 1 sequence, {kept} of {self.case.experts} experts kept"
-                yield self._row(name, partial(self._dropping, kept), 2.5)
+                name = f"decode, 1 sequence, {kept} of {self.case.experts} experts kept"
+                yield self._row("dropping", name, partial(self._dropping, kept), 2.5)
 
     def _dropping(self, kept: int) -> dict:
         model, hub, experts = models(self.case)
@@ -280,27 +279,27 @@ class Measurements:
         size = (1 + case.experts) / 4 * (case.width / 768) ** 2
         if length is not None:
             measure = partial(self._prefill, case, 1, length, budget)
-            yield self._row(f"scaling: {name}, prefill", measure, 2 * size * length / 256, budget)
+            yield self._row("scaling", f"{name}, prefill", measure, 2 * size * length / 256, budget)
         if prompt != self.preset.prompt or not name.startswith("length"):
             measure = partial(self._decode, case, 1, prompt, budget)
-            yield self._row(f"scaling: {name}, decode", measure, size * (2 + prompt / 128), budget)
+            yield self._row("scaling", f"{name}, decode", measure, size * (2 + prompt / 128), budget)
         if training:
             batch, tokens = self.preset.training
             measure = partial(self._train_scaled, case, budget)
-            yield self._row(f"scaling: {name}, training", measure, 4 * size * batch * tokens / 256, budget)
+            yield self._row("scaling", f"{name}, training", measure, 4 * size * batch * tokens / 256, budget)
 
     def _train_scaled(self, case: Case, budget: float) -> dict:
         model, hub, experts = models(case)
         ids = token_ids(case, *self.preset.training)
         runners = {"stitched": TrainingStep([model], ids), "E": Forward(alone(hub, experts), ids)}
         result = self._turns(runners, [("stitched", "E")], budget)
-        models.cache_clear()
+        forget_models()
         return result
 
     def compiled(self) -> Iterator[Row]:
         """Decoding by compiled steps with a static cache; on a GPU, by CUDA graphs."""
         for more, case in self._dtypes():
-            yield self._row(f"compiled: decode, 1 sequence{more}", partial(self._compiled, case), 60)
+            yield self._row("compiled", f"decode, 1 sequence{more}", partial(self._compiled, case), 60)
 
     def _compiled(self, case: Case) -> dict:
         model, hub, experts = models(case)
@@ -337,9 +336,3 @@ def weights_read(model: nn.Module) -> int:
         if "embed_tokens" not in name and "lm_head" not in name
     )
     return inner + output_bytes(model)
-
-
-def free() -> None:
-    """Let go of the models of the last row."""
-    models.cache_clear()
-    gc.collect()

@@ -43,8 +43,8 @@ def take_turns(
         pairs: Whose time is divided by whose.
         budget: Seconds, after which no new round begins.
         rounds: How many there are at least and at most. Before them comes one to warm up; where that alone takes the
-            budget it counts, too.
-        flops: Count the floating point operations of each runner while warming up.
+            budget, it is the first of them.
+        flops: Count the floating point operations of each runner while warming up, which then never counts.
 
     Returns:
         `seconds` (medians by runner), `ratios` (by "a / b": median and quartiles over rounds), `rounds`; and, if
@@ -66,7 +66,7 @@ def take_turns(
             failed.append(name)
             del times[name]
             torch.cuda.empty_cache()
-    if time.perf_counter() - start < budget:
+    if flops or time.perf_counter() - start < budget:
         times = {name: [] for name in times}
     done = len(next(iter(times.values()), []))
     while times and done < most and (done < least or time.perf_counter() - start < budget):
