@@ -53,6 +53,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable`", FutureWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21, transformers 5.23
     preset = PRESETS[arguments.preset]
     case = replace(
@@ -76,9 +77,9 @@ def main() -> None:
     machine = arguments.machine or machine_slug(case.device, arguments.threads)
     suffix = "" if arguments.preset == "base" else f"-{arguments.preset}"
     path = Path(arguments.results or Path(__file__).parent / "results" / f"speed-{machine}{suffix}.json")
-    results = read_results(path, settings_of(arguments, preset, case))
+    results = read_results(path, settings_of(arguments, preset, case), arguments.fresh)
     todo = [row for row in rows if arguments.fresh or row.name not in results["rows"].get(row.section, {})]
-    if todo:
+    if any(row.section not in FROM_PROCESSES for row in todo):
         say_how_long(todo, preset, case)
     with tqdm(todo, desc="rows") as bar:
         for row in bar:
@@ -106,25 +107,26 @@ def machine_slug(device: str, threads: int) -> str:
 def settings_of(arguments: Arguments, preset: Preset, case: Case) -> dict:
     """All that a row depends on, besides its name and the package itself."""
     chip = torch.cuda.get_device_name() if case.device.startswith("cuda") else platform.processor()
-    return json.loads(json.dumps({
+    return {
         "preset": arguments.preset,
         "threads": arguments.threads,
         "machine": chip or platform.machine(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "case": asdict(case),
-        "sizes": {k: v for k, v in asdict(preset).items() if k not in ("case", "sections")},
-    }))  # fmt: skip
+        "sizes": {"prompt": preset.prompt, "tokens": preset.tokens, "training": list(preset.training)},
+    }
 
 
-def read_results(path: Path, settings: dict) -> dict:
-    if not path.exists():
-        return {"settings": settings, "rows": {}}
-    results = json.loads(path.read_text())
-    if different := [key for key in settings if results["settings"].get(key) != settings[key]]:
+def read_results(path: Path, settings: dict, fresh: bool) -> dict:
+    """What is measured already; nothing if that was with other settings and shall be measured again."""
+    results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "rows": {}}
+    different = [key for key in settings if results["settings"].get(key) != settings[key]]
+    if different and not fresh:
         raise SystemExit(
-            f"{path} was measured with other settings ({', '.join(different)}); remove it, or use --results."
+            f"{path} was measured with other settings ({', '.join(different)}). Use --fresh to replace it, or "
+            "--results to write another file."
         )
-    return results
+    return {"settings": settings, "rows": {}} if different else results
 
 
 def write_results(results: dict, path: Path) -> None:

@@ -92,7 +92,9 @@ def test_options_that_make_decoding_cheaper(monkeypatch):
     for name in ("parallel_streams", "drop_experts"):
         monkeypatch.delattr(StitchModel, name, raising=False)
     assert not [*measurements.streams(), *measurements.dropping()]
-    monkeypatch.setattr(StitchModel, "parallel_streams", lambda self: asked.append("p") or nullcontext(), raising=False)
+    monkeypatch.setattr(
+        StitchModel, "parallel_streams", lambda self: asked.append("p") or nullcontext(), raising=False
+    )
     monkeypatch.setattr(StitchModel, "drop_experts", drop, raising=False)
     streams, dropping = list(measurements.streams()), list(measurements.dropping())
     assert "parallel / E" in streams[0].measure()["ratios"] and set(asked) == {"p"}
@@ -232,7 +234,9 @@ def test_rows_of_processes_and_compiled_steps(run):
 # --- presets and the page -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("preset", "low", "high"), [("base", 97e6, 98e6), ("paper", 3.0e9, 3.1e9), ("large", 8e9, 8.1e9)])
+@pytest.mark.parametrize(
+    ("preset", "low", "high"), [("base", 97e6, 98e6), ("paper", 3.0e9, 3.1e9), ("large", 8e9, 8.1e9)]
+)
 def test_presets_have_models_of_their_size(preset, low, high):
     """The paper's 2.7B are without embeddings, which are 0.4B more."""
     case = PRESETS[preset].case

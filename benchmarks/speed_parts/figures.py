@@ -49,7 +49,7 @@ def bars(values: dict[str, float], label: str) -> plt.Figure:
 
 def ratios(rows: dict, ratio: str, limit: float | None) -> plt.Figure:
     """Medians with quartiles, and where they should be."""
-    found = {name: row["ratios"][ratio] for name, row in reversed(rows.items()) if ratio in row["ratios"]}
+    found = {name: row["ratios"][ratio] for name, row in reversed(rows.items()) if ratio in row.get("ratios", ())}
     figure, axes = plt.subplots(figsize=(7, 0.3 * len(found) + 0.9))
     medians = [value["median"] for value in found.values()]
     errors = [[v["median"] - v["low"] for v in found.values()], [v["high"] - v["median"] for v in found.values()]]

@@ -45,7 +45,7 @@ def write_page(results: dict[str, Any], path: Path) -> None:
             parts.append(f"## {title}\n\n{text}\n\n{timed_table(rows[section])}")
             parts += [f"![{section}]({figures[section]})"] if section in figures else []
     if "memory" in rows:
-        parts.append(memory(rows["memory"], figures))
+        parts.append(memory(rows["memory"], figures, results["settings"]["sizes"]["training"]))
     if "attaching" in rows:
         parts.append(attaching(rows["attaching"]))
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
@@ -78,7 +78,7 @@ def worst(rows: dict, section: str, ratio: str, names: Callable[[str], bool] = l
     found = [
         row["ratios"][ratio]["median"]
         for name, row in rows.get(section, {}).items()
-        if ratio in row["ratios"] and names(name)
+        if ratio in row.get("ratios", ()) and names(name)
     ]
     return max(found, default=None)
 
@@ -111,7 +111,15 @@ def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
             0.7,
             memory_ratio(rows, hub_pattern, "training, alternating"),
         ),
+        ("attaching a loaded model: rise of memory, in its size", 0.1, attaching_rise(rows, "attach, a loaded model")),
+        ("attaching a path: peak of memory, in the expert's size", 1.2, attaching_rise(rows, "attach, from a path")),
     ]
+
+
+def attaching_rise(rows: dict, name: str) -> float | None:
+    """In the expert's size, without the stitch weights that come with it."""
+    row = rows.get("attaching", {}).get(name)
+    return row and max(0, row["peak_bytes"] - row["stitch_bytes"]) / row["expert_bytes"]
 
 
 def is_decode(name: str) -> bool:
@@ -131,7 +139,7 @@ def targets(rows: dict) -> str:
 
 def timed_table(rows: dict[str, dict]) -> str:
     """Rows with their ratios, and the seconds behind them; more columns where a section has more."""
-    ratios = list(dict.fromkeys(name for row in rows.values() for name in row["ratios"]))
+    ratios = list(dict.fromkeys(name for row in rows.values() for name in row.get("ratios", ())))
     extras = {
         "largest_difference": ("largest difference of logits", lambda row: f"{row['largest_difference']:.0e}"),
         "same_tokens": ("same tokens", lambda row: "yes" if row["same_tokens"] else "no"),
@@ -145,10 +153,11 @@ def timed_table(rows: dict[str, dict]) -> str:
     shown = {key: value for key, value in extras.items() if any(key in row for row in rows.values())}
     lines = []
     for name, row in rows.items():
-        cells = [interval(row["ratios"][ratio]) if ratio in row["ratios"] else "" for ratio in ratios]
-        cells.append(each(row["seconds"], lambda _, v: f"{v:.4g}"))
+        found = row.get("ratios", {})
+        cells = [interval(found[ratio]) if ratio in found else "" for ratio in ratios]
+        cells.append(each(row.get("seconds", {}), lambda _, v: f"{v:.4g}"))
         cells += [show(row) if key in row else "" for key, (_, show) in shown.items()]
-        lines.append([name, *cells, row["rounds"]])
+        lines.append([name, *cells, row.get("rounds", 0)])
     return table(["", *ratios, "seconds", *(title for title, _ in shown.values()), "rounds"], lines)
 
 
@@ -160,7 +169,7 @@ def interval(ratio: dict[str, float]) -> str:
     return f"**{ratio['median']:.3f}** ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 
-def memory(rows: dict[str, dict], figures: dict[str, str]) -> str:
+def memory(rows: dict[str, dict], figures: dict[str, str], training: list[int]) -> str:
     lines = [
         [name, "out of memory", "", "", ""]
         if "out_of_memory" in row
@@ -170,9 +179,8 @@ def memory(rows: dict[str, dict], figures: dict[str, str]) -> str:
     picture = f"\n\n![memory]({figures['memory']})" if "memory" in figures else ""
     return (
         "## Memory\n\nEach in a process of its own: how far memory rises above what it holds once the models are "
-        "there, over three forwards or training steps; the models themselves; and the seconds of one.\n\n"
-        + table(["", "rise, MiB", "models, MiB", "seconds"], lines)
-        + picture
+        f"there, over two forwards or training steps of {training[0]} x {training[1]} tokens; the models themselves; "
+        "and the seconds of the second.\n\n" + table(["", "rise, MiB", "models, MiB", "seconds"], lines) + picture
     )
 
 

@@ -5,7 +5,7 @@ at most, less what it held before; on a CPU the same of the process's resident m
 """
 
 import json
-import os
+import re
 import resource
 import statistics
 import subprocess
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +22,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from .cases import Case, Preset, llama, llamas, stitched, token_ids
+from .cases import Case, Preset, forget_models, llama, llamas, stitched, token_ids
 from .decoding import Decoding
 from .rows import Forward, Row, TrainingStep, lora
 
 
-CLEAR_REFS = "/proc/self/clear_refs"
+LINUX = sys.platform == "linux"
 
 
 class Peak:
@@ -39,16 +40,19 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            if os.access(CLEAR_REFS, os.W_OK):
-                Path(CLEAR_REFS).write_text("5")  # Linux: forget the peak of what came before
+            if LINUX:
+                Path("/proc/self/clear_refs").write_text("5")  # forget the peak of what came before
             self.before = psutil.Process().memory_info().rss
 
     def rise(self) -> int:
         """Bytes."""
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.before
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return max(0, (peak if sys.platform == "darwin" else peak * 1024) - self.before)
+        if LINUX:  # whose ru_maxrss is at least that of the parent when it started this process
+            peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return max(0, peak - self.before)
 
 
 def model_bytes(model: torch.nn.Module) -> int:
@@ -59,19 +63,28 @@ def model_bytes(model: torch.nn.Module) -> int:
 
 
 def measure_here(name: str, preset: Preset, case: Case, folder: Path | None) -> dict:
-    """What the row `name` asks for, measured in this process."""
+    """What the row `name` asks for, measured in this process.
+
+    A rehearsal with tiny models comes first: what modules and libraries take when they are first used is not meant.
+    """
     what, _, kind = name.partition(", ")
+    tiny = replace(case, width=64, layers=4, heads=2, kv_heads=1, intermediate=64, vocabulary=64, stitches=4)
     try:
-        if what == "attach":
-            return attach(case, folder if kind == "from a path" else None)
         if what == "load":
             return load(case, folder)
+        if what == "attach":
+            from_path = kind == "from a path"
+            with tempfile.TemporaryDirectory() as rehearsal:
+                llama(tiny, 1).save_pretrained(f"{rehearsal}/e0")
+                attach(tiny, Path(rehearsal) if from_path else None)
+            return attach(case, folder if from_path else None)
+        peak(what, kind, replace(preset, prompt=4, tokens=2, training=(1, 8)), tiny)
         return peak(what, kind, preset, case)
     except torch.OutOfMemoryError:
         return {"out_of_memory": [name]}
 
 
-def peak(what: str, kind: str, preset: Preset, case: Case, repeats: int = 2) -> dict:
+def peak(what: str, kind: str, preset: Preset, case: Case) -> dict:
     kind, _, checkpointed = kind.partition(", ")
     if kind == "LoRA":
         parts = [lora(case)]
@@ -94,8 +107,8 @@ def peak(what: str, kind: str, preset: Preset, case: Case, repeats: int = 2) -> 
         action = Forward(alone, token_ids(case, *preset.training))
     watched = Peak(case.device)
     action()
-    times = [action() for _ in range(repeats)]  # with the optimizer's state in memory, which the first step has made
-    return {"peak_bytes": watched.rise(), "model_bytes": held, "seconds": statistics.median(times)}
+    again = action()  # with the optimizer's state in memory, which the first step has made
+    return {"peak_bytes": watched.rise(), "model_bytes": held, "seconds": again}
 
 
 def attach(case: Case, folder: Path | None) -> dict:
@@ -156,6 +169,9 @@ class ProcessRows:
             yield Row("attaching", name, partial(measure, name), 15, 0)
 
     def _start(self, name: str, folder: str = "") -> dict:
+        forget_models()  # the child may need all of a GPU
+        if self.case.device.startswith("cuda"):
+            torch.cuda.empty_cache()
         command = [*self.command, "--child", name, *(["--folder", folder] if folder else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:

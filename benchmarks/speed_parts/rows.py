@@ -284,13 +284,12 @@ class Measurements:
             measure = partial(self._decode, case, 1, prompt, budget)
             yield self._row("scaling", f"{name}, decode", measure, size * (2 + prompt / 128), budget)
         if training:
-            batch, tokens = self.preset.training
             measure = partial(self._train_scaled, case, budget)
-            yield self._row("scaling", f"{name}, training", measure, 4 * size * batch * tokens / 256, budget)
+            yield self._row("scaling", f"{name}, training", measure, 4 * size * length / 256, budget)
 
     def _train_scaled(self, case: Case, budget: float) -> dict:
         model, hub, experts = models(case)
-        ids = token_ids(case, *self.preset.training)
+        ids = token_ids(case, *self.preset.prefill[0])
         runners = {"stitched": TrainingStep([model], ids), "E": Forward(alone(hub, experts), ids)}
         result = self._turns(runners, [("stitched", "E")], budget)
         forget_models()
