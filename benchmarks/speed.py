@@ -113,7 +113,12 @@ def settings_of(arguments: Arguments, preset: Preset, case: Case) -> dict:
         "machine": chip or platform.machine(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "case": asdict(case),
-        "sizes": {"prompt": preset.prompt, "tokens": preset.tokens, "training": list(preset.training)},
+        "sizes": {
+            "length": preset.prefill[0][1],  # of the base case of `scaling`
+            "prompt": preset.prompt,
+            "tokens": preset.tokens,
+            "training": list(preset.training),
+        },
     }
 
 

@@ -31,13 +31,13 @@ class Decoding:
         static: bool = False,
     ) -> None:
         self.models, self.prompt, self.tokens, self.inside = models, prompt, tokens, inside
-        self.steps = models
+        self.steps, self.compiled = models, compile_options is not None
         self.caches = None
-        if compile_options is not None or static:
+        if self.compiled or static:
             # Made once: captured graphs write to the addresses they were captured with.
             length = prompt.shape[1] + tokens
             self.caches = [StaticCache(config=model.config, max_cache_len=length) for model in models]
-        if compile_options is not None:
+        if self.compiled:
             self.steps = [torch.compile(model, fullgraph=True, **compile_options) for model in models]
         self.chosen: torch.Tensor | None = None  # (B, 1 + tokens), of the last run
 
@@ -54,7 +54,8 @@ class Decoding:
 
             def loop() -> None:
                 for _ in range(self.tokens):
-                    torch.compiler.cudagraph_mark_step_begin()
+                    if self.compiled:
+                        torch.compiler.cudagraph_mark_step_begin()
                     chosen.append(self._step(self.steps, chosen[-1], caches))
 
             elapsed = seconds(loop, self.prompt.device.type)

@@ -14,9 +14,9 @@ COLOURS = {"prefill": "#1f77b4", "decode": "#d62728", "training": "#2ca02c"}
 AXES = {"experts": "experts", "stitches": "stitches, K", "width": "width", "length": "tokens"}
 
 
-def draw_all(rows: dict, folder: Path) -> dict[str, str]:
+def draw_all(results: dict, folder: Path) -> dict[str, str]:
     """Write a figure for every section that has one; their paths from the page, by section."""
-    figures = {}
+    rows, figures = results["rows"], {}
     for section in ("prefill", "decode"):
         if section in rows:
             figures[section] = ratios(rows[section], "stitched / E", limit=1.06)
@@ -26,7 +26,7 @@ def draw_all(rows: dict, folder: Path) -> dict[str, str]:
     if rows.get("dropping"):
         figures["dropping"] = ratios(rows["dropping"], "dropped / E", limit=None)
     if "scaling" in rows:
-        figures["scaling"] = scaling(rows["scaling"])
+        figures["scaling"] = scaling(rows["scaling"], results["settings"])
     if peaks := {
         name: row["peak_bytes"] / 2**20 for name, row in rows.get("memory", {}).items() if "peak_bytes" in row
     }:
@@ -64,24 +64,34 @@ def ratios(rows: dict, ratio: str, limit: float | None) -> plt.Figure:
     return figure
 
 
-def scaling(rows: dict) -> plt.Figure:
-    """A panel per size: the cost in E, and the base case in each."""
-    points: dict[tuple[str, str], list] = {}
-    for name, row in rows.items():
-        if match := re.fullmatch(r"(\w+) = (\d+), (\w+)", name):
-            size, value, kind = match.groups()
-            points.setdefault((size, kind), []).append((int(value), row["ratios"]["stitched / E"]))
+def scaling(rows: dict, settings: dict) -> plt.Figure:
+    """A panel per size: the cost in E. The base case is a point in each."""
+    base = {
+        (size, kind): settings["case"].get(size, settings["sizes"]["prompt" if kind == "decode" else "length"])
+        for size in AXES
+        for kind in COLOURS
+        if kind != "training" or size == "stitches"
+    }
     figure, grid = plt.subplots(1, len(AXES), figsize=(12, 3), layout="constrained")
     for axes, (size, label) in zip(grid, AXES.items()):
+        seen = set()
         for kind, colour in COLOURS.items():
-            if kind == "training" and size != "stitches":
-                continue
-            line = sorted(points.get((size, kind), []), key=lambda point: point[0])
-            if line:
-                x, y = zip(*line)
-                low, high = zip(*((v["median"] - v["low"], v["high"] - v["median"]) for v in y))
-                axes.errorbar(x, [v["median"] for v in y], yerr=[low, high], label=kind, color=colour, marker="o")
+            points = {}
+            for name, row in rows.items():
+                match = re.fullmatch(rf"(?:{size} = (\d+)|base), {kind}", name)
+                if match and (size, kind) in base and "ratios" in row:
+                    points[int(match[1] or base[size, kind])] = row["ratios"]["stitched / E"]
+            x = sorted(points)
+            if x:
+                y = [points[value] for value in x]
+                errors = [[v["median"] - v["low"] for v in y], [v["high"] - v["median"] for v in y]]
+                axes.errorbar(
+                    x, [v["median"] for v in y], yerr=errors, label=kind, color=colour, marker="o", capsize=2
+                )
+            seen |= set(x)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(seen), sorted(seen))
+        axes.minorticks_off()
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("stitched / E")

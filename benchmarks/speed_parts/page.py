@@ -37,7 +37,7 @@ MIB = 2**20
 
 def write_page(results: dict[str, Any], path: Path) -> None:
     """Write the page beside the results file, its plots in a folder of the same name."""
-    figures = draw_all(results["rows"], path.with_suffix(""))
+    figures = draw_all(results, path.with_suffix(""))
     rows = results["rows"]
     parts = [head(results), targets(rows)]
     for section, (title, text) in TITLES.items():

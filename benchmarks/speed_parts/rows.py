@@ -6,7 +6,7 @@ needs; in decoding one such step, each model with a cache of its own.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -57,15 +57,13 @@ def at_most(k: int) -> Variant:
 
 
 class Forward:
-    """Plain forwards, one model after another, without gradients."""
+    """Plain forwards, one model after another, without gradients, inside of a context that is not timed."""
 
-    def __init__(self, parts: list[nn.Module], ids: torch.Tensor, inside: Callable | None = None) -> None:
+    def __init__(self, parts: list[nn.Module], ids: torch.Tensor, inside: Callable = nullcontext) -> None:
         self.parts, self.ids, self.inside = parts, ids, inside
 
     @torch.no_grad()
     def __call__(self) -> float:
-        if self.inside is None:
-            return seconds(self._run, self.ids.device.type)
         with self.inside():
             return seconds(self._run, self.ids.device.type)
 
