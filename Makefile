@@ -7,13 +7,16 @@ LOWEST := .venv-lowest
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart replicate test test-all test-lowest lint format docs clean
+.PHONY: quickstart replicate bench test test-all test-lowest lint format docs clean
 
 quickstart: $(PACKAGE)
 	$(VENV)/bin/python examples/quickstart.py $(ARGS)
 
 replicate: $(STAMP)
 	$(VENV)/bin/python benchmarks/replicate.py $(ARGS)
+
+bench: $(STAMP)
+	$(VENV)/bin/python benchmarks/speed.py $(ARGS)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 $(ARGS)

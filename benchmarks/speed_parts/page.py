@@ -1,0 +1,203 @@
+"""The results file as a page: targets, tables, plots. Nothing is typed in."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .figures import draw_all
+
+
+TITLES = {
+    "prefill": (
+        "Prefill",
+        "One forward over a prompt. E: one forward of the plain hub and one of each expert without its lm_head.",
+    ),
+    "decode": (
+        "Decoding",
+        "One token at a time behind a prompt, with a `DynamicCache`, by a greedy loop written by hand. Seconds are of "
+        "all decoded tokens of a round.",
+    ),
+    "training": (
+        "A training step",
+        "Forward, backward and AdamW of the stitches, against training all models in full, and a LoRA (r=8, all "
+        "linear layers) on the hub alone.",
+    ),
+    "plain": (
+        "A plain loop",
+        "The paper's appendix B in plain PyTorch, every layer of every model called in turn. Its logits are checked "
+        "to be the same before it is timed.",
+    ),
+    "streams": ("Parallel streams", "All models' layers between two stitches at once (`parallel_streams`)."),
+    "dropping": ("Dropping experts", "Decoding with at most k experts (`max_active_experts`), in one sequence."),
+    "compiled": ("Compiled decoding", "Static cache, one graph per step; on a GPU, CUDA graphs."),
+    "scaling": ("One size at a time", "Around the base case; E is that of the same sizes."),
+}
+MIB = 2**20
+
+
+def write_page(results: dict[str, Any], path: Path) -> None:
+    """Write the page beside the results file, its plots in a folder of the same name."""
+    figures = draw_all(results, path.with_suffix(""))
+    rows = results["rows"]
+    parts = [head(results), targets(rows)]
+    for section, (title, text) in TITLES.items():
+        if section in rows:
+            parts.append(f"## {title}\n\n{text}\n\n{timed_table(rows[section])}")
+            parts += [f"![{section}]({figures[section]})"] if section in figures else []
+    if "memory" in rows:
+        parts.append(memory(rows["memory"], figures, results["settings"]["sizes"]["training"]))
+    if "attaching" in rows:
+        parts.append(attaching(rows["attaching"]))
+    path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def table(head: list[str], rows: Iterable[list[Any]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def head(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    case, versions = settings["case"], ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
+    where = settings["machine"] if case["device"] != "cpu" else f"{settings['machine']}, {settings['threads']} threads"
+    return (
+        "# What stitching costs\n\n"
+        f"Written by `python benchmarks/speed.py --preset {settings['preset']}`; do not edit. {where}; {versions}.\n\n"
+        f"Models of random weights: hub and {case['experts']} experts of Llama shape, width {case['width']}, "
+        f"{case['layers']} layers, {case['heads']} heads, FFN {case['intermediate']}, vocabulary "
+        f"{case['vocabulary']:,}, {case['dtype']}; K={case['stitches']}. Whatever is compared took turns; a ratio is "
+        "the median over rounds of the ratio within a round, quartiles in brackets."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- targets
+
+
+def worst(rows: dict, section: str, ratio: str, names: Callable[[str], bool] = lambda name: True) -> float | None:
+    """The largest median of a ratio in a section."""
+    found = [
+        row["ratios"][ratio]["median"]
+        for name, row in rows.get(section, {}).items()
+        if ratio in row.get("ratios", ()) and names(name)
+    ]
+    return max(found, default=None)
+
+
+def memory_ratio(rows: dict, one: str, other: str) -> float | None:
+    peaks = [rows.get("memory", {}).get(name, {}).get("peak_bytes") for name in (one, other)]
+    return None if None in peaks else peaks[0] / peaks[1]
+
+
+def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
+    """What is asked, at most how much, and what was found (the worst row; `None`: not measured)."""
+    hub_pattern = "training, experts_into_hub"
+    return [
+        ("prefill, in E", 1.06, worst(rows, "prefill", "stitched / E")),
+        ("sequential decoding, in E", 1.06, worst(rows, "decode", "stitched / E")),
+        ("decoding with parallel streams, in E", 0.70, worst(rows, "streams", "parallel / E", is_decode)),
+        (
+            "decoding with experts dropped, in (hub + kept experts)",
+            1.2,
+            worst(rows, "dropping", "dropped / hub + kept experts"),
+        ),
+        ("training step, in full training", 0.55, worst(rows, "training", "alternating / full training")),
+        (
+            'training step, `pattern="experts_into_hub"`, in full training',
+            0.40,
+            worst(rows, "training", "experts_into_hub / full training"),
+        ),
+        (
+            'peak memory of a training step, `pattern="experts_into_hub"`, in alternating',
+            0.7,
+            memory_ratio(rows, hub_pattern, "training, alternating"),
+        ),
+        ("attaching a loaded model: rise of memory, in its size", 0.1, attaching_rise(rows, "attach, a loaded model")),
+        ("attaching a path: peak of memory, in the expert's size", 1.2, attaching_rise(rows, "attach, from a path")),
+    ]
+
+
+def attaching_rise(rows: dict, name: str) -> float | None:
+    """In the expert's size, without the stitch weights that come with it."""
+    row = rows.get("attaching", {}).get(name)
+    return row and max(0, row["peak_bytes"] - row["stitch_bytes"]) / row["expert_bytes"]
+
+
+def is_decode(name: str) -> bool:
+    return name.startswith("decode")
+
+
+def targets(rows: dict) -> str:
+    lines = []
+    for text, limit, value in target_values(rows):
+        verdict = "not measured" if value is None else "**met**" if value <= limit else "**not met**"
+        lines.append([text, f"{limit:.2f}", "" if value is None else f"{value:.3f}", verdict])
+    return "## Targets\n\nThe worst row counts.\n\n" + table(["", "at most", "measured", ""], lines)
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def timed_table(rows: dict[str, dict]) -> str:
+    """Rows with their ratios, and the seconds behind them; more columns where a section has more."""
+    ratios = list(dict.fromkeys(name for row in rows.values() for name in row.get("ratios", ())))
+    extras = {
+        "largest_difference": ("largest difference of logits", lambda row: f"{row['largest_difference']:.0e}"),
+        "same_tokens": ("same tokens", lambda row: "yes" if row["same_tokens"] else "no"),
+        "flops": ("TFLOP/s", lambda row: each(row["flops"], lambda n, v: f"{v / row['seconds'][n] / 1e12:.3g}")),
+        "share_of_bandwidth": (
+            "of the bandwidth limit",
+            lambda row: each(row["share_of_bandwidth"], lambda n, v: f"{v:.0%}"),
+        ),
+        "out_of_memory": ("out of memory", lambda row: ", ".join(row["out_of_memory"])),
+    }
+    shown = {key: value for key, value in extras.items() if any(key in row for row in rows.values())}
+    lines = []
+    for name, row in rows.items():
+        found = row.get("ratios", {})
+        cells = [interval(found[ratio]) if ratio in found else "" for ratio in ratios]
+        cells.append(each(row.get("seconds", {}), lambda _, v: f"{v:.4g}"))
+        cells += [show(row) if key in row else "" for key, (_, show) in shown.items()]
+        lines.append([name, *cells, row.get("rounds", 0)])
+    return table(["", *ratios, "seconds", *(title for title, _ in shown.values()), "rounds"], lines)
+
+
+def each(values: dict[str, float], show: Callable[[str, float], str]) -> str:
+    return "; ".join(f"{name} {show(name, value)}" for name, value in values.items())
+
+
+def interval(ratio: dict[str, float]) -> str:
+    return f"**{ratio['median']:.3f}** ({ratio['low']:.3f} to {ratio['high']:.3f})"
+
+
+def memory(rows: dict[str, dict], figures: dict[str, str], training: list[int]) -> str:
+    lines = [
+        [name, "out of memory", "", "", ""]
+        if "out_of_memory" in row
+        else [name, f"{row['peak_bytes'] / MIB:,.0f}", f"{row['model_bytes'] / MIB:,.0f}", f"{row['seconds']:.3g}"]
+        for name, row in rows.items()
+    ]
+    picture = f"\n\n![memory]({figures['memory']})" if "memory" in figures else ""
+    return (
+        "## Memory\n\nEach in a process of its own: how far memory rises above what it holds once the models are "
+        f"there, over two forwards or training steps of {training[0]} x {training[1]} tokens; the models themselves; "
+        "and the seconds of the second.\n\n" + table(["", "rise, MiB", "models, MiB", "seconds"], lines) + picture
+    )
+
+
+def attaching(rows: dict[str, dict]) -> str:
+    lines = [
+        [name, f"{row['seconds']:.3g}", f"{row['peak_bytes'] / MIB:,.0f}", f"{row['expert_bytes'] / MIB:,.0f}",
+         f"{row['stitch_bytes'] / MIB:,.1f}", f"{row['peak_bytes'] / row['expert_bytes']:.2f}"]
+        for name, row in rows.items()
+        if name.startswith("attach")
+    ]  # fmt: skip
+    text = "## Attaching and loading\n\nOne expert attached, in a process of its own.\n\n" + table(
+        ["", "seconds", "memory rises, MiB", "expert, MiB", "its stitch weights, MiB", "rise / expert"], lines
+    )
+    if load := rows.get("load, adapter and experts"):
+        both, alone = load["seconds"]["adapter and experts"], load["seconds"]["experts alone"]
+        text += (
+            f"\n\nThe adapter file has {load['file_bytes'] / MIB:,.1f} MiB. `PeftModel.from_pretrained` loads it with "
+            f"its experts in {both:.3g} s; the experts alone take `AutoModelForCausalLM` {alone:.3g} s."
+        )
+    return text
