@@ -244,9 +244,9 @@ def reference_forward(
     """The hub's logits (B, T, V) with `experts` {name: model}, all plain causal LMs, stitched into it.
 
     tensors: what adapter_model.safetensors holds; config: what adapter_config.json holds (gate_dropout is ignored);
-    present, watch: see `experts_into_hub`, watch of the last stitch; kwargs go to every model. An error in any model is
-    raised here; BrokenBarrierError is a model that never came to a stitch. Gradients reach `tensors` (and the models)
-    if grad mode is on.
+    present, watch: see `experts_into_hub`, watch of the last stitch; kwargs go to every model. An error in any model
+    is raised here; BrokenBarrierError is a model that never came to a stitch. Gradients reach `tensors` (and the
+    models) if grad mode is on.
     """
     models = {"hub": hub, **experts}
     stitches = read_stitches(hub, experts, config, tensors)

@@ -204,8 +204,8 @@ def test_generate():
     model, hub, experts = three("llama", num_stitches=2)
     ids, mask = IDS[:, :PROMPT], LEFT[:, :PROMPT]
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=10, max_active_experts=1, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
+        input_ids=ids, attention_mask=mask, max_new_tokens=10, max_active_experts=1, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     full = torch.cat([mask, torch.ones(2, 10, dtype=torch.long)], 1)
     want, present = expected(model, hub, experts, out, full, k=1)
@@ -224,7 +224,7 @@ def test_threshold_in_generate_and_parallel_streams():
 
 
 def test_traces_show_dropped_experts_as_closed_gates():
-    model, hub, experts = three("llama", num_stitches=2)
+    model, _, _ = three("llama", num_stitches=2)
     out = model.generate(input_ids=IDS[:1, :PROMPT], max_new_tokens=8, do_sample=False, pad_token_id=0)
     with trace_gates(model) as trace:
         model.generate(

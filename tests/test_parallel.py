@@ -1,4 +1,4 @@
-"""Hub and experts on several threads: the same to the bit as one after the other, with as many threads an operation."""
+"""Hub and experts on several threads: the same to the bit as in turn, with as many threads for an operation."""
 
 import gc
 import threading
