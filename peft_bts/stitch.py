@@ -129,7 +129,7 @@ class _Stitch(nn.Module):
     @torch.no_grad()
     def _new_gate(self, d_expert: int, factory: dict) -> nn.Linear:
         d_gate = self._shapes(d_expert)[0] if self.gate_per_channel else 1
-        gate = nn.Linear(self.d_hub, d_gate, bias=self.gate_bias, **factory)
+        gate = self._new_linear(self.d_hub, d_gate, self.gate_bias, factory)
         if self.init_weights:
             gate.weight.zero_()
             if self.gate_bias:
@@ -144,10 +144,19 @@ class _Stitch(nn.Module):
             if self.init_weights:
                 projection.up.weight.zero_()  # the identity; `down` stays random, or no gradient would ever flow
             return projection
-        projection = nn.Linear(d_in, d_out, bias=False, **factory)
+        projection = self._new_linear(d_in, d_out, False, factory)
         if self.init_weights:
             nn.init.eye_(projection.weight)
         return projection
+
+    def _new_linear(self, d_in: int, d_out: int, bias: bool, factory: dict) -> nn.Linear:
+        if not self.init_weights:
+            return nn.Linear(d_in, d_out, bias=bias, **factory)
+        # Random numbers would only be overwritten, and take seconds in wide models.
+        linear = nn.Linear(d_in, d_out, bias=bias, device="meta", dtype=factory["dtype"])
+        for name, parameter in list(linear.named_parameters()):
+            setattr(linear, name, nn.Parameter(torch.empty(parameter.shape, **factory)))
+        return linear
 
     def _gate_logits(self, hub_BTD: Tensor, names: list[str]) -> list[Tensor]:
         """Gate logits of the named models, each (B, T, D_gate) or (B, T, 1), after dropout."""
