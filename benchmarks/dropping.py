@@ -43,7 +43,7 @@ class Arguments:
     preset: str = field(default="quick", metadata={"help": "of the replication", "choices": [*PRESETS]})
     set_number: int = field(default=0, metadata={"help": "which of its sets of models"})
     method: str = field(default="bts", metadata={"help": "which of its stitched models"})
-    items: int = field(default=1000, metadata={"help": "at most so many test items of every task"})
+    items: int = field(default=400, metadata={"help": "at most so many test items of every task"})
     blocks: int = field(default=80, metadata={"help": "at most so many test blocks of every domain"})
     cache_dir: str = ".cache/replicate"
     results: str = "benchmarks/results/dropping.json"
@@ -86,7 +86,7 @@ class Work:
 
 
 @torch.no_grad()
-def decode(model, rows: Rows, prompt: torch.Tensor, work: Work, limits: dict, batch: int = 250) -> dict:
+def decode(model, rows: Rows, prompt: torch.Tensor, work: Work, limits: dict, batch: int = 100) -> dict:
     """How well the labels after the prompts (N,) are predicted, and how many experts run for a decoded token."""
     exact, right, scored, loss, steps, run = 0, 0, 0, 0.0, 0, 0
     for length in prompt.unique().tolist():
