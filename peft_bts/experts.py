@@ -350,13 +350,13 @@ class Stream:
     """A model's forward under way: its hidden states (B, T, D_i) and the layers still to run."""
 
     def __init__(self, layers: Sequence[nn.Module], tape: list[tuple]) -> None:
-        self._layers, self._tape = layers, tape
+        self.layers, self._tape = layers, tape
         self.state: Tensor = tape[0][0]
         self._done = 0
 
     @property
     def num_layers(self) -> int:
-        return len(self._layers)
+        return len(self.layers)
 
     def advance(self, layers_done: int, checkpoint: Optional[Callable] = None) -> Tensor:
         """Run layers until `layers_done` of them are done; return the hidden states.
@@ -374,7 +374,7 @@ class Stream:
         return self.state
 
     def _run(self, i: int, checkpoint: Optional[Callable]) -> Tensor:
-        layer, (_, args, kwargs) = self._layers[i], self._tape[i]
+        layer, (_, args, kwargs) = self.layers[i], self._tape[i]
         if checkpoint is not None and self.state.requires_grad:
             out = checkpoint(_WithKwargs(layer, kwargs), self.state, *args)
         else:

@@ -26,7 +26,10 @@ class Ahead:
 
     def begin(self, work: Work) -> None:
         """Have this done."""
-        self._begun.append((self._pool.submit(_as_in_this_thread(work)), work))
+        try:
+            self._begun.append((self._pool.submit(_as_in_this_thread(work)), work))
+        except RuntimeError:  # another thread has left `parallel_streams` meanwhile
+            work()
 
     def finish(self) -> None:
         """Return when all is done. What no thread has taken up by then, this one does."""
@@ -75,6 +78,13 @@ def _as_in_this_thread(work: Work) -> Work:
     return run
 
 
+class _Threads(ThreadPoolExecutor):
+    """Threads of one model. Copies of the model have none."""
+
+    def __reduce__(self):
+        return type(None), ()
+
+
 @contextmanager
 def stream_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads beside this one, `threads` with it, that share PyTorch's threads for single operations among them.
@@ -86,7 +96,7 @@ def stream_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
         raise ValueError(f"threads must be at least 2, one for the hub and one for experts, got {threads}.")
     before = torch.get_num_threads()
     each = max(1, before // threads)
-    with ThreadPoolExecutor(threads - 1, "expert", initializer=torch.set_num_threads, initargs=(each,)) as pool:
+    with _Threads(threads - 1, "expert", initializer=torch.set_num_threads, initargs=(each,)) as pool:
         torch.set_num_threads(each)
         try:
             yield pool

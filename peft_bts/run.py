@@ -36,6 +36,7 @@ class Plan:
     hub_config: Any  # the hub's text config
     experts: dict[str, Expert]
     projected: bool  # expert_streams="projected"
+    adapter: str = ""
 
 
 class Run:
@@ -104,8 +105,13 @@ class Run:
         """Send the experts to the next stitch behind a hub layer."""
         following = min((index for index in self.plan.schedule if index > layer), default=None)
         if following is not None:
+            # Streams of one model take turns: layers that are offloaded, or repacked, change while they run.
+            by_model: dict[int, list[Callable]] = {}
             for stream in self.streams.values():
-                self.ahead.begin(partial(stream.advance, self._boundary(following, stream)))
+                advance = partial(stream.advance, self._boundary(following, stream))
+                by_model.setdefault(id(stream.layers), []).append(advance)
+            for works in by_model.values():
+                self.ahead.begin(partial(_in_turn, works))
 
     def _boundary(self, layer: int, stream: Stream) -> int:
         return expert_boundary(layer + 1, self.plan.hub_layers, stream.num_layers)
@@ -272,6 +278,11 @@ class Runs:
             runs.append(run)
             run = run.outer
         return runs[-alive] if alive > 0 else None
+
+
+def _in_turn(works: list[Callable]) -> None:
+    for work in works:
+        work()
 
 
 def check_call(plan: Plan, call: dict[str, Any]) -> None:

@@ -1,10 +1,14 @@
 """Hub and experts on several threads: the same to the bit as in turn, with as many threads for an operation."""
 
+import copy
 import gc
+import pickle
 import threading
+import time
 
 import pytest
 import torch
+from accelerate import disk_offload
 from conftest import FAMILIES, IDS, LEFT, fresh, logits, stitch
 from transformers import DynamicCache
 
@@ -150,3 +154,42 @@ def test_generate():
         want = model.generate(input_ids=IDS, **options, **more)
         with model.parallel_streams(2):
             assert torch.equal(model.generate(input_ids=IDS, **options, **more), want)
+
+
+def test_copies_have_no_threads():
+    model = three()
+    with model.parallel_streams(2):
+        twin = copy.deepcopy(model)
+        pickle.dumps(model)
+        assert torch.equal(logits(twin), logits(model))
+        with twin.parallel_streams(2):
+            assert torch.equal(logits(twin), logits(model))
+
+
+def test_leaving_while_another_thread_generates():
+    model = three()
+    options = {"input_ids": IDS, "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want, got = model.generate(**options), []
+    for moment in range(5):
+        begun = threading.Event()
+        hook = model.base_model.model.model.layers[0].register_forward_hook(lambda *_, begun=begun: begun.set())
+        with model.parallel_streams(2):
+            caller = threading.Thread(target=lambda: got.append(model.generate(**options)))
+            caller.start()
+            begun.wait()
+            time.sleep(0.003 * moment)
+        caller.join()
+        hook.remove()
+    assert len(got) == 5 and all(torch.equal(tokens, want) for tokens in got)
+
+
+def test_offloaded_experts(tmp_path):
+    # accelerate brings a layer's weights and takes them away again: two threads must not be in one layer.
+    model = three(num_stitches=2)
+    with model.drop_experts(max_active_experts=1):
+        want = decode(model)
+    for name in NAMES:
+        disk_offload(model.base_model.experts["default"][name].model, tmp_path / name, torch.device("cpu"))
+    with model.parallel_streams(4), model.drop_experts(max_active_experts=1):
+        for _ in range(4):
+            assert torch.equal(decode(model), want)
