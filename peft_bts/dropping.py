@@ -22,7 +22,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .cache import ROSTER, join_caches
 from .config import EXPERTS_INTO_HUB
 from .experts import cached_tokens
+from .masks import is_text
 from .run import Plan, Run
+from .stitch import HUB
 
 
 # Over how many tokens gates are averaged. Measured (benchmarks/dropping.py): one token is not enough to tell what
@@ -81,11 +83,17 @@ class Group:
 
 @dataclass
 class Call:
-    """One forward: what an expert that took no part in it needs to make up for it."""
+    """One forward: what an expert that took no part in it needs to make up for it. Callers may reuse their tensors."""
 
     start: int  # tokens that the hub's cache held before
     tokens: dict[str, Tensor]  # arguments of the hub's backbone with an entry per token, (B or 1, T, ...)
     hub: dict[int, Tensor]  # the hub's states at its Hub-into-Experts stitches, (B, T, D) by layer
+
+    def with_places(self) -> dict[str, Tensor]:
+        """The tokens with their positions, which a backbone that is given none counts from the first of the cache."""
+        given = next(iter(self.tokens.values()))
+        places = torch.arange(self.start, self.start + given.shape[1], device=given.device)
+        return {"position_ids": places[None], **self.tokens}
 
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
@@ -98,18 +106,20 @@ class Roster:
         seen: Tokens of a sequence so far.
         groups: By expert.
         missed: Forwards that some group has not seen yet, the oldest first.
-        recent: Gates of the experts, (B, up to RECENT, N), in the order of `names`.
+        recent: Gates of the experts, (B, up to RECENT, N), in the order of `names`; NaN for padding.
+        adapter: Whose stitches the sequences were continued with.
     """
 
-    def __init__(self, cache: Cache, joined: dict[str, Cache], hub_layers: int, batch: int, seen: int) -> None:
-        self.names = sorted(joined)
+    def __init__(self, cache: Cache, joined: dict[str, Cache], plan: Plan, batch: int, seen: int) -> None:
+        self.names, self.adapter = sorted(joined), plan.adapter
         self.seen = seen
         every = torch.arange(batch)
         self.groups = {name: [Group(every, joined[name], self.seen)] for name in self.names}
+        joined.update(dict.fromkeys(joined))  # groups are split and joined anew: nobody shall hold on to the old ones
         self.missed: list[Call] = []
         self.recent: Optional[Tensor] = None
         # Groups come and go, so their layers cannot stay among the hub's: what is done to all layers would miss them.
-        del cache.layers[hub_layers:]
+        del cache.layers[plan.hub_layers :]
         for change in ("crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "reset"):
             setattr(cache, change, partial(_refuse, change))
         setattr(cache, ROSTER, self)
@@ -119,11 +129,13 @@ class Roster:
         batch = sum(len(group.rows) for group in self.groups[self.names[0]])
         if policy is None or self.recent is None or new_tokens > 1:
             return {name: torch.ones(batch, dtype=torch.bool) for name in self.names}
-        return dict(zip(self.names, policy.choose(self.recent.mean(dim=1)).unbind(dim=1)))
+        return dict(zip(self.names, policy.choose(self.recent.nanmean(dim=1).nan_to_num()).unbind(dim=1)))
 
-    def note(self, gates_BTN: Tensor) -> None:
-        """Remember the gates of new tokens."""
-        gates_BTN = gates_BTN[:, -RECENT:].float().cpu()
+    def note(self, gates_BTN: Tensor, text_BT: Optional[Tensor]) -> None:
+        """Remember the gates of new tokens, of which some may be padding."""
+        if text_BT is not None:
+            gates_BTN = gates_BTN.masked_fill(~text_BT.to(gates_BTN.device)[..., None], torch.nan)
+        gates_BTN = gates_BTN[:, -RECENT:].detach().float().cpu()
         before = () if self.recent is None else (self.recent,)
         self.recent = torch.cat([*before, gates_BTN], dim=1)[:, -RECENT:]
 
@@ -173,7 +185,23 @@ class DroppingRun(Run):
             raise ValueError("Experts can be dropped with 2D attention masks only, or none: one entry per token.")
         if places is not None and places.dim() != 2:
             raise ValueError(f"Experts can be dropped with 2D position_ids only, got {places.dim()} dimensions.")
+        roster = getattr(cache, ROSTER, None)
+        if roster is not None and roster.missed:
+            self._check_goes_on(roster)
         super().check()
+
+    def _check_goes_on(self, roster: Roster) -> None:
+        if roster.adapter != self.plan.adapter:
+            raise ValueError(
+                f"Experts have yet to make up for what they missed under the adapter {roster.adapter!r}, and now "
+                f"{self.plan.adapter!r} is active. Start with an empty cache."
+            )
+        as_embeds = self.call.get("input_ids") is None
+        if any(("input_ids" not in call.tokens) != as_embeds for call in roster.missed):
+            now, before = ("inputs_embeds", "input_ids") if as_embeds else ("input_ids", "inputs_embeds")
+            raise ValueError(
+                f"Experts have yet to make up for tokens that came as {before}; go on with them, not {now}."
+            )
 
     def _open(self, cache: Optional[Cache]) -> None:
         self.roster = None
@@ -181,15 +209,18 @@ class DroppingRun(Run):
             super()._open(cache)  # nothing will be decoded
             return
         tokens = {
-            name: value for name in _PER_TOKEN if isinstance(value := self.call.get(name), Tensor) and value.dim() > 1
+            name: value.detach().clone()
+            for name in _PER_TOKEN
+            if isinstance(value := self.call.get(name), Tensor) and value.dim() > 1
         }
         given = tokens.get("input_ids", tokens.get("inputs_embeds"))
         batch, self.new = given.shape[:2]
         self.roster = getattr(cache, ROSTER, None)
         if self.roster is None:
             joined = join_caches(cache, self.plan.hub_layers, self.plan.experts)
-            self.roster = Roster(cache, joined, self.plan.hub_layers, batch, self.past)
+            self.roster = Roster(cache, joined, self.plan, batch, self.past)
         roster = self.roster
+        roster.adapter = self.plan.adapter
         wanted = roster.choose(self.policy, self.new)
         roster.missed.append(Call(roster.seen, tokens, {}))
         roster.seen += self.new
@@ -215,17 +246,20 @@ class DroppingRun(Run):
     def _call_for(self, group: Group) -> dict[str, Any]:
         """The hub's call as this group is to see it: its rows, with all it has missed."""
         calls, rows = self._since(group), group.rows
-        new = dict.fromkeys(calls[-1].tokens)
-        for name in set.intersection(*(set(call.tokens) for call in calls)):
-            parts = [call.tokens[name] for call in calls]
+        if len(calls) == 1:
+            tokens = [{name: self.call[name] for name in calls[0].tokens}]  # with their gradients
+        elif any("position_ids" in call.tokens for call in calls):
+            tokens = [call.with_places() for call in calls]
+        else:
+            tokens = [call.tokens for call in calls]
+        new = dict.fromkeys(tokens[-1])
+        for name in set.intersection(*map(set, tokens)):
+            parts = [by_name[name] for by_name in tokens]
             value = torch.cat([_expanded(part, max(map(len, parts))) for part in parts], dim=1)
             new[name] = value if len(value) == 1 else value[rows.to(value.device)]
         mask = self.call.get("attention_mask")
         if isinstance(mask, Tensor):
             new["attention_mask"] = mask[rows.to(mask.device)]
-        if new.get("position_ids", 0) is None:  # some calls had none; the backbone knows how many tokens came before
-            del new["position_ids"]
-            return {name: value for name, value in {**self.call, **new}.items() if name != "position_ids"}
         return {**self.call, **new}
 
     def _apply(
@@ -244,12 +278,13 @@ class DroppingRun(Run):
             given[name][rows] = state[:, -self.new :].to(hub_BTD.device)
         if layer == self.plan.hub_layers - 1:
             gates_BTMD = stitch.gates(hub_BTD.to(next(stitch.parameters()).dtype), self.roster.names)
-            self.roster.note(gates_BTMD.mean(dim=-1)[..., 1:])
+            text_BT = is_text(self.call.get("attention_mask"), self.plan.hub_config, self.past, self.new)
+            self.roster.note(gates_BTMD.mean(dim=-1)[..., 1:], text_BT)
         present = {name: self.present[name] for name in given}
         new_hub_BTD, _ = stitch(hub_BTD, given, observe, present)
         if not self.plan.projected:
             return new_hub_BTD, states
-        return new_hub_BTD, {key: stitch.project(key[0], state) for key, state in states.items()}
+        return new_hub_BTD, {key: stitch.project(key[0], state.to(hub_BTD.device)) for key, state in states.items()}
 
     def _into_experts(
         self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
@@ -259,7 +294,8 @@ class DroppingRun(Run):
         for key, state in states.items():
             group, name = self.running[key], key[0]
             rows = group.rows.to(hub_BTD.device)
-            hub = torch.cat([call.hub[layer][rows] for call in self._since(group)], dim=1)
+            missed = [call.hub[layer][rows] for call in self._since(group)[:-1]]
+            hub = torch.cat([*missed, hub_BTD[rows]], dim=1)
             observe = partial(self._note_rows, layer, rows, len(hub_BTD)) if self.observers else None
             new_states[key] = stitch(hub, {name: state.to(hub.device)}, observe)[name]
         return new_states
@@ -274,9 +310,10 @@ class DroppingRun(Run):
         if self.roster is not None:
             self.roster.close(list(self.running.values()))
             if self.observers:
-                for gates in self.gates.values():
-                    some = next(iter(gates.values()))
-                    gates.update({name: torch.zeros_like(some) for name in self.roster.names if name not in gates})
+                closed = torch.zeros_like(self.gates[self.plan.hub_layers - 1][HUB])
+                for layer in self.plan.schedule:
+                    gates = self.gates.setdefault(layer, {})
+                    gates.update({name: closed for name in self.roster.names if name not in gates})
         super()._end()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
@@ -10,6 +11,9 @@ from .cache import caches_roll_back
 from .dropping import Dropping
 from .observers import generation
 from .parallel import stream_threads
+
+
+_COUNTING = threading.Lock()
 
 
 class Generating:
@@ -34,12 +38,16 @@ class Generating:
             ValueError: If neither is given, or a value is out of range. Forwards raise it for caches other than a
                 plain `DynamicCache`, and for masks and positions that are not 2D.
         """
-        before = self._dropping.get()
-        self._dropping.set(Dropping(max_active_experts, expert_threshold))
+        policy, before = Dropping(max_active_experts, expert_threshold), self._dropping.get()
+        with _COUNTING:
+            self._droppings += 1
+        self._dropping.set(policy)
         try:
             yield
         finally:
             self._dropping.set(before)
+            with _COUNTING:
+                self._droppings -= 1
 
     @contextmanager
     def parallel_streams(self, threads: int = 2) -> Iterator[None]:
@@ -86,10 +94,11 @@ class Generating:
             with self.drop_experts(max_active_experts, expert_threshold):
                 return self.generate(*args, **kwargs)
         plan = self._active_plan()
-        config = kwargs.get("generation_config") or self.model.generation_config
+        configs = [kwargs.get("generation_config"), *args[1:2], self.model.generation_config]
 
         def asked_for(option: str) -> Any:
-            return kwargs.get(option, getattr(config, option, None))
+            given = [kwargs.get(option), *(getattr(config, option, None) for config in configs)]
+            return next((value for value in given if value is not None), None)
 
         drafts = kwargs.get("assistant_model") is not None or asked_for("prompt_lookup_num_tokens")
         if plan is not None and drafts:

@@ -14,6 +14,7 @@ import warnings
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class StitchModel(Attaching, Generating, BaseTuner):
         self._plans: dict[str, Plan] = {}
         self._inactive: dict[str, set[str]] = {}  # experts that `set_active_experts` left out, by adapter
         self._dropping = PerThread()
+        self._droppings = 0  # how many `drop_experts` are on, in any thread: compiled code can see this
         self._runs = Runs(self._decoder.backbone, self._decoder.layers[0], self._active_plan, self._new_run)
         self._stitches_enabled = True
         keep_repacked_weights(self)
@@ -154,7 +156,7 @@ class StitchModel(Attaching, Generating, BaseTuner):
         experts = {name: self.experts[adapter][name] for name in names}
         schedule = stitch_schedule(config, hub_layers)
         projected = config.expert_streams == "projected"
-        self._plans[adapter] = Plan(schedule, hub_layers, text_config(self.model), experts, projected)
+        self._plans[adapter] = Plan(schedule, hub_layers, text_config(self.model), experts, projected, adapter)
 
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
         """Make one adapter the active one. Raises `ValueError` for more than one."""
@@ -271,6 +273,12 @@ class StitchModel(Attaching, Generating, BaseTuner):
         return self._plans.get(self.active_adapters[0])
 
     def _new_run(self, *args: Any) -> Run:
+        if self._droppings and torch.compiler.is_compiling():
+            return self._new_run_uncompiled(*args)
+        return new_run(self._dropping.get(), *args)
+
+    @torch.compiler.disable(reason="drop_experts() chooses experts by numbers: what it runs cannot be one graph")
+    def _new_run_uncompiled(self, *args: Any) -> Run:
         return new_run(self._dropping.get(), *args)
 
     @contextmanager

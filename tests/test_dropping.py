@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import IDS, LEFT, adapter_file, assert_near, both, fresh, logits, stitch
 from reference import reference_forward
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from peft_bts import trace_gates
+from peft_bts import StitchConfig, trace_gates
 
 
 PROMPT = 6
@@ -38,7 +38,9 @@ def expected(model, hub, experts, ids, mask, k, threshold=0.0):
                 present={name: present[:, :length, i] for i, name in enumerate(NAMES)}, watch=noted.update, **kwargs,
             )  # fmt: skip
         out.append(now if length == PROMPT else now[:, -1:])
-        gates = torch.stack([noted[name].mean(-1) for name in NAMES], dim=-1)[:, -RECENT:].mean(1)
+        gates = torch.stack([noted[name].mean(-1) for name in NAMES], dim=-1)[:, -RECENT:]
+        real = torch.ones_like(gates[..., :1]) if mask is None else mask[:, :length][:, -RECENT:, None].double()
+        gates = (gates * real).sum(1) / real.sum(1)
         if length < ids.shape[1]:
             present[:, length] = torch.tensor([choose(row, k, threshold) for row in gates.tolist()])
     return torch.cat(out, dim=1), present
@@ -65,7 +67,7 @@ def three(arch, experts=None, **config):
     model = stitch(mine, {name: one for name, (one, _) in pairs.items()}, **config).double()
     with torch.no_grad():  # gates that differ by token as much as by expert, so that experts come and go
         for name, parameter in model.named_parameters():
-            if ".gate." in name:
+            if ".stitch_layer." in name and ".gate." in name:
                 parameter.mul_(3 if name.endswith("weight") else 0.3)
     return model, copy.deepcopy(theirs).double(), {n: copy.deepcopy(one).double() for n, (_, one) in pairs.items()}
 
@@ -275,3 +277,109 @@ def test_bad_values():
         model(input_ids=LONG[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="adapter was disabled"):
         logits(model, LONG[:, :1], past_key_values=cache)
+
+
+def test_padding_does_not_choose():
+    model, _, _ = three("llama", num_stitches=2)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for seed in range(6):
+        ids = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(seed))
+        mask = torch.tensor([[1] * 8, [0] * 6 + [1] * 2])
+        batch = model.generate(input_ids=ids, attention_mask=mask, max_active_experts=1, **options)
+        alone = model.generate(input_ids=ids[1:, 6:], max_active_experts=1, **options)
+        assert torch.equal(batch[1, 6:], alone[0])
+
+
+def test_gradients_are_those_of_any_forward():
+    model, _, _ = three("llama", num_stitches=4)
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients()
+    with model.drop_experts(max_active_experts=1):
+        got = gradients()
+    assert want.keys() == got.keys()
+    for name, grad in want.items():
+        torch.testing.assert_close(got[name], grad)
+
+
+@torch.no_grad()
+def test_callers_may_reuse_their_tensors():
+    model, _, _ = three("llama", num_stitches=2)
+    token, cache = LONG[:, :1].clone(), DynamicCache()
+    with model.drop_experts(max_active_experts=1):
+        want = decode(model, LONG, None)
+        out = [model(input_ids=LONG[:, :PROMPT], past_key_values=cache).logits]
+        for t in range(PROMPT, LONG.shape[1]):
+            token.copy_(LONG[:, t : t + 1])
+            out.append(model(input_ids=token, past_key_values=cache).logits)
+    assert torch.equal(torch.cat(out, 1), want)
+
+
+@torch.no_grad()
+def test_positions_in_some_calls_only():
+    model, _, _ = three("llama", num_stitches=2)
+    want, got = [], []
+    for out, given in ((want, lambda t: True), (got, lambda t: t % 3 == 0)):
+        cache = DynamicCache()
+        with model.drop_experts(max_active_experts=1):
+            for step in (slice(0, PROMPT), *(slice(t, t + 1) for t in range(PROMPT, LONG.shape[1]))):
+                places = {"position_ids": torch.arange(step.start, step.stop)[None]} if given(step.start) else {}
+                mask = LONG_LEFT[:, : step.stop]
+                call = model(input_ids=LONG[:, step], attention_mask=mask, past_key_values=cache, **places)
+                out.append(call.logits)
+    real = LONG_LEFT.bool()
+    assert_near(torch.cat(got, 1)[real], torch.cat(want, 1)[real], 1e-9)
+
+
+@torch.no_grad()
+def test_what_was_missed_must_be_gone_on_with():
+    model, _, _ = three("llama", num_stitches=2)
+    models = {name: expert.model for name, expert in model.base_model.experts["default"].items()}
+    model.add_adapter("other", StitchConfig(task_type="CAUSAL_LM", num_stitches=4))
+    model.set_adapter("other")
+    for name, expert in models.items():
+        model.attach_expert(name, expert)
+    model.double().set_adapter("default")
+    cache = DynamicCache()
+    with model.drop_experts(max_active_experts=0):
+        decode(model, LONG, None, cache)
+        with pytest.raises(ValueError, match="came as input_ids"):
+            model(inputs_embeds=model.get_input_embeddings()(LONG[:, :1]), past_key_values=cache)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="under the adapter 'default'"):
+        model(input_ids=LONG[:, :2], past_key_values=cache)
+    model.set_adapter("default")
+    model(input_ids=LONG[:, :2], past_key_values=cache)  # nothing is missed any more
+    model.set_adapter("other")
+    model(input_ids=LONG[:, :2], past_key_values=cache)
+
+
+def test_traces_without_any_expert():
+    model, _, _ = three("llama", num_stitches=2)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with trace_gates(model) as trace:
+        model.generate(input_ids=IDS[:1, :PROMPT], max_active_experts=0, **options)
+    into_experts, into_hub = trace.sequences[0].gates
+    assert (into_experts[PROMPT:] == 0).all() and (into_hub[PROMPT:] == torch.tensor([1.0, 0, 0, 0])).all()
+
+
+def test_options_in_a_positional_generation_config():
+    model, _, _ = three("llama", num_stitches=2)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(IDS[:1], GenerationConfig(use_cache=False, max_new_tokens=2), max_active_experts=1)
+
+
+@pytest.mark.slow
+def test_compiled():
+    model, _, _ = three("llama", num_stitches=2)
+    fast = torch.compile(model, backend="eager")
+    plain = decode(model, LONG[:, :10], None)
+    with model.drop_experts(max_active_experts=1):
+        want = decode(model, LONG[:, :10], None)
+        assert_near(decode(fast, LONG[:, :10], None), want, 1e-9)
+    assert not torch.allclose(plain, want)
+    assert_near(decode(fast, LONG[:, :10], None), plain, 1e-9)
