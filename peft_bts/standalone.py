@@ -328,6 +328,9 @@ class _Lane:
     def __getitem__(self, index: int) -> _FlatCall:
         return _FlatCall(self._layers[self.first + index])
 
+    def __len__(self) -> int:
+        return self.num_layers
+
     def view(self, cache: Optional[Cache]) -> Optional[Cache]:
         """The cache as this model's backbone knows it: lengths are asked for by its own count of layers."""
         if cache is None:
