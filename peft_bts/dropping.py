@@ -53,7 +53,7 @@ class Dropping:
             raise ValueError("Dropping experts needs `max_active_experts` or `expert_threshold`.")
         if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 0):
             raise ValueError(f"max_active_experts must be an integer of at least 0, got {most!r}.")
-        if least is not None and not 0 <= least <= 1:
+        if least is not None and not (isinstance(least, (int, float)) and 0 <= least <= 1):
             raise ValueError(f"expert_threshold must be a gate, from 0 to 1, got {least!r}.")
 
     def choose(self, gates_BN: Tensor) -> Tensor:

@@ -90,10 +90,10 @@ def stream_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads beside this one, `threads` with it, that share PyTorch's threads for single operations among them.
 
     Raises:
-        ValueError: If `threads` is less than 2.
+        ValueError: If `threads` is no integer of at least 2.
     """
-    if threads < 2:
-        raise ValueError(f"threads must be at least 2, one for the hub and one for experts, got {threads}.")
+    if not isinstance(threads, int) or threads < 2:
+        raise ValueError(f"threads must be an integer of at least 2 (one for the hub), got {threads!r}.")
     before = torch.get_num_threads()
     each = max(1, before // threads)
     with _Threads(threads - 1, "expert", initializer=torch.set_num_threads, initargs=(each,)) as pool:

@@ -260,6 +260,7 @@ def test_bad_values():
         ({"max_active_experts": -1}, "max_active_experts"),
         ({"max_active_experts": 1.5}, "max_active_experts"),
         ({"expert_threshold": 2.0}, "expert_threshold"),
+        ({"expert_threshold": "a"}, "expert_threshold"),
     ]:
         with pytest.raises(ValueError, match=message), model.drop_experts(**options):
             pass

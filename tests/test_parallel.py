@@ -142,8 +142,9 @@ def test_threads_come_and_go():
         torch.set_num_threads(before)
     gc.collect()
     assert threading.active_count() == running
-    with pytest.raises(ValueError, match="threads"), model.parallel_streams(1):
-        pass
+    for wrong in (1, 2.5, "2"):
+        with pytest.raises(ValueError, match="threads"), model.parallel_streams(wrong):
+            pass
     logits(model)
 
 

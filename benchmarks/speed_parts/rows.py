@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_bts.model import StitchModel
+from peft_bts.stitch import ExpertsIntoHub
 
 from .cases import PATTERNS, Case, Preset, forget_models, llama, llamas, models, stitched, token_ids
 from .decoding import Decoding
@@ -249,6 +250,7 @@ class Measurements:
 
     def _dropping(self, kept: int) -> dict:
         model, hub, experts = models(self.case)
+        rank_gates(model)
         run = partial(Decoding, prompt=token_ids(self.case, 1, self.preset.prompt), tokens=self.preset.tokens)
         runners = {
             "dropped": run([model], inside=partial(at_most(kept).inside, model)),
@@ -318,6 +320,15 @@ class Measurements:
         limits = {name: size / bandwidth for name, size in read.items()}
         share = {name: limits[name] * self.preset.tokens / result["seconds"][name] for name in read}
         return {"bytes_per_second": bandwidth, "bytes_read": read, "share_of_bandwidth": share, **result}
+
+
+@torch.no_grad()
+def rank_gates(model: nn.Module) -> None:
+    """Give the experts gates that differ for good: random ones would call back another expert every few tokens."""
+    for stitch in model.modules():
+        if isinstance(stitch, ExpertsIntoHub):
+            for rank, name in enumerate(stitch.experts):
+                stitch.gate.of(name).bias.fill_(-2.0 * rank)
 
 
 def output_bytes(model: nn.Module) -> int:
