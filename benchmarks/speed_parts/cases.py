@@ -61,7 +61,7 @@ class Preset:
         "training, full",
         "training, LoRA",
     )
-    seconds: float = 20.0  # that a row may take, beyond its least number of rounds
+    seconds: float = 45.0  # that a row may take, beyond its least number of rounds
     scaling_seconds: float = 8.0
     rounds: tuple = (3, 30)  # at least, at most
     flops: bool = False  # count them
