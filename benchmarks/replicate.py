@@ -1,13 +1,14 @@
 """The study of the Branch-Train-Stitch paper (arXiv 2502.00075), re-run at a size that fits, by one command.
 
     python benchmarks/replicate.py                     # quick: 2 cores, one set of seed and experts
-    python benchmarks/replicate.py --preset full       # 2 cores, three sets, hours
+    python benchmarks/replicate.py --preset full       # 2 cores, three sets, goes on from quick
     python benchmarks/replicate.py --preset gpu        # one GPU, three sets of 54M-parameter models
 
 Trains seeds and experts from nothing, combines them with every method of the paper, and writes
-`benchmarks/results/replicate.json` and a report beside it, `replicate.md`, that states the paper's claims one by one
-with the paper's figures, ours, and a verdict. Every finished training is a file in the cache: after a kill, the same
-command goes on where it was. The library behind it is `benchmarks/replication/`.
+`benchmarks/results/replicate.json` (`replicate-<preset>.json` for other presets than full) and a report beside it
+(`.md`) that states the paper's claims one by one with the paper's figures, ours, and a verdict. Every finished
+training is a file in the cache: after a kill, the same command goes on where it was. The library behind it is
+`benchmarks/replication/`.
 """
 
 import os
@@ -39,7 +40,7 @@ class Arguments:
     preset: str = field(default="quick", metadata={"help": "how large the study is", "choices": [*PRESETS]})
     workers: int = field(default=2, metadata={"help": "processes that share the work, with one thread each"})
     cache_dir: str = field(default=".cache/replicate", metadata={"help": "where finished pieces are kept"})
-    results: str = field(default="", metadata={"help": "file to write [benchmarks/results/replicate[-PRESET].json]"})
+    results: str = field(default="", metadata={"help": "file to write [benchmarks/results/replicate.json for full]"})
     device: str = field(default="", metadata={"help": "cpu or cuda [cuda for the preset gpu]"})
     report_only: bool = field(default=False, metadata={"help": "train nothing: report what is finished so far"})
     worker: bool = field(default=False, metadata={"help": "only do pieces, in this process; write no report"})
@@ -65,7 +66,7 @@ def main() -> None:
     else:
         share(jobs, store, arguments)
     if not arguments.worker:
-        name = "replicate" if arguments.preset == "quick" else f"replicate-{arguments.preset}"
+        name = "replicate" if arguments.preset == "full" else f"replicate-{arguments.preset}"
         path = Path(arguments.results or Path(__file__).parent / "results" / f"{name}.json")
         write_report(summarize(sets, arguments.preset), path)
         print(f"Wrote {path} and {path.with_suffix('.md')}")

@@ -6,7 +6,7 @@ needs; in decoding one such step, each model with a cache of its own.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_bts.model import StitchModel
 from peft_bts.stitch import ExpertsIntoHub
 
 from .cases import PATTERNS, Case, Preset, forget_models, llama, llamas, models, stitched, token_ids
@@ -32,26 +31,6 @@ class Row:
     measure: Callable[[], dict]
     units: float  # about what a round takes, in E's seconds at 1 x 256 tokens; for the estimate of the whole run
     budget: float
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Another way to run a stitched model: inside of a context that it makes."""
-
-    inside: Callable[[nn.Module], AbstractContextManager]
-    needs: str  # the method of `StitchModel` that it calls
-
-    @property
-    def exists(self) -> bool:
-        return hasattr(StitchModel, self.needs)
-
-
-PARALLEL = Variant(lambda model: model.parallel_streams(), needs="parallel_streams")
-
-
-def at_most(k: int) -> Variant:
-    """For each token, all experts but the k with the most say are dropped."""
-    return Variant(lambda model: model.drop_experts(max_active_experts=k), needs="drop_experts")
 
 
 # ---------------------------------------------------------------------------------------------------- runners
@@ -221,8 +200,6 @@ class Measurements:
 
     def streams(self) -> Iterator[Row]:
         """All models' layers between two stitches at the same time."""
-        if not PARALLEL.exists:
-            return
         for batch in self.preset.decode:
             name = f"decode, {batch} sequence{'s' * (batch > 1)}"
             yield self._row("streams", name, partial(self._parallel, batch, None), 3 + batch)
@@ -232,7 +209,7 @@ class Measurements:
 
     def _parallel(self, batch: int, length: int | None) -> dict:
         model, hub, experts = models(self.case)
-        inside = partial(PARALLEL.inside, model)
+        inside = model.parallel_streams
         if length is None:
             ids, tokens = token_ids(self.case, batch, self.preset.prompt), self.preset.tokens
             run = partial(Decoding, prompt=ids, tokens=tokens)
@@ -243,17 +220,16 @@ class Measurements:
 
     def dropping(self) -> Iterator[Row]:
         """Decoding with at most k experts, against the hub and k experts that nobody stitches."""
-        if at_most(0).exists:
-            for kept in range(1 + self.case.experts):
-                name = f"decode, 1 sequence, {kept} of {self.case.experts} experts kept"
-                yield self._row("dropping", name, partial(self._dropping, kept), 2.5)
+        for kept in range(1 + self.case.experts):
+            name = f"decode, 1 sequence, {kept} of {self.case.experts} experts kept"
+            yield self._row("dropping", name, partial(self._dropping, kept), 2.5)
 
     def _dropping(self, kept: int) -> dict:
         model, hub, experts = models(self.case)
         rank_gates(model)
         run = partial(Decoding, prompt=token_ids(self.case, 1, self.preset.prompt), tokens=self.preset.tokens)
         runners = {
-            "dropped": run([model], inside=partial(at_most(kept).inside, model)),
+            "dropped": run([model], inside=partial(model.drop_experts, kept)),
             "hub + kept experts": run(alone(hub, experts[:kept])),
             "E": run(alone(hub, experts)),
         }
