@@ -40,7 +40,7 @@ docs: $(PACKAGE)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	$(VENV)/bin/python -W "ignore:Error parsing type annotation Optional[Union[str, TaskType]]:UserWarning" \
 		-m pdoc --docformat google --no-show-source --output-directory build/docs \
-		peft_bts '!peft_bts.plan' peft_bts.attaching peft_bts.gate_table peft_bts.gate_sequences
+		peft_bts '!peft_bts.plan' peft_bts.attaching peft_bts.generating peft_bts.gate_table peft_bts.gate_sequences
 
 $(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
