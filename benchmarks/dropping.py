@@ -49,7 +49,7 @@ class Arguments:
     results: str = "benchmarks/results/dropping.json"
 
 
-# Which gates decide, and the limits that are tried with it.
+# Which gates decide.
 LAST = {f"last {tokens}": tokens for tokens in (1, dropping.RECENT, 16)}
 PROMPT = "prompt"
 
@@ -59,9 +59,9 @@ def deciding(gates: str):
     """Have `drop_experts` look at other gates than it does; "prompt": their mean over the prompt, from then on."""
     recent, note = dropping.RECENT, dropping.Roster.note
 
-    def note_prompt(roster, gates_BTN):
+    def note_prompt(roster, gates_BTN, text_BT):
         if gates_BTN.shape[1] > 1:
-            note(roster, gates_BTN)
+            note(roster, gates_BTN, text_BT)
 
     try:
         dropping.RECENT = LAST.get(gates, 10**6)
@@ -76,7 +76,7 @@ class Work:
     """Counts the tokens that experts run over."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.tokens = self.calls = 0
+        self.tokens = 0
         for expert in model.base_model.experts["default"].values():
             expert.layers[0].register_forward_pre_hook(self._count, with_kwargs=True)
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import ROSTER, join_caches
 from .config import EXPERTS_INTO_HUB
-from .experts import cached_tokens
+from .experts import Stream, cached_tokens
 from .masks import is_text
 from .run import Plan, Run
 from .stitch import HUB
@@ -59,7 +59,7 @@ class Dropping:
     def choose(self, gates_BN: Tensor) -> Tensor:
         """Which experts to run, (B, N) and boolean, by the mean gate of each (the hub's is not among them)."""
         keep = torch.ones_like(gates_BN, dtype=torch.bool)
-        if self.max_active_experts is not None and self.max_active_experts < gates_BN.shape[1]:
+        if self.max_active_experts is not None:
             places = gates_BN.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             keep = places < self.max_active_experts
         return keep if self.expert_threshold is None else keep & (gates_BN >= self.expert_threshold)
@@ -203,11 +203,10 @@ class DroppingRun(Run):
                 f"Experts have yet to make up for tokens that came as {before}; go on with them, not {now}."
             )
 
-    def _open(self, cache: Optional[Cache]) -> None:
+    def _start(self, cache: Optional[Cache]) -> dict[Any, Stream]:
         self.roster = None
         if cache is None:
-            super()._open(cache)  # nothing will be decoded
-            return
+            return super()._start(cache)  # nothing will be decoded
         tokens = {
             name: value.detach().clone()
             for name in _PER_TOKEN
@@ -224,7 +223,7 @@ class DroppingRun(Run):
         wanted = roster.choose(self.policy, self.new)
         roster.missed.append(Call(roster.seen, tokens, {}))
         roster.seen += self.new
-        self.streams, self.running, self.present = {}, {}, {}
+        streams, self.running, self.present = {}, {}, {}
         for name in roster.names:
             groups = [part for group in roster.groups[name] for part in group.split(wanted[name])]
             roster.groups[name] = groups
@@ -234,11 +233,8 @@ class DroppingRun(Run):
                 if wanted[name][group.rows].any() or not _is_plain(group.cache):
                     key = (name, place)
                     self.running[key] = group
-                    self.streams[key] = self.plan.experts[name](
-                        self._call_for(group), group.cache, self.plan.hub_config
-                    )
-        if self.observers:
-            self.cache = cache
+                    streams[key] = self.plan.experts[name](self._call_for(group), group.cache, self.plan.hub_config)
+        return streams
 
     def _since(self, group: Group) -> list[Call]:
         return [call for call in self.roster.missed if call.start >= group.done]

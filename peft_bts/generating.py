@@ -62,7 +62,7 @@ class Generating:
             threads: How many models run at a time, at least 2; mostly the number of cores.
 
         Raises:
-            ValueError: If `threads` is less than 2.
+            ValueError: If `threads` is no integer of at least 2.
             RuntimeError: If it is on already.
         """
         if self._runs.pool is not None:

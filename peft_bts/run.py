@@ -87,13 +87,15 @@ class Run:
         check_call(self.plan, self.call)
 
     def _open(self, cache: Optional[Cache]) -> None:
-        experts = self.plan.experts
-        caches = {} if cache is None else join_caches(cache, self.plan.hub_layers, experts)
-        self.streams = {
-            name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)
-        }
+        self.streams = self._start(cache)
         if self.observers:
             self.cache = cache
+
+    def _start(self, cache: Optional[Cache]) -> dict[Any, Stream]:
+        """Begin the forwards of all experts that take part."""
+        experts = self.plan.experts
+        caches = {} if cache is None else join_caches(cache, self.plan.hub_layers, experts)
+        return {name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)}
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """If experts run ahead, start them. Arguments: those of the hub's first layer."""

@@ -1,6 +1,8 @@
 """Experts left out while decoding: held against plain forwards in which a gate is zero wherever the rule says so."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -384,3 +386,46 @@ def test_compiled():
         assert_near(decode(fast, LONG[:, :10], None), want, 1e-9)
     assert not torch.allclose(plain, want)
     assert_near(decode(fast, LONG[:, :10], None), plain, 1e-9)
+
+
+# --- benchmarks/dropping.py -----------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """The script as a module: it finds its parts by their folders."""
+    for folder in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    sys.modules.pop("dropping", None)
+    import dropping
+
+    yield dropping
+    sys.modules.pop("dropping", None)
+
+
+def test_benchmark_measures_what_it_says(benchmark_module):
+    """Every way to decide runs; without limits all experts do, and "prompt" never calls an expert back."""
+    from replication.data import Rows
+
+    model, hub, experts = three("llama", num_stitches=2)
+    labels = LONG.masked_fill(torch.arange(LONG.shape[1]) < PROMPT, -100)
+    rows, prompt = Rows(LONG, labels, torch.full((3,), PROMPT)), torch.full((3,), PROMPT)
+    work = benchmark_module.Work(model)
+    measured = {}
+    for gates, limits in benchmark_module.settings(3):
+        with benchmark_module.deciding(gates):
+            result = benchmark_module.decode(model, rows, prompt, work, limits)
+        case = (gates, *limits.items())
+        measured[case] = result
+        assert result["n"] == 3 and result["bits_per_token"] > 0
+    assert measured[("last 4",)]["experts_per_token"] == 3
+    assert measured["last 4", ("max_active_experts", 0)]["experts_per_token"] == 0
+    assert measured["prompt", ("max_active_experts", 1)]["experts_per_token"] == 1
+    assert measured["last 1", ("max_active_experts", 1)]["experts_per_token"] > 1  # call-backs read what was missed
+
+    want, _ = expected(model, hub, experts, LONG, None, k=1)
+    right = torch.nn.functional.cross_entropy(want[:, PROMPT - 1 : -1].flatten(0, 1), LONG[:, PROMPT:].flatten())
+    got = measured["last 4", ("max_active_experts", 1)]["bits_per_token"]
+    assert got == pytest.approx(right.item() / torch.tensor(2.0).log().item(), rel=1e-5)
