@@ -347,10 +347,15 @@ def cached_tokens(cache: Optional[Cache]) -> Optional[int]:
 
 
 class Stream:
-    """A model's forward under way: its hidden states (B, T, D_i) and the layers still to run."""
+    """A model's forward under way: its hidden states (B, T, D_i) and the layers still to run.
+
+    Args:
+        layers: The decoder layers.
+        tape: For each, what it is called with: hidden states (only the first's are used), `args` and `kwargs`.
+    """
 
     def __init__(self, layers: Sequence[nn.Module], tape: list[tuple]) -> None:
-        self.layers, self._tape = layers, tape
+        self.layers, self.tape = layers, tape
         self.state: Tensor = tape[0][0]
         self._done = 0
 
@@ -374,7 +379,7 @@ class Stream:
         return self.state
 
     def _run(self, i: int, checkpoint: Optional[Callable]) -> Tensor:
-        layer, (_, args, kwargs) = self.layers[i], self._tape[i]
+        layer, (_, args, kwargs) = self.layers[i], self.tape[i]
         if checkpoint is not None and self.state.requires_grad:
             out = checkpoint(_WithKwargs(layer, kwargs), self.state, *args)
         else:

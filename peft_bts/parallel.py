@@ -52,8 +52,8 @@ class Ahead:
         self._begun = []
 
 
-def may_run_ahead() -> bool:
-    """Whether other threads would compute what this one does: graphs, tracers and modes stay in their thread."""
+def may_run_otherwise() -> bool:
+    """Whether threads and stacks compute what the experts would: graphs, tracers and modes stay with one thread."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -87,13 +87,7 @@ class _Threads(ThreadPoolExecutor):
 
 @contextmanager
 def stream_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads beside this one, `threads` with it, that share PyTorch's threads for single operations among them.
-
-    Raises:
-        ValueError: If `threads` is no integer of at least 2.
-    """
-    if not isinstance(threads, int) or threads < 2:
-        raise ValueError(f"threads must be an integer of at least 2 (one for the hub), got {threads!r}.")
+    """Threads beside this one, `threads` with it, that share PyTorch's threads for single operations among them."""
     before = torch.get_num_threads()
     each = max(1, before // threads)
     with _Threads(threads - 1, "expert", initializer=torch.set_num_threads, initargs=(each,)) as pool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,8 @@ from .cache import check_cache, find_cache, join_caches
 from .config import EXPERTS_INTO_HUB, expert_boundary
 from .experts import Expert, Stream, cached_tokens
 from .masks import check_mask
-from .parallel import Ahead, may_run_ahead
+from .parallel import Ahead, may_run_otherwise
+from .stacking import Stack
 from .threads import PerThread
 
 
@@ -48,6 +49,7 @@ class Run:
         outer: The run that this one interrupts: that of a forward in whose middle this forward was called.
         observers: Told of the run, with its gates, when the last stitch is done (gates.py).
         ahead: Where experts run while the hub does; `None` if all run in this thread.
+        stacks: Experts that run as one.
 
     Attributes:
         gates: While there are observers, by hub layer and model: a token's gate, the mean over its channels, (B, T).
@@ -62,8 +64,10 @@ class Run:
         outer: Optional[Run],
         observers: tuple = (),
         ahead: Optional[Ahead] = None,
+        stacks: Sequence[Stack] = (),
     ) -> None:
-        self.plan, self.call, self.outer, self.observers, self.ahead = plan, call, outer, observers, ahead
+        self.plan, self.call, self.outer, self.observers = plan, call, outer, observers
+        self.ahead, self.stacks = ahead, stacks
         self.streams: Optional[dict[Any, Stream]] = None  # by expert
         if observers:
             self.gates: dict[int, dict[str, Tensor]] = {}
@@ -95,7 +99,10 @@ class Run:
         """Begin the forwards of all experts that take part."""
         experts = self.plan.experts
         caches = {} if cache is None else join_caches(cache, self.plan.hub_layers, experts)
-        return {name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)}
+        streams = {name: experts[name](self.call, caches.get(name), self.plan.hub_config) for name in sorted(experts)}
+        for stack in self.stacks:
+            streams = stack.join(streams, experts, caches)
+        return streams
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """If experts run ahead, start them. Arguments: those of the hub's first layer."""
@@ -178,10 +185,12 @@ class Runs:
     Attributes:
         observers: Told of every run's gates (gates.py); mostly none.
         pool: Threads for the experts (parallel.py), or `None`.
+        stacks: Experts that run as one (stacking.py).
     """
 
     observers: tuple = ()
     pool: Optional[ThreadPoolExecutor] = None
+    stacks: Sequence[Stack] = ()
 
     def __init__(
         self,
@@ -225,8 +234,9 @@ class Runs:
         if outer is not None and not torch.compiler.is_compiling():
             outer = self._without_dead_runs(outer, opening=True)
         # Before the checks: `_close` is called even if they raise.
-        ahead = Ahead(self.pool) if self.pool is not None and plan is not None and may_run_ahead() else None
-        run = self._new_run(plan, call, outer, self.observers, ahead)
+        otherwise = (self.pool is not None or self.stacks) and plan is not None and may_run_otherwise()
+        ahead = Ahead(self.pool) if otherwise and self.pool is not None else None
+        run = self._new_run(plan, call, outer, self.observers, ahead, self.stacks if otherwise else ())
         self._slot.set(run)
         if plan is not None:
             run.check()

@@ -1,0 +1,434 @@
+"""Experts of one architecture as one batch: what their layers do for a token is one operation for all of them.
+
+Experts differ in their weights only. Their hidden states are put together as the sequences of one batch, the first
+expert's layers run over it, and where a layer has weights, each expert's share of the batch meets its own: linear
+layers multiply a stack of matrices at once, (N, out, in) by (N, in, tokens), and all others are called expert by
+expert. The experts' own parameters become views of the stacks, so nothing is in memory twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.pytorch_utils import Conv1D
+
+from .experts import Expert, Stream
+from .placement import is_dispatched
+
+
+# Sequences, on a CPU, up to which one operation for all experts is faster than one for each (benchmarks/speed.py).
+MOST_SEQUENCES = 2
+
+_NOT_ARCHITECTURE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")
+
+
+class NotAlike(ValueError):
+    """Why experts cannot run as one."""
+
+
+class _StackedLinear(nn.Module):
+    """Linear layers of N experts as one, over a batch (N * B, ..., in). Those of gpt2 (`Conv1D`) are (in, out)."""
+
+    def __init__(self, layers: Sequence[Union[nn.Linear, Conv1D]]) -> None:
+        super().__init__()
+        self.__dict__["layers"] = list(layers)  # not as submodules: they belong to the experts
+        self.bias_N1O: Optional[Tensor] = None
+
+    def stack(self) -> None:
+        """Put the weights together."""
+        self.weight = _stacked([layer.weight for layer in self.layers])
+        self.weight_NOI = self.weight.transpose(1, 2) if isinstance(self.layers[0], Conv1D) else self.weight
+        if self.layers[0].bias is not None:
+            self.bias_N1O = _stacked([layer.bias for layer in self.layers])[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_NTI = x.reshape(len(self.layers), -1, x.shape[-1])
+        if x.dtype == torch.float32 and x.device.type == "cpu" and x_NTI.shape[1] <= MOST_SEQUENCES:
+            # The same product, transposed: twice as fast with few tokens in float32, and half as fast in bfloat16.
+            y_NTO = torch.bmm(self.weight_NOI, x_NTI.transpose(1, 2)).transpose(1, 2)
+        else:
+            y_NTO = torch.bmm(x_NTI, self.weight_NOI.transpose(1, 2))
+        if self.bias_N1O is not None:
+            y_NTO = y_NTO + self.bias_N1O
+        return y_NTO.reshape(*x.shape[:-1], y_NTO.shape[-1])
+
+    def parameters_in_place(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The experts' parameters, each with its place in a stack."""
+        for i, layer in enumerate(self.layers):
+            yield layer.weight, self.weight[i]
+            if self.bias_N1O is not None:
+                yield layer.bias, self.bias_N1O[i, 0]
+
+
+class _InTurn(nn.Module):
+    """Any other module with weights: every expert's own, over its share of the batch."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.__dict__["each"] = list(modules)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["each"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = []
+        for i, module in enumerate(self.each):
+            mine = [_share(value, len(self.each), i) for value in args]
+            out.append(module(*mine, **{name: _share(value, len(self.each), i) for name, value in kwargs.items()}))
+        if isinstance(out[0], tuple):
+            return tuple(torch.cat(parts) for parts in zip(*out))
+        return torch.cat(out)
+
+
+class _JointLayer:
+    """One layer of the experts' caches, for the batch of all. What is kept is in their own layers, as ever."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+        self.plain = all(type(part) is DynamicLayer for part in parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.parts[0], name)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        number = len(self.parts)
+        new = list(zip(self.parts, keys.chunk(number), values.chunk(number)))
+        if not self.plain or not all(part.is_initialized for part in self.parts):
+            updated = [part.update(k, v, *args, **kwargs) for part, k, v in new]
+            return tuple(torch.cat(tensors) for tensors in zip(*updated))
+        keys = torch.cat([_joined([part.keys for part in self.parts]), keys], dim=-2)
+        values = torch.cat([_joined([part.values for part in self.parts]), values], dim=-2)
+        for part, k, v in zip(self.parts, keys.chunk(number), values.chunk(number)):
+            part.keys, part.values = k, v
+        return keys, values
+
+
+class Stack:
+    """Experts that run as one.
+
+    Args:
+        experts: Two or more, by name.
+
+    Raises:
+        NotAlike: If they cannot; nothing has been changed then.
+    """
+
+    def __init__(self, experts: dict[str, Expert]) -> None:
+        _check_alike(experts)
+        self.experts = experts
+        self.layers = [_as_one(layers) for layers in zip(*(expert.layers for expert in experts.values()))]
+        self._places: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            for layer in self.layers:
+                for module in layer.modules():
+                    if isinstance(module, _StackedLinear):
+                        module.stack()
+                        self._places += module.parameters_in_place()
+            if not self._is_whole():
+                raise NotAlike("some of their layers share weights")
+            self._check_results()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give every expert weights of its own again."""
+        for parameter, place in self._places:
+            if _is_at(parameter, place):
+                parameter.data = parameter.data.clone()
+        self._places, self.layers = [], []
+
+    def _is_whole(self) -> bool:
+        """Whether the stacks still are the experts' weights: a move or a cast gives these other storage."""
+        return bool(self.layers) and all(_is_at(parameter, place) for parameter, place in self._places)
+
+    def join(self, streams: dict[str, Any], experts: dict[str, Expert], caches: dict[str, Cache]) -> dict[str, Any]:
+        """The streams of these experts as one, if this forward can run so; else as they are, in a forward of its own.
+
+        Args:
+            streams: Just begun, by expert name.
+            experts: Of the forward.
+            caches: Of the experts, by name; none without a cache.
+        """
+        if any(experts.get(name) is not expert for name, expert in self.experts.items()):
+            return streams
+        mine = [streams[name] for name in self.experts]
+        batch, new_tokens = mine[0].state.shape[:2]
+        if new_tokens > 1 or (mine[0].state.device.type == "cpu" and batch > MOST_SEQUENCES):
+            return streams
+        own = [caches[name] for name in self.experts if name in caches]
+        if not all(_can_be_joined(cache) for cache in own) or not self._is_whole():
+            return streams
+        try:
+            joint = _joint_stream(self.layers, mine, own)
+        except NotAlike:
+            return streams
+        return {**streams, **{name: _Lane(joint, i) for i, name in enumerate(self.experts)}}
+
+    @torch.no_grad()
+    def _check_results(self) -> None:
+        """Compare with every expert alone, layer by layer: over a token behind two others."""
+        experts = list(self.experts.values())
+        tokens = [torch.zeros(2, length, dtype=torch.long) for length in (2, 1)]
+        caches = [DynamicCache(config=expert.config) for expert in experts]
+        if not all(_can_be_joined(cache) for cache in caches):
+            raise NotAlike("they keep other things than keys and values in their caches")
+        config = experts[0].config
+        for ids in tokens:
+            streams = [expert({"input_ids": ids}, cache, config) for expert, cache in zip(experts, caches)]
+            if ids is tokens[-1]:
+                break
+            for stream in streams:
+                stream.advance(stream.num_layers)
+        joint = _joint_stream(self.layers, streams, copy.deepcopy(caches))
+        for done in range(1, 1 + len(self.layers)):
+            joint.parts = [stream.state for stream in streams]
+            try:
+                joint.advance(done)
+            except Exception as error:
+                raise NotAlike(f"layer {done - 1} of a batch of all fails: {error}") from error
+            for part, stream in zip(joint.parts, streams):
+                alone = stream.advance(done)
+                error = (part - alone).double().norm() / alone.double().norm()
+                if not error <= 64 * torch.finfo(alone.dtype).eps:
+                    raise NotAlike(f"layer {done - 1} of a batch of all gives other results")
+
+
+class _JointStream(Stream):
+    """Streams of N experts as one of a batch of all.
+
+    Attributes:
+        parts: The experts' hidden states, each (B, T, D).
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], tape: list[tuple], parts: list[Tensor]) -> None:
+        super().__init__(layers, tape)
+        self.parts = parts
+
+    def advance(self, layers_done: int, checkpoint: Optional[Callable] = None) -> Tensor:
+        if self._done < layers_done:
+            self.state = torch.cat(self.parts)
+            super().advance(layers_done)
+            self.parts = list(self.state.chunk(len(self.parts)))
+        return self.state
+
+
+class _Lane:
+    """One expert's share of a `_JointStream`, to be used as a `Stream`."""
+
+    def __init__(self, joint: _JointStream, place: int) -> None:
+        self._joint, self._place = joint, place
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self._joint.layers
+
+    @property
+    def num_layers(self) -> int:
+        return self._joint.num_layers
+
+    @property
+    def state(self) -> Tensor:
+        return self._joint.parts[self._place]
+
+    @state.setter
+    def state(self, state: Tensor) -> None:
+        self._joint.parts[self._place] = state
+
+    def advance(self, layers_done: int, checkpoint: Optional[Callable] = None) -> Tensor:
+        self._joint.advance(layers_done)
+        return self.state
+
+
+class Stacks(list):
+    """The stacks of one model. Copies of the model have none."""
+
+    def __reduce__(self):
+        return Stacks, ()
+
+
+def stacks_of(experts: dict[str, Expert]) -> Stacks:
+    """Stacks of those experts that are alike, as few as possible.
+
+    Raises:
+        ValueError: If no two of them are.
+    """
+    stacks = Stacks()
+    reasons: list[str] = []
+    left = dict(sorted(experts.items()))
+    try:
+        while left:
+            first = next(iter(left))
+            alike = {first: left.pop(first)}
+            for name, expert in list(left.items()):
+                try:
+                    _check_alike({**alike, name: expert})
+                except NotAlike as error:
+                    reasons.append(f"{first!r} and {name!r}: {error}")
+                else:
+                    alike[name] = left.pop(name)
+            try:
+                if len(alike) > 1:
+                    stacks.append(Stack(alike))
+            except NotAlike as error:
+                reasons.append(f"{', '.join(map(repr, alike))}: {error}")
+    except BaseException:
+        release(stacks)
+        raise
+    if not stacks:
+        why = "; ".join(reasons) or f"there is only {', '.join(map(repr, experts)) or 'none'}"
+        raise ValueError(f"stack=True needs two experts of one architecture that can run as one batch. {why}.")
+    return stacks
+
+
+def release(stacks: Stacks) -> None:
+    for stack in stacks:
+        stack.release()
+
+
+@contextmanager
+def stacked(experts: dict[str, Expert]) -> Iterator[Stacks]:
+    """The stacks of these experts, for a while."""
+    stacks = stacks_of(experts)
+    try:
+        yield stacks
+    finally:
+        release(stacks)
+
+
+def _check_alike(experts: dict[str, Expert]) -> None:
+    first, *others = experts.values()
+    if any(is_dispatched(expert.model) for expert in experts.values()):
+        raise NotAlike("accelerate has spread one over devices")
+    for other in others:
+        if other.model is first.model:
+            raise NotAlike("they are the same model")
+        if type(first.model) is not type(other.model) or _architecture(first) != _architecture(other):
+            raise NotAlike("their architectures or configs differ")
+    places = [
+        [(name, p.shape, p.dtype, p.device) for name, p in expert.layers.named_parameters()]
+        for expert in experts.values()
+    ]
+    if any(place != places[0] for place in places[1:]):
+        raise NotAlike("their weights differ in name, shape, dtype or device")
+    if len({place[3] for place in places[0]}) > 1:
+        raise NotAlike("their layers are on several devices")
+
+
+def _architecture(expert: Expert) -> dict[str, Any]:
+    return {name: value for name, value in expert.config.to_dict().items() if name not in _NOT_ARCHITECTURE}
+
+
+def _as_one(modules: Sequence[nn.Module]) -> nn.Module:
+    """A module over the batch of all, in the place of the same module of every expert."""
+    first = modules[0]
+    if any(type(module) is not type(first) or module._modules.keys() != first._modules.keys() for module in modules):
+        raise NotAlike("their layers are built of different modules")
+    if all(module is first for module in modules):
+        return first
+    has_tensors = any(value is not None for value in (*first._parameters.values(), *first._buffers.values()))
+    if not has_tensors:
+        if any(_settings(module) != _settings(first) for module in modules):
+            raise NotAlike(f"their {type(first).__name__} differ in a setting")
+        twin = copy.copy(first)
+        twin.__dict__["_modules"] = {name: _as_one([m._modules[name] for m in modules]) for name in first._modules}
+        return twin
+    if first._modules:
+        raise NotAlike(f"their {type(first).__name__} has weights beside those of its parts")
+    if type(first) in (nn.Linear, Conv1D) and type(first.weight.data) is Tensor:
+        weights = {id(module.weight) for module in modules}
+        if len(weights) == 1 and len({id(module.bias) for module in modules}) == 1:
+            return first  # of the seed, which its LoRA experts share
+        if len(weights) == len(modules):
+            return _StackedLinear(modules)
+    return _InTurn(modules)
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Numbers and the like among a module's attributes, such as a LoRA's scaling."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return all(map(is_plain, value))
+        if isinstance(value, dict):
+            return all(map(is_plain, value.values()))
+        return isinstance(value, (str, int, float, type(None), torch.dtype))
+
+    others = ("_modules", "_is_hf_initialized")  # the latter: how it came to be, not what it does
+    return {name: value for name, value in vars(module).items() if name not in others and is_plain(value)}
+
+
+def _stacked(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The parameters as one tensor (N, ...), of which they become views."""
+    stack = torch.stack([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, stack):
+        parameter.data = part
+    return stack
+
+
+def _is_at(parameter: nn.Parameter, place: Tensor) -> bool:
+    return parameter.data_ptr() == place.data_ptr() and parameter.dtype == place.dtype
+
+
+def _can_be_joined(cache: Cache) -> bool:
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return not getattr(cache, "offloading", False) and all(type(layer) in plain for layer in cache.layers)
+
+
+def _joint_stream(layers: Sequence[nn.Module], streams: Sequence[Stream], caches: Sequence[Cache]) -> _JointStream:
+    cache = None
+    if caches:
+        cache = Cache(layers=[_JointLayer(parts) for parts in zip(*(cache.layers for cache in caches))])
+    parts = [stream.state for stream in streams]
+    batch, number = len(parts[0]), len(parts)
+    tape = [
+        (parts[0], *(_for_all(value, batch, number, cache) for value in (args, kwargs)))
+        for _, args, kwargs in streams[0].tape
+    ]
+    return _JointStream(layers, tape, parts)
+
+
+def _for_all(value: Any, batch: int, number: int, cache: Optional[Cache]) -> Any:
+    """What a layer of one expert is called with, for the batch of all. Their configs are the same, so this is too."""
+    if isinstance(value, Cache):
+        return cache
+    if isinstance(value, (tuple, list)):
+        return type(value)(_for_all(each, batch, number, cache) for each in value)
+    if isinstance(value, dict):
+        return {name: _for_all(each, batch, number, cache) for name, each in value.items()}
+    if not isinstance(value, Tensor) or value.dim() < 2 or len(value) == 1:
+        return value
+    if len(value) != batch:
+        raise NotAlike(f"their layers take a tensor of shape {tuple(value.shape)} beside hidden states")
+    return value.repeat(number, *[1] * (value.dim() - 1))
+
+
+def _share(value: Any, number: int, place: int) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.chunk(number)[place]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors as one along their first dimension; without a copy, where they lie in memory so."""
+    first, size = parts[0], parts[0].numel()
+    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    if all(
+        part.is_contiguous()
+        and part.shape == first.shape
+        and part.untyped_storage().data_ptr() == storage
+        and part.storage_offset() == start + i * size
+        for i, part in enumerate(parts)
+    ):
+        return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride(), start)
+    return torch.cat(list(parts))
