@@ -158,15 +158,21 @@ class _Probe(nn.Module):
         return out
 
 
-def with_layers(backbone: nn.Module, list_name: str, layers: Sequence[nn.Module]) -> nn.Module:
-    """A shallow twin of a backbone that shares all but its decoder layers."""
-    twin = copy.copy(backbone)
+def with_modules(module: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
+    """A shallow twin of a module, without hooks, that has other submodules."""
+    twin = copy.copy(module)
     for patched in ("forward", "_old_forward", "_hf_hook"):  # accelerate's hooks are bound to the original
         twin.__dict__.pop(patched, None)
     for hooks in [name for name in twin.__dict__ if name.startswith(("_forward_", "_backward_"))]:
         if twin.__dict__[hooks] is not None:
             twin.__dict__[hooks] = type(twin.__dict__[hooks])()
-    twin.__dict__["_modules"] = {**backbone._modules, list_name: nn.ModuleList(layers)}
+    twin.__dict__["_modules"] = modules
+    return twin
+
+
+def with_layers(backbone: nn.Module, list_name: str, layers: Sequence[nn.Module]) -> nn.Module:
+    """A shallow twin of a backbone that shares all but its decoder layers."""
+    twin = with_modules(backbone, {**backbone._modules, list_name: nn.ModuleList(layers)})
     twin.__dict__["training"] = False
     return twin
 

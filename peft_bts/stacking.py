@@ -19,7 +19,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
-from .experts import Expert, Stream
+from .experts import Expert, Stream, with_modules
 from .placement import is_dispatched
 
 
@@ -340,10 +340,8 @@ def _as_one(modules: Sequence[nn.Module]) -> nn.Module:
     if not has_tensors:
         if any(_settings(module) != _settings(first) for module in modules):
             raise NotAlike(f"their {type(first).__name__} differ in a setting")
-        twin = copy.copy(first)
-        twin.__dict__["_modules"] = {name: _as_one([m._modules[name] for m in modules]) for name in first._modules}
-        return twin
-    if first._modules:
+        return with_modules(first, {name: _as_one([m._modules[name] for m in modules]) for name in first._modules})
+    if any(len(list(part.parameters())) for part in first.children()):
         raise NotAlike(f"their {type(first).__name__} has weights beside those of its parts")
     if type(first) in (nn.Linear, Conv1D) and type(first.weight.data) is Tensor:
         weights = {id(module.weight) for module in modules}
