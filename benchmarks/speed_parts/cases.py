@@ -63,7 +63,7 @@ class Preset:
     )
     seconds: float = 45.0  # that a row may take, beyond its least number of rounds
     scaling_seconds: float = 8.0
-    rounds: tuple = (3, 30)  # at least, at most
+    rounds: tuple = (5, 30)  # at least, at most
     flops: bool = False  # count them
     sections: tuple = (
         "prefill",

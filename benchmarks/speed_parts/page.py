@@ -27,7 +27,11 @@ TITLES = {
         "The paper's appendix B in plain PyTorch, every layer of every model called in turn. Its logits are checked "
         "to be the same before it is timed.",
     ),
-    "streams": ("Parallel streams", "All models' layers between two stitches at once (`parallel_streams`)."),
+    "streams": (
+        "Parallel streams",
+        "All models' layers between two stitches at once: `parallel_streams()`, two threads on a CPU; and stacked, "
+        "with `stack=True`, where experts also decode as one batch.",
+    ),
     "dropping": ("Dropping experts", "Decoding with at most k experts (`max_active_experts`), in one sequence."),
     "compiled": ("Compiled decoding", "Static cache, one graph per step; on a GPU, CUDA graphs."),
     "scaling": ("One size at a time", "Around the base case; E is that of the same sizes."),
@@ -83,6 +87,13 @@ def worst(rows: dict, section: str, ratio: str, names: Callable[[str], bool] = l
     return max(found, default=None)
 
 
+def worst_of_best_stream(rows: dict) -> float | None:
+    """The largest of the decoding rows, each in the better of the ways to run it."""
+    found = [row["ratios"] for name, row in rows.get("streams", {}).items() if is_decode(name) and "ratios" in row]
+    of_row = [[ratio["median"] for name, ratio in ratios.items() if name.endswith(" / E")] for ratios in found]
+    return max(map(min, of_row), default=None)
+
+
 def memory_ratio(rows: dict, one: str, other: str) -> float | None:
     peaks = [rows.get("memory", {}).get(name, {}).get("peak_bytes") for name in (one, other)]
     return None if None in peaks else peaks[0] / peaks[1]
@@ -94,7 +105,7 @@ def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
     return [
         ("prefill, in E", 1.06, worst(rows, "prefill", "stitched / E")),
         ("sequential decoding, in E", 1.06, worst(rows, "decode", "stitched / E")),
-        ("decoding with parallel streams, in E", 0.70, worst(rows, "streams", "parallel / E", is_decode)),
+        ("decoding with parallel streams, in E", 0.70, worst_of_best_stream(rows)),
         (
             "decoding with experts dropped, in (hub + kept experts)",
             1.2,

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from peft_bts.stacking import MOST_SEQUENCES
 from peft_bts.stitch import ExpertsIntoHub
 
 from .cases import PATTERNS, Case, Preset, forget_models, llama, llamas, models, stitched, token_ids
@@ -200,23 +201,26 @@ class Measurements:
 
     def streams(self) -> Iterator[Row]:
         """All models' layers between two stitches at the same time."""
-        for batch in self.preset.decode:
+        for batch in sorted({*self.preset.decode, 2}):
             name = f"decode, {batch} sequence{'s' * (batch > 1)}"
             yield self._row("streams", name, partial(self._parallel, batch, None), 3 + batch)
-        for batch, length in self.preset.prefill[:1]:
+        for batch, length in self.preset.prefill[:1] if self.case.device == "cpu" else ():
             name = f"prefill, {batch} x {length} tokens"
             yield self._row("streams", name, partial(self._parallel, batch, length), 3 * batch * length / 256)
 
     def _parallel(self, batch: int, length: int | None) -> dict:
         model, hub, experts = models(self.case)
-        inside = model.parallel_streams
-        if length is None:
-            ids, tokens = token_ids(self.case, batch, self.preset.prompt), self.preset.tokens
-            run = partial(Decoding, prompt=ids, tokens=tokens)
+        on_cpu, decodes = self.case.device == "cpu", length is None
+        ways = {"threads": model.parallel_streams} if on_cpu else {}
+        if decodes and not (on_cpu and batch > MOST_SEQUENCES):
+            ways["stacked"] = partial(model.parallel_streams, 2 if on_cpu else 1, stack=True)
+        if decodes:
+            run = partial(Decoding, prompt=token_ids(self.case, batch, self.preset.prompt), tokens=self.preset.tokens)
         else:
             run = partial(Forward, ids=token_ids(self.case, batch, length))
-        runners = {"sequential": run([model]), "parallel": run([model], inside=inside), "E": run(alone(hub, experts))}
-        return self._turns(runners, [("parallel", "E"), ("parallel", "sequential")])
+        runners = {name: run([model], inside=way) for name, way in ways.items()}
+        runners |= {"sequential": run([model]), "E": run(alone(hub, experts))}
+        return self._turns(runners, [(name, of) for of in ("E", "sequential") for name in ways])
 
     def dropping(self) -> Iterator[Row]:
         """Decoding with at most k experts, against the hub and k experts that nobody stitches."""
