@@ -26,6 +26,7 @@ from speed_parts.cases import PRESETS, Case, Preset, forget_models, models, toke
 from speed_parts.page import write_page
 from speed_parts.processes import ProcessRows, measure_here
 from speed_parts.rows import Forward, Measurements, Row, alone
+from speed_parts.timing import keep_freed_memory
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils import logging
@@ -66,6 +67,7 @@ def main() -> None:
         print(json.dumps(measure_here(arguments.child, preset, case, folder)))
         return
 
+    keep_freed_memory()
     sections = arguments.only.split(",") if arguments.only else list(preset.sections)
     if unknown := [section for section in sections if section not in PRESETS["smoke"].sections]:
         raise SystemExit(f"Unknown section(s) {unknown}; there are {', '.join(PRESETS['smoke'].sections)}.")

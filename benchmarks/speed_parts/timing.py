@@ -3,6 +3,8 @@
 A machine's speed drifts by more than stitches cost; between two neighbours of one round it hardly does.
 """
 
+import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 Runner = Callable[[], float]  # does the work once, and returns the seconds that count
 
@@ -26,6 +30,18 @@ def seconds(action: Callable[[], object], device: str) -> float:
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, instead of giving large blocks back to the system.
+
+    Else every large tensor is made of new pages, and what they cost depends on who ran before: on a virtual machine
+    one and the same prefill took 33 seconds, and 21 when its pages were there already.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def take_turns(
