@@ -141,6 +141,7 @@ class Stack:
             self.release()
             raise
 
+    @torch.inference_mode(False)  # weights made in that mode could not take part in training any more
     def release(self) -> None:
         """Give every expert weights of its own again."""
         for parameter, place in self._places:
@@ -366,6 +367,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in others and is_plain(value)}
 
 
+@torch.inference_mode(False)
 def _stacked(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The parameters as one tensor (N, ...), of which they become views."""
     stack = torch.stack([parameter.data for parameter in parameters])
@@ -404,15 +406,17 @@ def _for_all(value: Any, batch: int, number: int, cache: Optional[Cache]) -> Any
         return type(value)(_for_all(each, batch, number, cache) for each in value)
     if isinstance(value, dict):
         return {name: _for_all(each, batch, number, cache) for name, each in value.items()}
-    if not isinstance(value, Tensor) or value.dim() < 2 or len(value) == 1:
+    if not isinstance(value, Tensor) or value.dim() < 2:
         return value
-    if len(value) != batch:
-        raise NotAlike(f"their layers take a tensor of shape {tuple(value.shape)} beside hidden states")
-    return value.repeat(number, *[1] * (value.dim() - 1))
+    if len(value) == batch:
+        return value.repeat(number, *[1] * (value.dim() - 1))
+    if len(value) == 1:
+        return value
+    raise NotAlike(f"their layers take a tensor of shape {tuple(value.shape)} beside hidden states")
 
 
 def _share(value: Any, number: int, place: int) -> Any:
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.dim() == 0 or len(value) == 1:
         return value
     return value.chunk(number)[place]
 

@@ -70,8 +70,8 @@ def head(results: dict[str, Any]) -> str:
         f"Models of random weights: hub and {case['experts']} experts of Llama shape, width {case['width']}, "
         f"{case['layers']} layers, {case['heads']} heads, FFN {case['intermediate']}, vocabulary "
         f"{case['vocabulary']:,}, {case['dtype']}; K={case['stitches']}. Whatever is compared took turns; a ratio is "
-        "the median over rounds of the ratio within a round, quartiles in brackets. The timed process keeps memory that "
-        "it has freed (`keep_freed_memory`)."
+        "the median over rounds of the ratio within a round, quartiles in brackets. The timed process keeps memory "
+        "that it has freed (`keep_freed_memory`)."
     )
 
 

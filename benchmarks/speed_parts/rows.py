@@ -211,14 +211,15 @@ class Measurements:
     def _parallel(self, batch: int, length: int | None) -> dict:
         model, hub, experts = models(self.case)
         on_cpu, decodes = self.case.device == "cpu", length is None
-        ways = {"threads": model.parallel_streams} if on_cpu else {}
+        ways = {"threads": (model, model.parallel_streams)} if on_cpu else {}
         if decodes and not (on_cpu and batch > MOST_SEQUENCES):
-            ways["stacked"] = partial(model.parallel_streams, 2 if on_cpu else 1, stack=True)
+            own = copy.deepcopy(model)  # its weights move with every run, which the others would feel
+            ways["stacked"] = own, partial(own.parallel_streams, 2 if on_cpu else 1, stack=True)
         if decodes:
             run = partial(Decoding, prompt=token_ids(self.case, batch, self.preset.prompt), tokens=self.preset.tokens)
         else:
             run = partial(Forward, ids=token_ids(self.case, batch, length))
-        runners = {name: run([model], inside=way) for name, way in ways.items()}
+        runners = {name: run([its_model], inside=way) for name, (its_model, way) in ways.items()}
         runners |= {"sequential": run([model]), "E": run(alone(hub, experts))}
         return self._turns(runners, [(name, of) for of in ("E", "sequential") for name in ways])
 
