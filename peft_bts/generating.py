@@ -60,7 +60,7 @@ class Generating:
         threads otherwise. Forwards with gradients, and compiled ones, run as ever.
 
         `stack=True` also has the active adapter's experts of one architecture decode as one batch: forwards over one
-        token per sequence, on a CPU of at most 4 sequences, do one matrix product for all of them. Results are the
+        token per sequence, on a CPU of at most 2 sequences, do one matrix product for all of them. Results are the
         same but for rounding, as with another batch size. Their weights move into common storage, one matrix after
         the other, and back at the end; so nothing is in memory twice, but for these moments. Forwards that leave out
         experts (`drop_experts`), and those with other caches than a plain `DynamicCache`, run without stacks.
@@ -76,9 +76,10 @@ class Generating:
         least = 1 if stack else 2
         if not isinstance(threads, int) or threads < least:
             raise ValueError(f"threads must be an integer of at least {least}, got {threads!r}.")
-        if self._runs.pool is not None or self._runs.stacks:
-            raise RuntimeError("parallel_streams() is on already.")
         with ExitStack() as entered:
+            if not self._runs.in_parallel.acquire(blocking=False):
+                raise RuntimeError("parallel_streams() is on already.")
+            entered.callback(self._runs.in_parallel.release)
             experts = self._plans[self._single_active_adapter()].experts if stack else {}
             stacks = entered.enter_context(stacked(experts)) if stack else ()
             pool = entered.enter_context(stream_threads(threads)) if threads > 1 else None

@@ -25,7 +25,7 @@ from .experts import Expert, Stream, cached_tokens
 from .masks import check_mask
 from .parallel import Ahead, may_run_otherwise
 from .stacking import Stack
-from .threads import PerThread
+from .threads import PerThread, Turnstile
 
 
 @dataclass
@@ -186,6 +186,7 @@ class Runs:
         observers: Told of every run's gates (gates.py); mostly none.
         pool: Threads for the experts (parallel.py), or `None`.
         stacks: Experts that run as one (stacking.py).
+        in_parallel: Held while there are such threads or stacks.
     """
 
     observers: tuple = ()
@@ -204,6 +205,7 @@ class Runs:
         self._argument_names = list(inspect.signature(backbone.forward).parameters)
         self._slot = PerThread()
         self._hooks: list[Any] = []
+        self.in_parallel = Turnstile()
 
     def current(self) -> Optional[Run]:
         """The run of the forward under way in this thread."""

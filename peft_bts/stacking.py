@@ -11,9 +11,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -26,11 +28,37 @@ from .placement import is_dispatched
 # Sequences, on a CPU, up to which one operation for all experts is faster than one for each (benchmarks/speed.py).
 MOST_SEQUENCES = 2
 
-_NOT_ARCHITECTURE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")
+# Of configs: what does not tell what layers do.
+_NOT_ARCHITECTURE = {
+    *("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures"),
+    *("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "tie_word_embeddings"),
+}
 
 
 class NotAlike(ValueError):
     """Why experts cannot run as one."""
+
+
+@dataclass
+class _Place:
+    """A parameter of an expert, and the part of a stack that it is to be a view of."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    part: Tensor
+
+    def is_taken(self) -> bool:
+        return (
+            self.module._parameters.get(self.name) is self.parameter
+            and self.parameter.data_ptr() == self.part.data_ptr()
+            and self.parameter.dtype == self.part.dtype
+        )
+
+    @torch.inference_mode(False)
+    def leave(self) -> None:
+        if self.parameter.data_ptr() == self.part.data_ptr():
+            self.parameter.data = self.parameter.data.clone()
 
 
 class _StackedLinear(nn.Module):
@@ -41,12 +69,17 @@ class _StackedLinear(nn.Module):
         self.__dict__["layers"] = list(layers)  # not as submodules: they belong to the experts
         self.bias_N1O: Optional[Tensor] = None
 
-    def stack(self) -> None:
-        """Put the weights together."""
-        self.weight = _stacked([layer.weight for layer in self.layers])
+    @torch.inference_mode(False)  # weights made in that mode could not take part in training any more
+    def stack(self) -> list[_Place]:
+        """Copy the weights into stacks, and return where each of the experts' parameters is there."""
+        self.weight = torch.stack([layer.weight.data for layer in self.layers])
         self.weight_NOI = self.weight.transpose(1, 2) if isinstance(self.layers[0], Conv1D) else self.weight
+        places = [_Place(layer, "weight", layer.weight, part) for layer, part in zip(self.layers, self.weight)]
         if self.layers[0].bias is not None:
-            self.bias_N1O = _stacked([layer.bias for layer in self.layers])[:, None]
+            bias = torch.stack([layer.bias.data for layer in self.layers])
+            self.bias_N1O = bias[:, None]
+            places += [_Place(layer, "bias", layer.bias, part) for layer, part in zip(self.layers, bias)]
+        return places
 
     def forward(self, x: Tensor) -> Tensor:
         x_NTI = x.reshape(len(self.layers), -1, x.shape[-1])
@@ -58,13 +91,6 @@ class _StackedLinear(nn.Module):
         if self.bias_N1O is not None:
             y_NTO = y_NTO + self.bias_N1O
         return y_NTO.reshape(*x.shape[:-1], y_NTO.shape[-1])
-
-    def parameters_in_place(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """The experts' parameters, each with its place in a stack."""
-        for i, layer in enumerate(self.layers):
-            yield layer.weight, self.weight[i]
-            if self.bias_N1O is not None:
-                yield layer.bias, self.bias_N1O[i, 0]
 
 
 class _InTurn(nn.Module):
@@ -127,13 +153,20 @@ class Stack:
         _check_alike(experts)
         self.experts = experts
         self.layers = [_as_one(layers) for layers in zip(*(expert.layers for expert in experts.values()))]
-        self._places: list[tuple[nn.Parameter, Tensor]] = []
+        # What the experts are built of now: somebody may exchange modules, or adapters in them, meanwhile.
+        modules = [module for expert in experts.values() for module in expert.layers.modules()]
+        self._built = [(module._modules, dict(module._modules)) for module in modules if module._modules]
+        tuners = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        self._tuners = [(module, copy.deepcopy(_settings(module))) for module in tuners]
+        self._places: list[_Place] = []
         try:
             for layer in self.layers:
                 for module in layer.modules():
                     if isinstance(module, _StackedLinear):
-                        module.stack()
-                        self._places += module.parameters_in_place()
+                        places = module.stack()
+                        self._places += places
+                        for place in places:
+                            place.parameter.data = place.part
             if not self._is_whole():
                 raise NotAlike("some of their layers share weights")
             self._check_results()
@@ -141,17 +174,19 @@ class Stack:
             self.release()
             raise
 
-    @torch.inference_mode(False)  # weights made in that mode could not take part in training any more
     def release(self) -> None:
         """Give every expert weights of its own again."""
-        for parameter, place in self._places:
-            if _is_at(parameter, place):
-                parameter.data = parameter.data.clone()
+        for place in self._places:
+            place.leave()
         self._places, self.layers = [], []
 
     def _is_whole(self) -> bool:
-        """Whether the stacks still are the experts' weights: a move or a cast gives these other storage."""
-        return bool(self.layers) and all(_is_at(parameter, place) for parameter, place in self._places)
+        """Whether the experts are as they were put together: a move or a cast gives them other weights."""
+        return (
+            all(place.is_taken() for place in self._places)
+            and all(now == then for now, then in self._built)
+            and all(_settings(module) == then for module, then in self._tuners)
+        )
 
     def join(self, streams: dict[str, Any], experts: dict[str, Expert], caches: dict[str, Cache]) -> dict[str, Any]:
         """The streams of these experts as one, if this forward can run so; else as they are, in a forward of its own.
@@ -163,15 +198,16 @@ class Stack:
         """
         if any(experts.get(name) is not expert for name, expert in self.experts.items()):
             return streams
+        layers = self.layers  # another thread may be at `release`
         mine = [streams[name] for name in self.experts]
         batch, new_tokens = mine[0].state.shape[:2]
         if new_tokens > 1 or (mine[0].state.device.type == "cpu" and batch > MOST_SEQUENCES):
             return streams
         own = [caches[name] for name in self.experts if name in caches]
-        if not all(_can_be_joined(cache) for cache in own) or not self._is_whole():
+        if not layers or not all(_can_be_joined(cache) for cache in own) or not self._is_whole():
             return streams
         try:
-            joint = _joint_stream(self.layers, mine, own)
+            joint = _joint_stream(layers, mine, own)
         except NotAlike:
             return streams
         return {**streams, **{name: _Lane(joint, i) for i, name in enumerate(self.experts)}}
@@ -201,7 +237,8 @@ class Stack:
             for part, stream in zip(joint.parts, streams):
                 alone = stream.advance(done)
                 error = (part - alone).double().norm() / alone.double().norm()
-                if not error <= 64 * torch.finfo(alone.dtype).eps:
+                digits = torch.finfo(alone.dtype).eps
+                if not error <= (8 if digits > 1e-4 else 64) * digits:
                     raise NotAlike(f"layer {done - 1} of a batch of all gives other results")
 
 
@@ -322,6 +359,11 @@ def _check_alike(experts: dict[str, Expert]) -> None:
     ]
     if any(place != places[0] for place in places[1:]):
         raise NotAlike("their weights differ in name, shape, dtype or device")
+    weights = {id(p): p for expert in experts.values() for p in expert.layers.parameters() if p.numel()}.values()
+    if any(p.is_inference() for p in weights):
+        raise NotAlike("their weights were made in inference mode")
+    if len({p.data_ptr() for p in weights}) < len(weights):
+        raise NotAlike("some of their weights share memory")
     if len({place[3] for place in places[0]}) > 1:
         raise NotAlike("their layers are on several devices")
 
@@ -365,19 +407,6 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
     others = ("_modules", "_is_hf_initialized")  # the latter: how it came to be, not what it does
     return {name: value for name, value in vars(module).items() if name not in others and is_plain(value)}
-
-
-@torch.inference_mode(False)
-def _stacked(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The parameters as one tensor (N, ...), of which they become views."""
-    stack = torch.stack([parameter.data for parameter in parameters])
-    for parameter, part in zip(parameters, stack):
-        parameter.data = part
-    return stack
-
-
-def _is_at(parameter: nn.Parameter, place: Tensor) -> bool:
-    return parameter.data_ptr() == place.data_ptr() and parameter.dtype == place.dtype
 
 
 def _can_be_joined(cache: Cache) -> bool:

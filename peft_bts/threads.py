@@ -33,3 +33,14 @@ class PerThread:
 
     def __reduce__(self):
         return PerThread, ()
+
+
+class Turnstile:
+    """A lock of one model. Copies of the model have a free one of their own."""
+
+    def __init__(self) -> None:
+        lock = threading.Lock()
+        self.acquire, self.release = lock.acquire, lock.release
+
+    def __reduce__(self):
+        return Turnstile, ()

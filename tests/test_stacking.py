@@ -184,6 +184,110 @@ def test_changed_weights():
     assert torch.equal(got, decode(model))
 
 
+def replace_weight(expert):
+    up = expert.model.layers[0].mlp.up_proj
+    up.weight = torch.nn.Parameter(3 * up.weight.detach(), requires_grad=False)
+
+
+def load_state(expert):
+    expert.load_state_dict({name: 2 * tensor for name, tensor in expert.state_dict().items()}, assign=True)
+
+
+def replace_module(expert):
+    expert.model.layers[0].mlp = copy.deepcopy(expert.model.layers[1].mlp)
+
+
+def add_lora(expert):
+    get_peft_model(expert, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("change", [replace_weight, load_state, replace_module, add_lora])
+def test_replaced_parts(change):
+    model = three()
+    before = decode(model)
+    with model.parallel_streams(1, stack=True):
+        change(expert(model, "lang"))
+        got = decode(model)
+    assert torch.equal(got, decode(model)) and not torch.equal(got, before)
+
+
+@pytest.mark.parametrize("change", ["set_adapter", "merge_adapter", "disable_adapter_layers", "set_scale"])
+def test_adapters_of_an_expert_change(change):
+    experts = {}
+    for i, name in enumerate(NAMES):
+        torch.manual_seed(i)
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+        experts[name] = get_peft_model(fresh("llama").double(), lora)
+        experts[name].add_adapter("two", lora)
+    model = stitch(fresh("llama").double(), experts, autocast_adapter_dtype=False)
+    before = decode(model)
+    with model.parallel_streams(1, stack=True):
+        assert not runs_alone(model)
+        tuner = experts["lang"].base_model
+        if change == "set_scale":
+            tuner.model.model.layers[0].self_attn.q_proj.set_scale("default", 5.0)
+        else:
+            getattr(tuner, change)(*["two"] * (change == "set_adapter"))
+        got = decode(model)
+    assert torch.equal(got, decode(model))
+    assert change == "merge_adapter" or not torch.equal(got, before)
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        model = three()
+        want = decode(model)
+    with pytest.raises(ValueError, match="inference mode"), model.parallel_streams(1, stack=True):
+        pass
+    with torch.inference_mode():
+        assert torch.equal(decode(model), want)
+
+
+def test_no_memory(monkeypatch):
+    model = three("gpt2", torch.float32)
+    want, stack, calls = decode(model), torch.stack, []
+
+    def fails_at_the_fourth(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError
+        return stack(*args, **kwargs)
+
+    sizes = [p.untyped_storage().nbytes() for p in model.parameters()]
+    monkeypatch.setattr(torch, "stack", fails_at_the_fourth)
+    with pytest.raises(MemoryError), model.parallel_streams(1, stack=True):
+        pass
+    monkeypatch.undo()
+    assert [p.untyped_storage().nbytes() for p in model.parameters()] == sizes
+    assert torch.equal(decode(model), want)
+    with model.parallel_streams(1, stack=True):
+        assert not runs_alone(model)
+
+
+def test_settings_outside_of_configs():
+    class Scaled(torch.nn.Module):
+        def __init__(self, inner, by):
+            super().__init__()
+            self.inner, self.by = inner, torch.tensor(by, dtype=torch.bfloat16)
+
+        def forward(self, x):
+            return self.inner(x) * self.by
+
+    model = three(dtype=torch.bfloat16)
+    for name, by in zip(NAMES, (1.0, 0.8, 0.8)):
+        for layer in expert(model, name).model.layers:
+            layer.mlp = Scaled(layer.mlp, by)
+    with pytest.raises(ValueError, match="gives other results"), model.parallel_streams(1, stack=True):
+        pass
+
+
+def test_other_tokenizers():
+    model = three()
+    expert(model, "code").config.eos_token_id = 7
+    with model.parallel_streams(1, stack=True):
+        assert not runs_alone(model)
+
+
 def test_other_experts_meanwhile():
     model = three()
     with model.parallel_streams(2, stack=True):
@@ -222,6 +326,10 @@ def test_lora_experts_share_the_weights_of_the_seed(tmp_path):
         assert list(stack.experts) == ["code", "lang"]  # "math" has another rank
         assert_near(decode(model), want, 1e-12)
         assert storages(model) == size
+    with model.parallel_streams(3):
+        assert torch.equal(decode(model), want)
+    with model.drop_experts(max_active_experts=3):
+        assert_near(decode(model), want, 1e-12)
 
 
 def test_copies_run_apart():
