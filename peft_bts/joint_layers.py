@@ -1,0 +1,183 @@
+"""The layers of several experts as one, over a batch of all: what stacking.py puts together.
+
+Shapes: N experts, B sequences of each; a batch of all is (N * B, ...), the first expert's sequences first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
+
+from .experts import with_modules
+
+
+# Sequences, on a CPU, up to which one operation for all experts is faster than one for each (benchmarks/speed.py).
+MOST_SEQUENCES = 2
+
+
+class NotAlike(ValueError):
+    """Why experts cannot run as one."""
+
+
+@dataclass
+class Place:
+    """A parameter of an expert, and the part of a stack that it is to be a view of."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    part: Tensor
+
+    def is_taken(self) -> bool:
+        return (
+            self.module._parameters.get(self.name) is self.parameter
+            and self.parameter.data_ptr() == self.part.data_ptr()
+            and self.parameter.dtype == self.part.dtype
+        )
+
+    @torch.inference_mode(False)
+    def leave(self) -> None:
+        if self.parameter.data_ptr() == self.part.data_ptr():
+            self.parameter.data = self.parameter.data.clone()
+
+
+class StackedLinear(nn.Module):
+    """Linear layers of N experts as one, over a batch (N * B, ..., in). Those of gpt2 (`Conv1D`) are (in, out)."""
+
+    def __init__(self, layers: Sequence[Union[nn.Linear, Conv1D]]) -> None:
+        super().__init__()
+        self.__dict__["layers"] = list(layers)  # not as submodules: they belong to the experts
+        self.bias_N1O: Optional[Tensor] = None
+
+    @torch.inference_mode(False)  # weights made in that mode could not take part in training any more
+    def stack(self) -> list[Place]:
+        """Copy the weights into stacks, and return where each of the experts' parameters is there."""
+        self.weight = torch.stack([layer.weight.data for layer in self.layers])
+        self.weight_NOI = self.weight.transpose(1, 2) if isinstance(self.layers[0], Conv1D) else self.weight
+        places = [Place(layer, "weight", layer.weight, part) for layer, part in zip(self.layers, self.weight)]
+        if self.layers[0].bias is not None:
+            bias = torch.stack([layer.bias.data for layer in self.layers])
+            self.bias_N1O = bias[:, None]
+            places += [Place(layer, "bias", layer.bias, part) for layer, part in zip(self.layers, bias)]
+        return places
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_NTI = x.reshape(len(self.layers), -1, x.shape[-1])
+        if x.dtype == torch.float32 and x.device.type == "cpu" and x_NTI.shape[1] <= MOST_SEQUENCES:
+            # The same product, transposed: twice as fast with few tokens in float32, and half as fast in bfloat16.
+            y_NTO = torch.bmm(self.weight_NOI, x_NTI.transpose(1, 2)).transpose(1, 2)
+        else:
+            y_NTO = torch.bmm(x_NTI, self.weight_NOI.transpose(1, 2))
+        if self.bias_N1O is not None:
+            y_NTO = y_NTO + self.bias_N1O
+        return y_NTO.reshape(*x.shape[:-1], y_NTO.shape[-1])
+
+
+class _InTurn(nn.Module):
+    """Any other module with weights: every expert's own, over its share of the batch."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.__dict__["each"] = list(modules)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["each"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = []
+        for i, module in enumerate(self.each):
+            mine = [_share(value, len(self.each), i) for value in args]
+            out.append(module(*mine, **{name: _share(value, len(self.each), i) for name, value in kwargs.items()}))
+        if isinstance(out[0], tuple):
+            return tuple(torch.cat(parts) for parts in zip(*out))
+        return torch.cat(out)
+
+
+class JointCacheLayer:
+    """One layer of the experts' caches, for the batch of all. What is kept is in their own layers, as ever."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+        self.plain = all(type(part) is DynamicLayer for part in parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.parts[0], name)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        number = len(self.parts)
+        new = list(zip(self.parts, keys.chunk(number), values.chunk(number)))
+        if not self.plain or not all(part.is_initialized for part in self.parts):
+            updated = [part.update(k, v, *args, **kwargs) for part, k, v in new]
+            return tuple(torch.cat(tensors) for tensors in zip(*updated))
+        keys = torch.cat([_joined([part.keys for part in self.parts]), keys], dim=-2)
+        values = torch.cat([_joined([part.values for part in self.parts]), values], dim=-2)
+        for part, k, v in zip(self.parts, keys.chunk(number), values.chunk(number)):
+            part.keys, part.values = k, v
+        return keys, values
+
+
+def as_one(modules: Sequence[nn.Module]) -> nn.Module:
+    """A module over the batch of all, in the place of the same module of every expert."""
+    first = modules[0]
+    if any(type(module) is not type(first) or module._modules.keys() != first._modules.keys() for module in modules):
+        raise NotAlike("their layers are built of different modules")
+    if all(module is first for module in modules):
+        return first
+    has_tensors = any(value is not None for value in (*first._parameters.values(), *first._buffers.values()))
+    if not has_tensors:
+        if any(settings(module) != settings(first) for module in modules):
+            raise NotAlike(f"their {type(first).__name__} differ in a setting")
+        return with_modules(first, {name: as_one([m._modules[name] for m in modules]) for name in first._modules})
+    if any(len(list(part.parameters())) for part in first.children()):
+        raise NotAlike(f"their {type(first).__name__} has weights beside those of its parts")
+    if type(first) in (nn.Linear, Conv1D) and type(first.weight.data) is Tensor:
+        weights = {id(module.weight) for module in modules}
+        if len(weights) == 1 and len({id(module.bias) for module in modules}) == 1:
+            return first  # of the seed, which its LoRA experts share
+        if len(weights) == len(modules):
+            return StackedLinear(modules)
+    return _InTurn(modules)
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """Numbers and the like among a module's attributes, such as a LoRA's scaling."""
+
+    def is_plain(value: Any) -> bool:
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return all(map(is_plain, value))
+        if isinstance(value, dict):
+            return all(map(is_plain, value.values()))
+        return isinstance(value, (str, int, float, type(None), torch.dtype))
+
+    others = ("_modules", "_is_hf_initialized")  # the latter: how it came to be, not what it does
+    return {name: value for name, value in vars(module).items() if name not in others and is_plain(value)}
+
+
+def _share(value: Any, number: int, place: int) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0 or len(value) == 1:
+        return value
+    return value.chunk(number)[place]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors as one along their first dimension; without a copy, where they lie in memory so."""
+    first, size = parts[0], parts[0].numel()
+    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    if all(
+        part.is_contiguous()
+        and part.shape == first.shape
+        and part.untyped_storage().data_ptr() == storage
+        and part.storage_offset() == start + i * size
+        for i, part in enumerate(parts)
+    ):
+        return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride(), start)
+    return torch.cat(list(parts))
