@@ -106,6 +106,12 @@ def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> di
     return joined
 
 
+def is_plain(cache: Cache) -> bool:
+    """Whether rows can be taken out of a cache and put together: it has keys and values, here, and nothing else."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return not getattr(cache, "offloading", False) and all(type(layer) in plain for layer in cache.layers)
+
+
 def static_length(cache: StaticCache) -> int:
     """How many tokens a static cache can hold (its layers with a window hold fewer)."""
     return max(layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len"))

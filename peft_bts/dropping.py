@@ -17,9 +17,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache import ROSTER, join_caches
+from .cache import ROSTER, is_plain, join_caches
 from .config import EXPERTS_INTO_HUB
 from .experts import Stream, cached_tokens
 from .masks import is_text
@@ -76,7 +75,7 @@ class Group:
     def split(self, wanted: Tensor) -> list[Group]:
         """Groups of the rows that `wanted` (B,) marks, and of the others; one group where that cannot be done."""
         mine = wanted[self.rows]
-        if mine.all() or not mine.any() or not _is_plain(self.cache):
+        if mine.all() or not mine.any() or not is_plain(self.cache):
             return [self]
         return [Group(self.rows[part], _rows_of(self.cache, part), self.done) for part in (mine, ~mine)]
 
@@ -145,7 +144,7 @@ class Roster:
             group.done = self.seen
         for name, groups in self.groups.items():
             level = [group for group in groups if group.done == self.seen]
-            if len(level) > 1 and all(_is_plain(group.cache) for group in level):
+            if len(level) > 1 and all(is_plain(group.cache) for group in level):
                 behind = [group for group in groups if group.done < self.seen]
                 rows = torch.cat([group.rows for group in level])
                 joined = Group(rows, _joined_rows([group.cache for group in level]), self.seen)
@@ -230,7 +229,7 @@ class DroppingRun(Run):
             self.present[name] = wanted[name].to(given.device)
             for place, group in enumerate(groups):
                 # Others than plain caches (recurrent states) cannot make up for what they missed: they run on unheard.
-                if wanted[name][group.rows].any() or not _is_plain(group.cache):
+                if wanted[name][group.rows].any() or not is_plain(group.cache):
                     key = (name, place)
                     self.running[key] = group
                     streams[key] = self.plan.experts[name](self._call_for(group), group.cache, self.plan.hub_config)
@@ -318,11 +317,6 @@ def _refuse(change: str, *args: Any, **kwargs: Any) -> None:
         f"{change}() on a cache that was filled while experts could be left out: its sequences can only be continued. "
         "Beam search, drafts and the like need a cache that was filled without `drop_experts`."
     )
-
-
-def _is_plain(cache: Cache) -> bool:
-    """Whether rows can be taken out of a cache and put together again: it has keys and values, and nothing else."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def _with_layers(cache: Cache, layers: list[Any]) -> Cache:

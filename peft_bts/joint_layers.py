@@ -114,8 +114,8 @@ class JointCacheLayer:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         number = len(self.parts)
-        new = list(zip(self.parts, keys.chunk(number), values.chunk(number)))
         if not self.plain or not all(part.is_initialized for part in self.parts):
+            new = zip(self.parts, keys.chunk(number), values.chunk(number))
             updated = [part.update(k, v, *args, **kwargs) for part, k, v in new]
             return tuple(torch.cat(tensors) for tensors in zip(*updated))
         keys = torch.cat([_joined([part.keys for part in self.parts]), keys], dim=-2)

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .cache import is_plain
 from .experts import Expert, Stream
 from .joint_layers import MOST_SEQUENCES, JointCacheLayer, NotAlike, Place, StackedLinear, as_one, settings
 from .placement import is_dispatched
@@ -35,14 +35,13 @@ class Stack:
     """Experts that run as one.
 
     Args:
-        experts: Two or more, by name.
+        experts: Two or more that are alike (`_check_alike`), by name.
 
     Raises:
         NotAlike: If they cannot; nothing has been changed then.
     """
 
     def __init__(self, experts: dict[str, Expert]) -> None:
-        _check_alike(experts)
         self.experts = experts
         self.layers = [as_one(layers) for layers in zip(*(expert.layers for expert in experts.values()))]
         # What the experts are built of now: somebody may exchange modules, or adapters in them, meanwhile.
@@ -96,7 +95,7 @@ class Stack:
         if new_tokens > 1 or (mine[0].state.device.type == "cpu" and batch > MOST_SEQUENCES):
             return streams
         own = [caches[name] for name in self.experts if name in caches]
-        if not layers or not all(_can_be_joined(cache) for cache in own) or not self._is_whole():
+        if not layers or not all(is_plain(cache) for cache in own) or not self._is_whole():
             return streams
         try:
             joint = _joint_stream(layers, mine, own)
@@ -111,7 +110,7 @@ class Stack:
         some = torch.arange(1, 7) % min(expert.config.vocab_size for expert in experts)  # not all of them padding
         tokens = some.view(2, 3).split([2, 1], dim=1)
         caches = [DynamicCache(config=expert.config) for expert in experts]
-        if not all(_can_be_joined(cache) for cache in caches):
+        if not all(is_plain(cache) for cache in caches):
             raise NotAlike("they keep other things than keys and values in their caches")
         config = experts[0].config
         for ids in tokens:
@@ -187,16 +186,17 @@ class Stacks(list):
         return Stacks, ()
 
 
-def stacks_of(experts: dict[str, Expert]) -> Stacks:
-    """Stacks of those experts that are alike, as few as possible.
+@contextmanager
+def stacked(experts: dict[str, Expert]) -> Iterator[Stacks]:
+    """Stacks of those experts that are alike, as few as possible, for a while.
 
     Raises:
         ValueError: If no two of them are.
     """
-    stacks = Stacks()
     reasons: list[str] = []
     left = dict(sorted(experts.items()))
-    try:
+    with ExitStack() as entered:
+        stacks = Stacks()
         while left:
             first = next(iter(left))
             alike = {first: left.pop(first)}
@@ -207,33 +207,18 @@ def stacks_of(experts: dict[str, Expert]) -> Stacks:
                     reasons.append(f"{first!r} and {name!r}: {error}")
                 else:
                     alike[name] = left.pop(name)
-            try:
-                if len(alike) > 1:
-                    stacks.append(Stack(alike))
-            except NotAlike as error:
-                reasons.append(f"{', '.join(map(repr, alike))}: {error}")
-    except BaseException:
-        release(stacks)
-        raise
-    if not stacks:
-        why = "; ".join(reasons) or f"there is only {', '.join(map(repr, experts)) or 'none'}"
-        raise ValueError(f"stack=True needs two experts of one architecture that can run as one batch. {why}.")
-    return stacks
-
-
-def release(stacks: Stacks) -> None:
-    for stack in stacks:
-        stack.release()
-
-
-@contextmanager
-def stacked(experts: dict[str, Expert]) -> Iterator[Stacks]:
-    """The stacks of these experts, for a while."""
-    stacks = stacks_of(experts)
-    try:
+            if len(alike) > 1:
+                try:
+                    stack = Stack(alike)
+                except NotAlike as error:
+                    reasons.append(f"{', '.join(map(repr, alike))}: {error}")
+                else:
+                    entered.callback(stack.release)
+                    stacks.append(stack)
+        if not stacks:
+            why = "; ".join(reasons) or f"there is only {', '.join(map(repr, experts)) or 'none'}"
+            raise ValueError(f"stack=True needs two experts of one architecture that can run as one batch. {why}.")
         yield stacks
-    finally:
-        release(stacks)
 
 
 def _check_alike(experts: dict[str, Expert]) -> None:
@@ -262,11 +247,6 @@ def _check_alike(experts: dict[str, Expert]) -> None:
 
 def _architecture(expert: Expert) -> dict[str, Any]:
     return {name: value for name, value in expert.config.to_dict().items() if name not in _NOT_ARCHITECTURE}
-
-
-def _can_be_joined(cache: Cache) -> bool:
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return not getattr(cache, "offloading", False) and all(type(layer) in plain for layer in cache.layers)
 
 
 def _joint_stream(layers: Sequence[nn.Module], streams: Sequence[Stream], caches: Sequence[Cache]) -> _JointStream:
