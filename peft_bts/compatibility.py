@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from .blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
 from .config import check_expert_name
-from .experts import find_decoder, text_config
+from .decoder import find_decoder, text_config
 from .layer import StitchLayer
 from .loading import how_to_replace
 from .text import as_text, table

@@ -14,7 +14,6 @@ import inspect
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ._compat import keep_output_capture, no_output_capture
+from .decoder import Decoder, find_decoder, text_config
 from .masks import expert_mask
 from .placement import execution_device, is_dispatched
 from .threads import PerThread
@@ -40,79 +40,21 @@ _NOT_FOR_EXPERTS = {
     "return_dict",
 }
 
-# Takes `past_key_values`, but in most supported versions of transformers its recurrent layers keep their state in
-# themselves; and they run over padding as over text.
-_STATE_IN_LAYERS = ("recurrent_gemma",)
+
+class StandIn(nn.Module):
+    """In the place of another module, to whose attributes it answers: a layer's `attention_type` and the like."""
+
+    def _original(self) -> nn.Module:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._original(), name)
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Where a causal LM keeps its decoder layers."""
-
-    backbone: nn.Module  # the module whose forward loops over the layers
-    list_name: str  # its attribute that holds them, a ModuleList
-    path: str  # dotted path of that list from the model
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return getattr(self.backbone, self.list_name)
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of the model's language part, or `None`."""
-    config = getattr(model, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
-
-
-def find_decoder(model: nn.Module, what: str) -> Decoder:
-    """Find the decoder layers of a causal LM.
-
-    Args:
-        model: A Hugging Face causal LM, or a PEFT model around one.
-        what: What to call it in errors, e.g. `"The hub"`.
-
-    Raises:
-        ValueError: If there is no list of `num_hidden_layers` layers, more than one, the model keeps its state
-            outside a `past_key_values` cache (state-space models such as Mamba), or DeepSpeed has loaded it in parts.
-    """
-    config = text_config(model)
-    kind = getattr(config, "model_type", type(model).__name__)
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError(
-            f"{what} ({kind}) has been loaded in parts by DeepSpeed (zero.Init), so its layers cannot be run yet. "
-            "Make the stitched model before `TrainingArguments` or `Accelerator`, from models loaded whole; DeepSpeed "
-            "shards them when training begins."
-        )
-    num_layers = getattr(config, "num_hidden_layers", None)
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in model.named_modules():
-        inside_a_layer = any(path.startswith(outer + ".") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not inside_a_layer:
-            found[path] = module
-    if len(found) != 1:
-        raise ValueError(
-            f"{what} ({kind}) is of an unknown architecture: expected one list of config.num_hidden_layers="
-            f"{num_layers} decoder layers, found {sorted(found) or 'none'}. Stitches need a decoder-only language "
-            "model of transformers."
-        )
-    path = next(iter(found))
-    parent, _, list_name = path.rpartition(".")
-    decoder = Decoder(model.get_submodule(parent), list_name, path)
-    arguments = inspect.signature(decoder.backbone.forward).parameters
-    if "input_ids" not in arguments:
-        raise ValueError(
-            f"{what} ({kind}) is of an unknown architecture: the module around its layers, {parent!r}, takes no "
-            "`input_ids`, as that of a decoder-only language model does."
-        )
-    if "past_key_values" not in arguments or kind in _STATE_IN_LAYERS:
-        raise ValueError(
-            f"{what} ({kind}) keeps its state outside `past_key_values`, as state-space models do; its layers cannot "
-            "be run one by one beside another model. Use a model with attention layers, or a hybrid such as bamba."
-        )
-    return decoder
-
-
-class _Recorder(nn.Module):
+class _Recorder(StandIn):
     """Stands in for one decoder layer: records the call, hands the hidden states on in the layer's own shape."""
 
     def __init__(self, layers: Sequence[nn.Module], index: int, tape: PerThread, tuple_size: Optional[int]) -> None:
@@ -120,13 +62,8 @@ class _Recorder(nn.Module):
         self.__dict__.update(_layers=layers, _index=index)  # not as submodules: the layers belong to the model
         self._tape, self._tuple_size = tape, tuple_size
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(
-                self.__dict__["_layers"][self.__dict__["_index"]], name
-            )  # backbones look at a layer's `attention_type` and the like
+    def _original(self) -> nn.Module:
+        return self.__dict__["_layers"][self.__dict__["_index"]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
@@ -137,7 +74,7 @@ class _Recorder(nn.Module):
         return hidden if self._tuple_size is None else (hidden, *[None] * (self._tuple_size - 1))
 
 
-class _Probe(nn.Module):
+class _Probe(StandIn):
     """Runs a decoder layer once to see what it returns: a tensor (`None`) or a tuple of some size."""
 
     def __init__(self, layer: nn.Module, sizes: dict[type, Optional[int]], widths: set[int]) -> None:
@@ -145,11 +82,8 @@ class _Probe(nn.Module):
         self.__dict__["_layer"] = layer
         self._sizes, self._widths = sizes, widths
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"], name)
+    def _original(self) -> nn.Module:
+        return self.__dict__["_layer"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self._layer(*args, **kwargs)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from .config import StitchConfig
-from .experts import find_decoder, layer_return_sizes
+from .decoder import find_decoder
+from .experts import layer_return_sizes
 from .loading import share_weights
 from .run import Plan
 from .standalone import StitchedConfig, StitchedForCausalLM

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from .experts import with_modules
+from .experts import StandIn, with_modules
 
 
 # Sequences, on a CPU, up to which one operation for all experts is faster than one for each (benchmarks/speed.py).
@@ -79,18 +79,15 @@ class StackedLinear(nn.Module):
         return y_NTO.reshape(*x.shape[:-1], y_NTO.shape[-1])
 
 
-class _InTurn(nn.Module):
+class _InTurn(StandIn):
     """Any other module with weights: every expert's own, over its share of the batch."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.__dict__["each"] = list(modules)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["each"][0], name)
+    def _original(self) -> nn.Module:
+        return self.__dict__["each"][0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = []

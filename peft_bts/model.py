@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ._compat import adapter_is_made_by_this_load, keep_repacked_weights
 from .attaching import Attaching, Experts
 from .config import EXPERTS_INTO_HUB, StitchConfig, stitch_schedule
+from .decoder import find_decoder, text_config
 from .dropping import new_run
-from .experts import find_decoder, text_config
 from .export import export_composition
 from .files import file_key, fit_to_model, stitch_weights
 from .generating import Generating

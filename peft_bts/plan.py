@@ -22,7 +22,7 @@ from transformers import Cache
 
 from .blueprint import ModelLike, expert_blueprint, hub_blueprint, is_mixture, no_weights
 from .config import StitchConfig
-from .experts import find_decoder
+from .decoder import find_decoder
 from .text import as_text, human, table
 
 

@@ -32,7 +32,8 @@ from transformers import (
 from ._compat import replace_captured_hidden_state
 from .cache import cache_like, static_length
 from .config import EXPERTS_INTO_HUB
-from .experts import Planner, cached_tokens, find_decoder, text_config, with_layers
+from .decoder import find_decoder, text_config
+from .experts import Planner, cached_tokens, with_layers
 from .masks import expert_mask
 from .observers import generation
 from .run import Plan, Run, checkpoint_function
