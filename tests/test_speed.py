@@ -1,6 +1,8 @@
 """`benchmarks/speed.py` measures what it says: the plain loop against the reference, ratios against arithmetic."""
 
 import json
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +45,7 @@ def run(monkeypatch, tmp_path):
         path = tmp_path / "speed.json"
         arguments = ["speed.py", "--preset=smoke", "--threads=1", f"--results={path}", *options]
         monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setattr(speed, "keep_freed_memory", lambda: None)  # else for all tests after this one
         speed.main()
         return json.loads(path.read_text()), path.with_suffix(".md").read_text()
 
@@ -211,6 +214,25 @@ def test_peak_sees_what_is_gone_again():
     block = torch.ones(2**24)  # 64 MiB
     del block
     assert 60 * 2**20 < with_peak.rise() < 90 * 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept():
+    code = (
+        "import sys, psutil, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from speed_parts.timing import keep_freed_memory\n"
+        "keep_freed_memory() if sys.argv[2] == 'keep' else None\n"
+        "before = psutil.Process().memory_info().rss\n"
+        "block = torch.ones(2**24)\n"
+        "del block\n"
+        "print(psutil.Process().memory_info().rss - before)"
+    )
+    benchmarks = str(Path(speed.__file__).parent)
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, benchmarks, how], capture_output=True, check=True).stdout)
+        for how in ("keep", "give back")
+    )
+    assert given_back < 2**25 < kept  # of 64 MiB
 
 
 def test_attaching_a_loaded_model_takes_no_copy():

@@ -63,8 +63,8 @@ class Preset:
     )
     seconds: float = 45.0  # that a row may take, beyond its least number of rounds
     scaling_seconds: float = 8.0
-    rounds: tuple = (5, 30)  # at least, at most
-    flops: bool = False  # count them
+    rounds: tuple = (9, 30)  # at least, at most
+    flops: bool = True  # count them
     sections: tuple = (
         "prefill",
         "decode",
@@ -94,7 +94,6 @@ PRESETS = {
         seconds=0.1,
         scaling_seconds=0.05,
         rounds=(1, 2),
-        flops=True,
         sections=(*Preset.sections, "compiled"),
     ),
     # The paper's models (appendix A): 2.7B parameters without embeddings.
@@ -108,7 +107,6 @@ PRESETS = {
         train_one_of_all=True,
         stitch_dtypes=("float32", "bfloat16"),
         processes=tuple(name for name in Preset.processes if name != "training, full"),
-        flops=True,
         sections=("compiled", "prefill", "decode", "training", "streams", "dropping", "memory"),
     ),
     # Four models of 8B parameters, on one card.

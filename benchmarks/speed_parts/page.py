@@ -152,25 +152,33 @@ def targets(rows: dict) -> str:
 def timed_table(rows: dict[str, dict]) -> str:
     """Rows with their ratios, and the seconds behind them; more columns where a section has more."""
     ratios = list(dict.fromkeys(name for row in rows.values() for name in row.get("ratios", ())))
-    extras = {
-        "largest_difference": ("largest difference of logits", lambda row: f"{row['largest_difference']:.0e}"),
-        "same_tokens": ("same tokens", lambda row: "yes" if row["same_tokens"] else "no"),
-        "flops": ("TFLOP/s", lambda row: each(row["flops"], lambda n, v: f"{v / row['seconds'][n] / 1e12:.3g}")),
-        "share_of_bandwidth": (
+    extras = [
+        ("largest_difference", "largest difference of logits", lambda row: f"{row['largest_difference']:.0e}"),
+        ("same_tokens", "same tokens", lambda row: "yes" if row["same_tokens"] else "no"),
+        ("flops", "TFLOP/s", lambda row: each(row["flops"], lambda n, v: f"{v / row['seconds'][n] / 1e12:.3g}")),
+        ("flops", "by operations alone", lambda row: each(flop_ratios(row), lambda _, v: f"{v:.3f}")),
+        (
+            "share_of_bandwidth",
             "of the bandwidth limit",
             lambda row: each(row["share_of_bandwidth"], lambda n, v: f"{v:.0%}"),
         ),
-        "out_of_memory": ("out of memory", lambda row: ", ".join(row["out_of_memory"])),
-    }
-    shown = {key: value for key, value in extras.items() if any(key in row for row in rows.values())}
+        ("out_of_memory", "out of memory", lambda row: ", ".join(row["out_of_memory"])),
+    ]
+    shown = [extra for extra in extras if any(extra[0] in row for row in rows.values())]
     lines = []
     for name, row in rows.items():
         found = row.get("ratios", {})
         cells = [interval(found[ratio]) if ratio in found else "" for ratio in ratios]
         cells.append(each(row.get("seconds", {}), lambda _, v: f"{v:.4g}"))
-        cells += [show(row) if key in row else "" for key, (_, show) in shown.items()]
+        cells += [show(row) if key in row else "" for key, _, show in shown]
         lines.append([name, *cells, row.get("rounds", 0)])
-    return table(["", *ratios, "seconds", *(title for title, _ in shown.values()), "rounds"], lines)
+    return table(["", *ratios, "seconds", *(title for _, title, _ in shown), "rounds"], lines)
+
+
+def flop_ratios(row: dict) -> dict[str, float]:
+    """What the ratios would be if time were floating point operations of matrix products, which are counted."""
+    pairs = {ratio: ratio.split(" / ") for ratio in row["ratios"]}
+    return {ratio: row["flops"][a] / row["flops"][b] for ratio, (a, b) in pairs.items()}
 
 
 def each(values: dict[str, float], show: Callable[[str, float], str]) -> str:

@@ -150,9 +150,13 @@ class Measurements:
         runners["LoRA on the hub"] = TrainingStep([lora(case)], ids)
         count = 1 + case.experts
         full = [llama(case).requires_grad_(True) for _ in range(1 if self.preset.train_one_of_all else count)]
-        runners["full training"] = TrainingStep(full, ids, times=count // len(full))
+        times = count // len(full)
+        runners["full training"] = TrainingStep(full, ids, times=times)
         pairs = [(p, unit) for p in PATTERNS for unit in ("full training", "LoRA on the hub", "E")]
-        return self._turns(runners, pairs, flops=True)
+        result = self._turns(runners, pairs, flops=True)
+        if "full training" in result.get("flops", {}):
+            result["flops"]["full training"] *= times
+        return result
 
     def plain(self) -> Iterator[Row]:
         """The paper's pseudo code as a plain loop, which must give the same logits."""
