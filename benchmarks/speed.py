@@ -32,7 +32,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 
-FROM_PROCESSES = ("memory", "attaching")
+FROM_PROCESSES = ("memory", "attaching", "sizes")
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Arguments:
     preset: str = field(default="base", metadata={"help": "how large everything is", "choices": [*PRESETS]})
     device: str = field(default="", metadata={"help": "cpu or cuda [what the preset is for]"})
     dtype: str = field(default="", metadata={"help": "of the models: float32, bfloat16 or float16 [the preset's]"})
+    experts: int = field(default=0, metadata={"help": "how many [the preset's]"})
+    stitches: int = field(default=0, metadata={"help": "K [the preset's]"})
     threads: int = field(default=2, metadata={"help": "of the CPU"})
     only: str = field(default="", metadata={"help": "sections to measure, separated by commas [the preset's]"})
     fresh: bool = field(default=False, metadata={"help": "measure again what the results file has already"})
@@ -57,9 +59,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable`", FutureWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21, transformers 5.23
     preset = PRESETS[arguments.preset]
-    case = replace(
-        preset.case, device=arguments.device or preset.case.device, dtype=arguments.dtype or preset.case.dtype
-    )
+    chosen = {name: getattr(arguments, name) for name in ("device", "dtype", "experts", "stitches")}
+    case = replace(preset.case, **{name: value for name, value in chosen.items() if value})
     if case.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("PyTorch finds no GPU. Use --device cpu, or another preset.")
     if arguments.child:
@@ -71,9 +72,9 @@ def main() -> None:
     sections = arguments.only.split(",") if arguments.only else list(preset.sections)
     if unknown := [section for section in sections if section not in PRESETS["smoke"].sections]:
         raise SystemExit(f"Unknown section(s) {unknown}; there are {', '.join(PRESETS['smoke'].sections)}.")
-    options = [f"--{name}={getattr(arguments, name)}" for name in ("preset", "device", "dtype", "threads")]
     here = Measurements(preset, case)
-    elsewhere = ProcessRows(preset, case, [sys.executable, __file__, *options])
+    command = [sys.executable, __file__, f"--preset={arguments.preset}", f"--threads={arguments.threads}"]
+    elsewhere = ProcessRows(preset, case, command)
     rows = [row for s in sections for row in getattr(elsewhere if s in FROM_PROCESSES else here, s)()]
 
     machine = arguments.machine or machine_slug(case.device, arguments.threads)

@@ -261,9 +261,13 @@ def test_stitches_in_the_models_dtype_or_in_float32():
 
 
 @pytest.mark.slow
-def test_rows_of_processes_and_compiled_steps(run):
-    results, page = run("--only=attaching,compiled")
+def test_rows_of_processes_and_compiled_steps(run, tmp_path):
+    results, page = run("--only=attaching,compiled,sizes")
     rows = results["rows"]
+    files = {name: row["load"]["file_bytes"] for name, row in rows["sizes"].items()}
+    assert files["experts = 1"] < files["base"] < files["stitches = 4"] and files["stitches = 1"] < files["base"]
+    assert all(row["training"]["peak_bytes"] > 0 and row["attach"]["seconds"] > 0 for row in rows["sizes"].values())
+    assert "| experts = 1 |" in page and (tmp_path / "speed" / "sizes.png").stat().st_size > 1000
     assert rows["attaching"]["load, adapter and experts"]["file_bytes"] > 10_000
     compiled = rows["compiled"]["decode, 1 sequence"]
     read = compiled["bytes_read"]["stitched"]

@@ -75,6 +75,7 @@ class Preset:
         "memory",
         "attaching",
         "scaling",
+        "sizes",
     )
 
 

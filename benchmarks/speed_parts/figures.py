@@ -27,6 +27,8 @@ def draw_all(results: dict, folder: Path) -> dict[str, str]:
         figures["dropping"] = ratios(rows["dropping"], "dropped / E", limit=None)
     if "scaling" in rows:
         figures["scaling"] = scaling(rows["scaling"], results["settings"])
+    if "sizes" in rows:
+        figures["sizes"] = sizes(rows["sizes"], results["settings"]["case"])
     if peaks := {
         name: row["peak_bytes"] / 2**20 for name, row in rows.get("memory", {}).items() if "peak_bytes" in row
     }:
@@ -70,7 +72,7 @@ def scaling(rows: dict, settings: dict) -> plt.Figure:
         (size, kind): settings["case"].get(size, settings["sizes"]["prompt" if kind == "decode" else "length"])
         for size in AXES
         for kind in COLOURS
-        if kind != "training" or size == "stitches"
+        if kind != "training" or size in ("experts", "stitches")
     }
     figure, grid = plt.subplots(1, len(AXES), figsize=(12, 3), layout="constrained")
     for axes, (size, label) in zip(grid, AXES.items()):
@@ -95,5 +97,33 @@ def scaling(rows: dict, settings: dict) -> plt.Figure:
         axes.set_xlabel(label)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("stitched / E")
+    grid[1].legend(fontsize=8)
+    return figure
+
+
+def sizes(rows: dict, case: dict) -> plt.Figure:
+    """Memory and the adapter file by number of experts and by K; the base case is a point in both panels."""
+    figure, grid = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
+    for axes, size in zip(grid, ("experts", "stitches")):
+        points = {
+            int(name.partition(" = ")[2] or case[size]): row
+            for name, row in rows.items()
+            if name.startswith((size, "base"))
+        }
+        x = sorted(points)
+        for label, what, key in (
+            ("training step", "training", "peak_bytes"),
+            ("forward", "inference", "peak_bytes"),
+            ("adapter file", "load", "file_bytes"),
+        ):
+            found = [value for value in x if key in points[value][what]]
+            axes.plot(found, [points[value][what][key] / 2**20 for value in found], marker="o", label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(x, x)
+        axes.minorticks_off()
+        axes.set_xlabel(AXES[size])
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0].set_ylabel("MiB")
     grid[1].legend(fontsize=8)
     return figure

@@ -1,5 +1,6 @@
 """The results file as a page: targets, tables, plots. Nothing is typed in."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def write_page(results: dict[str, Any], path: Path) -> None:
         parts.append(memory(rows["memory"], figures, results["settings"]["sizes"]["training"]))
     if "attaching" in rows:
         parts.append(attaching(rows["attaching"]))
+    if "sizes" in rows:
+        parts.append(f"{sizes(rows['sizes'])}\n\n![sizes]({figures['sizes']})")
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
 
@@ -221,3 +224,24 @@ def attaching(rows: dict[str, dict]) -> str:
             f"its experts in {both:.3g} s; the experts alone take `AutoModelForCausalLM` {alone:.3g} s."
         )
     return text
+
+
+def sizes(rows: dict[str, dict]) -> str:
+    def mib(row: dict, what: str, key: str = "peak_bytes") -> str:
+        return f"{row[what][key] / MIB:,.1f}" if key in row[what] else "out of memory"
+
+    lines = []
+    for name, row in rows.items():
+        loaded = row["load"].get("seconds", {"adapter and experts": math.nan, "experts alone": math.nan})
+        seconds = [row["attach"].get("seconds", math.nan), *loaded.values()]
+        memory = [mib(row, "inference"), mib(row, "training"), mib(row, "load", "file_bytes")]
+        lines.append([name, *memory, *(f"{value:.3g}" for value in seconds)])
+    return (
+        "## Memory, files and loading by number of experts and K\n\n"
+        "Each in a process of its own; MiB that a forward and a training step need beside the models, and of the "
+        "adapter file; seconds to attach one loaded model, and to load the adapter with its experts, and the experts "
+        "alone.\n\n"
+        + table(
+            ["", "forward", "training step", "adapter file", "attach, s", "load all, s", "experts alone, s"], lines
+        )
+    )

@@ -1,4 +1,4 @@
-"""Rows that need a process of their own: peak memory, attaching, loading.
+"""Rows that need a process of their own: peak memory, attaching, loading; also by number of experts and K.
 
 The parent makes rows (`ProcessRows`), the child measures (`measure_here`). Peak: on a GPU, what PyTorch has allocated
 at most, less what it held before; on a CPU the same of the process's resident memory.
@@ -153,7 +153,7 @@ class ProcessRows:
     """Rows that start this script again, for one measurement.
 
     Args:
-        command: The script with its options; what the child is to measure is added.
+        command: The script with its options; the case, and what the child is to measure, are added.
     """
 
     def __init__(self, preset: Preset, case: Case, command: list[str]) -> None:
@@ -168,11 +168,28 @@ class ProcessRows:
             measure: Callable = self._start if name.endswith("loaded model") else self._start_with_folder
             yield Row("attaching", name, partial(measure, name), 15, 0)
 
+    def sizes(self) -> Iterator[Row]:
+        """What the two sections above measure of the alternating pattern, by number of experts and K."""
+        yield Row("sizes", "base", self._all_of_one_size, 60, 0)
+        for size in ("experts", "stitches"):
+            for value in self.preset.scaling.get(size, ()):
+                scaled = ProcessRows(self.preset, replace(self.case, **{size: value}), self.command)
+                yield Row("sizes", f"{size} = {value}", scaled._all_of_one_size, 60, 0)
+
+    def _all_of_one_size(self) -> dict:
+        return {
+            "inference": self._start("inference, alternating"),
+            "training": self._start("training, alternating"),
+            "attach": self._start("attach, a loaded model"),
+            "load": self._start_with_folder("load, adapter and experts"),
+        }
+
     def _start(self, name: str, folder: str = "") -> dict:
         forget_models()  # the child may need all of a GPU
         if self.case.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        command = [*self.command, "--child", name, *(["--folder", folder] if folder else [])]
+        case = [f"--{key}={getattr(self.case, key)}" for key in ("device", "dtype", "experts", "stitches")]
+        command = [*self.command, *case, "--child", name, *(["--folder", folder] if folder else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"The process that measured {name!r} has failed; see above.")

@@ -257,7 +257,7 @@ class Measurements:
                     yield from self._scaled(name, self.case.with_width(value), length, prompt)
                 else:
                     case = replace(self.case, **{size: value})
-                    yield from self._scaled(name, case, length, prompt, training=size == "stitches")
+                    yield from self._scaled(name, case, length, prompt, training=True)
 
     def _scaled(self, name: str, case: Case, length: int | None, prompt: int, training: bool = False) -> Iterator[Row]:
         budget = self.preset.scaling_seconds
