@@ -61,7 +61,7 @@ class Preset:
         "training, full",
         "training, LoRA",
     )
-    seconds: float = 45.0  # that a row may take, beyond its least number of rounds
+    seconds: float = 90.0  # that a row may take, beyond its least number of rounds
     scaling_seconds: float = 8.0
     rounds: tuple = (9, 30)  # at least, at most
     flops: bool = True  # count them
