@@ -1,6 +1,6 @@
 """What stitching costs: time and memory, as ratios to the same models without stitches.
 
-    python benchmarks/speed.py                       # two CPU cores, about 20 minutes: 4 models of 98M parameters
+    python benchmarks/speed.py                       # two CPU cores, about an hour: 4 models of 98M parameters
     python benchmarks/speed.py --preset paper        # one GPU: 4 models of the paper's shape
     python benchmarks/speed.py --preset large        # one GPU of 141 GB: 4 models of 8B parameters
     python benchmarks/speed.py --only decode,plain   # some sections
