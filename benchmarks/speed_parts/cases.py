@@ -45,6 +45,7 @@ class Preset:
     prompt: int = 64
     tokens: int = 16  # decoded per round
     training: tuple = (2, 256)
+    vocabularies: tuple = (32_000,)  # to train with besides; experts have heads only in full training
     train_one_of_all: bool = False  # full training: time one model and multiply, where they do not fit together
     scaling: dict = field(
         default_factory=lambda: {
@@ -90,6 +91,7 @@ PRESETS = {
         prompt=4,
         tokens=3,
         training=(2, 8),
+        vocabularies=(128,),
         scaling={"experts": (1,), "stitches": (1, 4), "width": (128,), "length": (4, 8, 16)},
         processes=(*Preset.processes, "training, alternating, checkpointed", "decode, alternating"),
         seconds=0.1,
@@ -105,6 +107,7 @@ PRESETS = {
         prefill=((1, 2048), (4, 2048)),
         tokens=64,
         training=(1, 2048),
+        vocabularies=(),
         train_one_of_all=True,
         stitch_dtypes=("float32", "bfloat16"),
         processes=tuple(name for name in Preset.processes if name != "training, full"),
@@ -114,6 +117,7 @@ PRESETS = {
     "large": Preset(
         case=replace(CUDA, width=4096, layers=32, heads=32, kv_heads=8, intermediate=14336, vocabulary=128_256),
         training=(1, 2048),
+        vocabularies=(),
         tokens=64,
         processes=(
             "decode, alternating",

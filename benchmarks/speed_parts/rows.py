@@ -140,6 +140,9 @@ class Measurements:
         for more, case in self._dtypes():
             name = f"{batch} x {length} tokens{more}"
             yield self._row("training", name, partial(self._training, case), 7 * batch * length / 256)
+        for size in self.preset.vocabularies:
+            name, case = f"{batch} x {length} tokens, vocabulary of {size:,}", replace(self.case, vocabulary=size)
+            yield self._row("training", name, partial(self._training, case), 10 * batch * length / 256)
 
     def _training(self, case: Case) -> dict:
         forget_models()
