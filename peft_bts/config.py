@@ -191,7 +191,7 @@ class StitchConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and add the experts to the model card if PEFT has just written one there."""
         super().save_pretrained(save_directory, **kwargs)
-        from .card import update_model_card  # here, since only saving needs it
+        from .sharing.model_card import update_model_card  # here, since only saving needs it
 
         update_model_card(self, save_directory)
 

@@ -20,19 +20,19 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ._compat import adapter_is_made_by_this_load, keep_repacked_weights
-from .attaching import Attaching, Experts
 from .config import EXPERTS_INTO_HUB, StitchConfig, stitch_schedule
-from .decoder import find_decoder, text_config
-from .dropping import new_run
-from .export import export_composition
-from .files import file_key, fit_to_model, stitch_weights
-from .generating import Generating
-from .layer import StitchLayer
-from .loading import resolve_reference
-from .placement import place_for_stitch
-from .run import Plan, Run, Runs
+from .experts.expert_set import Attaching, Experts
+from .experts.loading import resolve_reference
+from .export.write import export_composition
+from .forward.decoder import find_decoder, text_config
+from .forward.layer import StitchLayer
+from .forward.placement import place_for_stitch
+from .forward.state import Plan, Run, Runs
+from .forward.thread_local import PerThread
+from .inference.dropping import new_run
+from .inference.generate import Generating
+from .keys import file_key, fit_to_model, stitch_weights
 from .stitch import ExpertsIntoHub, HubIntoExperts, PerModel
-from .threads import PerThread
 
 
 class StitchModel(Attaching, Generating, BaseTuner):

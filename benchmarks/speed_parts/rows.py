@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_bts.joint_layers import MOST_SEQUENCES
+from peft_bts.inference.joint_layers import MOST_SEQUENCES
 from peft_bts.stitch import ExpertsIntoHub
 
 from .cases import PATTERNS, Case, Preset, forget_models, llama, llamas, models, stitched, token_ids

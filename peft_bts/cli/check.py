@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..compatibility import check_compatibility
+from ..experts.compatibility import check_compatibility
 from .common import Experts, Hub, Result, by_name
 
 

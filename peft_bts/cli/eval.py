@@ -12,7 +12,7 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..text import table
+from ..formatting import table
 from .common import Adapter, Dtype, Result, by_name
 from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, load_domains, read_documents
 

@@ -10,7 +10,7 @@ import typer
 from tqdm import tqdm
 
 from .._compat import needs
-from ..gates import trace_gates
+from ..gates.trace import trace_gates
 from .common import Adapter, Dtype, Result, by_name
 from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, load_domains, read_documents
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from ..config import EXPERTS_INTO_HUB, HUB_INTO_EXPERTS
+from ..formatting import table
 from ..stitch import HUB
-from ..text import table
 from .common import Adapter, Result, stitch_config
 
 

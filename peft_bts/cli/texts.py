@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..decoder import text_config
+from ..forward.decoder import text_config
 from .common import stitch_config
 
 

@@ -8,9 +8,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ._compat import replace_captured_hidden_state
+from .._compat import replace_captured_hidden_state
 from .placement import place_for_stitch
-from .run import Runs, checkpoint_function
+from .state import Runs, checkpoint_function
 
 
 class StitchLayer(nn.Module, BaseTunerLayer):

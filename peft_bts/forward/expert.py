@@ -22,11 +22,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache
 
-from ._compat import keep_output_capture, no_output_capture
+from .._compat import keep_output_capture, no_output_capture
 from .decoder import Decoder, find_decoder, text_config
 from .masks import expert_mask
 from .placement import execution_device, is_dispatched
-from .threads import PerThread
+from .thread_local import PerThread
 
 
 # What belongs to the hub's own call: experts get a cache of their own, and nobody reads their other outputs.

@@ -29,16 +29,16 @@ from transformers import (
     StaticCache,
 )
 
-from ._compat import replace_captured_hidden_state
-from .cache import cache_like, static_length
-from .config import EXPERTS_INTO_HUB
-from .decoder import find_decoder, text_config
-from .experts import Planner, cached_tokens, with_layers
-from .masks import expert_mask
-from .observers import generation
-from .run import Plan, Run, checkpoint_function
-from .stitch import HUB, ExpertsIntoHub, HubIntoExperts, PerModel
-from .threads import PerThread
+from .._compat import replace_captured_hidden_state
+from ..config import EXPERTS_INTO_HUB
+from ..forward.cache import cache_like, static_length
+from ..forward.decoder import find_decoder, text_config
+from ..forward.expert import Planner, cached_tokens, with_layers
+from ..forward.masks import expert_mask
+from ..forward.observers import generation
+from ..forward.state import Plan, Run, checkpoint_function
+from ..forward.thread_local import PerThread
+from ..stitch import HUB, ExpertsIntoHub, HubIntoExperts, PerModel
 
 
 _OURS = "_stitched_layers"  # attribute of a cache that has a layer for every decoder layer of the composition

@@ -9,15 +9,15 @@ from importlib.resources import files
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-from ._compat import needs
-from .stitch import HUB
+from .._compat import needs
+from ..stitch import HUB
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .gate_sequences import GateSequence, TracedStitch
-    from .gates import GateTrace
+    from .sequences import GateSequence, TracedStitch
+    from .trace import GateTrace
 
 HUB_COLOUR = "#999999"
 # Okabe and Ito: told apart with every kind of colour blindness. More experts than that share colours.
@@ -147,7 +147,7 @@ def to_html(trace: GateTrace, path: Union[str, os.PathLike, None], tokenizer: An
     }
     # In a script element, only `<` could end the data.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    template = files("peft_bts").joinpath("gates.html").read_text(encoding="utf-8")
+    template = files("peft_bts.gates").joinpath("page.html").read_text(encoding="utf-8")
     page = template.replace("__DATA__", text).replace("__SPACED__", "ids" if tokenizer is None else "text")
     if path is not None:
         with open(path, "w", encoding="utf-8") as file:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Optional
 
-from .cache import caches_roll_back
+from ..forward.cache import caches_roll_back
+from ..forward.observers import generation
 from .dropping import Dropping
-from .observers import generation
-from .parallel import stream_threads
 from .stacking import stacked
+from .threads import stream_threads
 
 
 _COUNTING = threading.Lock()

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ._compat import first_callback
-from .gates import GateTrace, trace_gates
+from .._compat import first_callback
+from .trace import GateTrace, trace_gates
 
 
 class GateLogger(TrainerCallback):

@@ -11,13 +11,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from .config import StitchConfig
-from .decoder import find_decoder
-from .experts import layer_return_sizes
-from .loading import share_weights
-from .run import Plan
-from .standalone import StitchedConfig, StitchedForCausalLM
-from .stitch import HUB, PerModel
+from ..config import StitchConfig
+from ..experts.loading import share_weights
+from ..forward.decoder import find_decoder
+from ..forward.expert import layer_return_sizes
+from ..forward.state import Plan
+from ..stitch import HUB, PerModel
+from .model import StitchedConfig, StitchedForCausalLM
 
 
 def export_composition(

@@ -16,12 +16,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
 
+from ..config import check_expert_name
+from ..formatting import as_text, table
+from ..forward.decoder import find_decoder, text_config
+from ..forward.layer import StitchLayer
 from .blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
-from .config import check_expert_name
-from .decoder import find_decoder, text_config
-from .layer import StitchLayer
 from .loading import how_to_replace
-from .text import as_text, table
 
 
 # What stitches are made for; kept in the reference, compared at every later load.

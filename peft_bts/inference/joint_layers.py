@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from .experts import StandIn, with_modules
+from ..forward.expert import StandIn, with_modules
 
 
 # Sequences, on a CPU, up to which one operation for all experts is faster than one for each (benchmarks/speed.py).

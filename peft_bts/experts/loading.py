@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from ._compat import adapters_where_layers_run, real_weights
-from .config import PLACEMENT_KEYS, HubId, as_reference, is_on_hub
-from .layer import StitchLayer
-from .placement import is_dispatched, place_for_stitch
+from .._compat import adapters_where_layers_run, real_weights
+from ..config import PLACEMENT_KEYS, HubId, as_reference, is_on_hub
+from ..forward.layer import StitchLayer
+from ..forward.placement import is_dispatched, place_for_stitch
 
 
 def resolve_reference(name: str, reference: Any) -> dict[str, Any]:

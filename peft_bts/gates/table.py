@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._compat import needs
-from .config import EXPERTS_INTO_HUB
-from .stitch import HUB
+from .._compat import needs
+from ..config import EXPERTS_INTO_HUB
+from ..stitch import HUB
 
 
 if TYPE_CHECKING:
-    from .gate_sequences import GateSequence, TracedStitch
+    from .sequences import GateSequence, TracedStitch
 
 
 GROUPS = ("domain", "sequence", "phase", "stitch")

@@ -11,11 +11,11 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 
-from .config import StitchConfig, is_on_hub
-from .experts import Expert
-from .loading import resolve_reference, share_weights
-from .model import StitchModel
-from .stitch import HUB
+from ..config import StitchConfig, is_on_hub
+from ..experts.loading import resolve_reference, share_weights
+from ..forward.expert import Expert
+from ..model import StitchModel
+from ..stitch import HUB
 
 
 # What a checkpoint folder holds for others. Not code, not the optimizer, not pickles, not nested checkpoints.

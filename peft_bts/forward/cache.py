@@ -14,8 +14,8 @@ from typing import Any, Optional
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .experts import Expert, cached_tokens
-from .threads import PerThread
+from .expert import Expert, cached_tokens
+from .thread_local import PerThread
 
 
 # Attributes of a joined cache, by expert name: the experts' own caches, and which experts they were made for.

@@ -22,15 +22,15 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from . import gate_views
-from .gate_sequences import Batch, Chunk, GateSequence, Generation, TracedStitch
-from .gate_table import GateTable, make_table
-from .masks import is_text
-from .model import StitchModel
-from .observers import Observers
-from .run import Run, Runs
-from .standalone import StitchedForCausalLM, StitchedModel
-from .stitch import HUB
+from ..export.model import StitchedForCausalLM, StitchedModel
+from ..forward.masks import is_text
+from ..forward.observers import Observers
+from ..forward.state import Run, Runs
+from ..model import StitchModel
+from ..stitch import HUB
+from . import plots
+from .sequences import Batch, Chunk, GateSequence, Generation, TracedStitch
+from .table import GateTable, make_table
 
 
 if TYPE_CHECKING:
@@ -248,9 +248,9 @@ class GateTrace:
         """
         self._check_not_empty()
         if by == "token":
-            return gate_views.plot_tokens(self, stitch, tokenizer, sequences)
+            return plots.plot_tokens(self, stitch, tokenizer, sequences)
         if by == "domain":
-            return gate_views.plot_domains(self, stitch)
+            return plots.plot_domains(self, stitch)
         raise ValueError(f"Gates can be drawn by 'token' or 'domain', got {by!r}.")
 
     def to_html(self, path: Union[str, os.PathLike, None] = None, *, tokenizer: Any = None) -> str:
@@ -270,7 +270,7 @@ class GateTrace:
             ValueError: If nothing was recorded.
         """
         self._check_not_empty()
-        return gate_views.to_html(self, path, tokenizer)
+        return plots.to_html(self, path, tokenizer)
 
     def _check_not_empty(self) -> None:
         if not self._batches:

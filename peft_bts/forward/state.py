@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..config import EXPERTS_INTO_HUB, expert_boundary
+from ..inference.stacking import Stack
+from ..inference.threads import Ahead, may_run_otherwise
 from .cache import check_cache, find_cache, join_caches
-from .config import EXPERTS_INTO_HUB, expert_boundary
-from .experts import Expert, Stream, cached_tokens
+from .expert import Expert, Stream, cached_tokens
 from .masks import check_mask
-from .parallel import Ahead, may_run_otherwise
-from .stacking import Stack
-from .threads import PerThread, Turnstile
+from .thread_local import PerThread, Turnstile
 
 
 @dataclass

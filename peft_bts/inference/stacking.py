@@ -18,10 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from .cache import is_plain
-from .experts import Expert, Stream
+from ..forward.cache import is_plain
+from ..forward.expert import Expert, Stream
+from ..forward.placement import is_dispatched
 from .joint_layers import MOST_SEQUENCES, JointCacheLayer, NotAlike, Place, StackedLinear, as_one, settings
-from .placement import is_dispatched
 
 
 # Of configs: what does not tell what layers do.

@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import nn
 
-from .text import human
+from ..formatting import human
 
 
 if TYPE_CHECKING:
-    from .config import StitchConfig
+    from ..config import StitchConfig
 
 _BEGIN, _END = "<!-- peft_bts: begin -->", "<!-- peft_bts: end -->"
 _SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)

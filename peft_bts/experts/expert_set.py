@@ -11,12 +11,12 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
+from ..config import StitchConfig, as_reference, check_expert_name
+from ..forward.expert import Expert
+from ..forward.placement import place_for_stitch
+from ..stitch import HUB, Init, check_init
 from .compatibility import compare, sizes
-from .config import StitchConfig, as_reference, check_expert_name
-from .experts import Expert
 from .loading import describe_model, load_expert, resolve_reference
-from .placement import place_for_stitch
-from .stitch import HUB, Init, check_init
 
 
 class Attaching:

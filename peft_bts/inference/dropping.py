@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from .cache import ROSTER, is_plain, join_caches
-from .config import EXPERTS_INTO_HUB
-from .experts import Stream, cached_tokens
-from .masks import is_text
-from .run import Plan, Run
-from .stitch import HUB
+from ..config import EXPERTS_INTO_HUB
+from ..forward.cache import ROSTER, is_plain, join_caches
+from ..forward.expert import Stream, cached_tokens
+from ..forward.masks import is_text
+from ..forward.state import Plan, Run
+from ..stitch import HUB
 
 
 # Over how many tokens gates are averaged. Measured (benchmarks/dropping.py): one token is not enough to tell what

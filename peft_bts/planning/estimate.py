@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Cache
 
-from .blueprint import ModelLike, expert_blueprint, hub_blueprint, is_mixture, no_weights
-from .config import StitchConfig
-from .decoder import find_decoder
-from .text import as_text, human, table
+from ..config import StitchConfig
+from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, is_mixture, no_weights
+from ..formatting import as_text, human, table
+from ..forward.decoder import find_decoder
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Experts of a stitched model: found, loaded, checked, attached."""

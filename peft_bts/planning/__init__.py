@@ -1,0 +1,1 @@
+"""What a stitched model takes, before any weight is loaded."""

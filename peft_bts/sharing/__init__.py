@@ -1,0 +1,1 @@
+"""Sharing adapters on the Hugging Face Hub: model cards, uploads."""
