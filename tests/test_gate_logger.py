@@ -77,7 +77,7 @@ class WhenTraced(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        if model.base_model._runs.observers:
+        if model.base_model._forward.settings.observers:
             self.steps.append(state.global_step + 1)
 
 
@@ -96,7 +96,7 @@ def test_only_logged_steps_are_traced(tmp_path, options, traced, logged):
     trainer = train(tmp_path, [GateLogger(), when], **options)
     assert when.steps == traced
     assert [logs["step"] for logs in trainer.state.log_history if gates_in(logs)] == logged
-    assert not trainer.model.base_model._runs.observers
+    assert not trainer.model.base_model._forward.settings.observers
 
 
 class Fails(TrainerCallback):

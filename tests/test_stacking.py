@@ -125,7 +125,7 @@ def test_experts_of_several_architectures():
     model = stitch(fresh("llama").double(), experts, autocast_adapter_dtype=False)
     want = decode(model)
     with model.parallel_streams(stack=True):
-        (stack,) = model.base_model._runs.stacks
+        (stack,) = model.base_model._forward.settings.make_executor.stacks
         assert list(stack.experts) == ["b", "c", "d"]
         assert_near(decode(model), want, 1e-12)
 
@@ -322,7 +322,7 @@ def test_lora_experts_share_the_weights_of_the_seed(tmp_path):
     model = randomize(get_peft_model(from_folder(tmp_path / "seed"), config, autocast_adapter_dtype=False)).eval()
     want, size = decode(model), storages(model)
     with model.parallel_streams(stack=True):
-        (stack,) = model.base_model._runs.stacks
+        (stack,) = model.base_model._forward.settings.make_executor.stacks
         assert list(stack.experts) == ["code", "lang"]  # "math" has another rank
         assert_near(decode(model), want, 1e-12)
         assert storages(model) == size
