@@ -35,7 +35,7 @@ from replication.jobs import Store
 from replication.presets import EXPERTS, PRESETS
 from replication.studies import Set, folder_of
 
-from peft_bts import dropping
+from peft_bts.inference import dropping
 
 
 @dataclass

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, IDS, LEFT, MASKS, assert_near, fresh, logits, stitch
+from conftest import FAMILIES, IDS, LEFT, MASKS, assert_near, cache_layers, fresh, logits, stitch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 from zoo import ARCHITECTURES
 
@@ -260,7 +260,7 @@ def test_crop_reset_and_repeat():
 def snapshot(cache):
     return [
         {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in vars(layer).items()}
-        for layer in cache.layers
+        for layer in cache_layers(cache)
     ]
 
 

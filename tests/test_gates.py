@@ -289,7 +289,7 @@ def test_exported_composition(tmp_path):
     for sequence, other in zip(trace.sequences, expected.sequences, strict=True):
         assert (sequence.token_ids, sequence.generated) == (other.token_ids, other.generated)
         torch.testing.assert_close(sequence.gates, other.gates)
-    assert not alone.model.observers and "observers" not in vars(alone.model)
+    assert not alone.model._runner.settings.observers
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m.base_model, torch.nn.DataParallel], ids=["tuner", "wrapped"])

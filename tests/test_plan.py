@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import IDS, RIGHT, fresh, stitch
+from conftest import IDS, RIGHT, cache_layers, fresh, stitch
 from packaging import version
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +32,7 @@ def cache_bytes(model, *inputs):
         for ids in inputs:
             cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
     states = []
-    for layer in cache.layers:
+    for layer in cache_layers(cache):
         for kind in ("keys", "values", "conv_states", "recurrent_states"):
             held = getattr(layer, kind, None)
             states += list(held.values()) if isinstance(held, dict) else [held]

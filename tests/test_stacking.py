@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IDS, LEFT, assert_near, fresh, logits, randomize, stitch
+from conftest import IDS, LEFT, assert_near, cache_layers, fresh, logits, randomize, stitch
 from peft import LoraConfig, get_peft_model
 from test_parallel import NAMES, decode
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -106,7 +106,7 @@ def test_many_tokens():
                     model(input_ids=ids[:, 18:21], past_key_values=caches[1])
                 if i == 30:
                     caches[1] = copy.deepcopy(caches[1])
-    for one, other in zip(caches[0].layers, caches[1].layers):
+    for one, other in zip(cache_layers(caches[0]), cache_layers(caches[1]), strict=True):
         assert_near(one.keys, other.keys, 1e-12)
 
 
