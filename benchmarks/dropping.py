@@ -57,7 +57,7 @@ PROMPT = "prompt"
 @contextmanager
 def deciding(gates: str):
     """Have `drop_experts` look at other gates than it does; "prompt": their mean over the prompt, from then on."""
-    recent, note = dropping.RECENT, dropping.Roster.note
+    recent, note = dropping.RECENT, dropping.CatchUpState.note
 
     def note_prompt(roster, gates_BTN, text_BT):
         if gates_BTN.shape[1] > 1:
@@ -66,10 +66,10 @@ def deciding(gates: str):
     try:
         dropping.RECENT = LAST.get(gates, 10**6)
         if gates == PROMPT:
-            dropping.Roster.note = note_prompt
+            dropping.CatchUpState.note = note_prompt
         yield
     finally:
-        dropping.RECENT, dropping.Roster.note = recent, note
+        dropping.RECENT, dropping.CatchUpState.note = recent, note
 
 
 class Work:

@@ -104,7 +104,7 @@ def parallel_streams(settings: ForwardSettings, threads: int, stacked_of: Option
 
 
 class _SideBySide:
-    """Makes the executors of forwards (a `MakeExecutor`): on threads if there are any, over stacks if there are any."""
+    """Makes the executors of forwards (a `MakeExecutor`), on threads and over stacks where there are any."""
 
     def __init__(self, pool: Optional[ThreadPoolExecutor], stacks: Sequence[Stack]) -> None:
         self.pool, self.stacks = pool, stacks
