@@ -13,14 +13,14 @@ import pytest
 import torch
 import typer
 from accelerate import Accelerator
-from conftest import fresh
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from text import save_model, token_rows, word_tokenizer
 from transformers import AutoModelForCausalLM, TrainingArguments, cache_utils, logging
 
 from peft_bts import StitchConfig
 from peft_bts.cli import app
+from tests.helpers.models import fresh
+from tests.helpers.text import save_model, token_rows, word_tokenizer
 
 
 ROOT = Path(__file__).resolve().parent.parent
