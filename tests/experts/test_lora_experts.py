@@ -6,7 +6,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_bts import StitchConfig
-from tests.forward.test_gradients import backward, close
+from tests.helpers.gradients import backward, close
 from tests.helpers.models import IDS, LEFT, assert_near, expected_logits, logits, randomize
 from tests.helpers.zoo import tiny_model
 

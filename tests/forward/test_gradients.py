@@ -7,34 +7,14 @@ import torch
 from peft import get_peft_model_state_dict
 
 from peft_bts import StitchLayer
-from tests.helpers.models import FAMILIES, IDS, LEFT, adapter_file, assert_near, fresh, logits, pristine, stitch
+from tests.helpers.gradients import backward, close, trainable
+from tests.helpers.models import FAMILIES, IDS, LEFT, adapter_file, fresh, logits, pristine, stitch
 from tests.helpers.reference import decoder_layers, reference_forward
 from tests.helpers.zoo import ARCHITECTURES
 
 
 # The name under which transformers 5 and 4 both know it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_(en|dis)able.*:FutureWarning")
-
-
-def trainable(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def backward(model, **call):
-    """The gradients of a loss on every logit, by name of the weight."""
-    model.zero_grad()
-    loss = model(input_ids=IDS, **call).logits.double().square().mean()
-    loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
-    assert not [n for n, p in model.named_parameters() if p.grad is not None and n not in gradients]
-    return gradients
-
-
-def close(actual, expected, tolerance):
-    assert actual.keys() == expected.keys() and expected
-    for name in expected:
-        assert expected[name].abs().max() > 0
-        assert_near(actual[name], expected[name], tolerance)
 
 
 OPTIONS = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_bts import StitchConfig, StitchLayer
-from tests.helpers.models import IDS
+from tests.helpers.models import IDS, randomize
 from tests.helpers.zoo import tiny_model
 
 
@@ -70,6 +70,12 @@ def make(
         adapter_name=adapter_name,
         autocast_adapter_dtype=autocast_adapter_dtype,
     )
+
+
+def stitched(seed, experts, **options):
+    """A seed, by path or id, with references to experts; its stitches are random, and reach every logit."""
+    config = StitchConfig(task_type="CAUSAL_LM", num_stitches=2, experts=experts, **options)
+    return randomize(get_peft_model(AutoModelForCausalLM.from_pretrained(seed), config)).eval()
 
 
 def two_adapters(root, first="default", second="other"):

@@ -1,6 +1,7 @@
-"""Trains tiny stitched models through accelerate: the script that test_distributed.py launches.
+r"""Trains tiny stitched models through accelerate: the script that test_distributed.py launches.
 
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml tests/distributed_training.py FOLDER SCENARIO...
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml \
+        tests/helpers/distributed_training.py FOLDER SCENARIO...
 
 `FOLDER/models` holds the hubs and experts (`save_models`). Every scenario trains over the same global batches,
 whatever the number of processes, is interrupted half-way and resumed by new objects, and writes into

@@ -6,8 +6,9 @@ from functools import cache
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache
 
-from tests.helpers.models import IDS, adapter_file, fresh, logits, pristine, stitch
+from tests.helpers.models import IDS, LEFT, adapter_file, fresh, logits, pristine, stitch
 from tests.helpers.reference import reference_forward
 
 
@@ -38,6 +39,7 @@ MIXED = [  # hub<expert+expert: every kind of state beside every kind of hub
     "gemma3_text<qwen3_next+llama",
     "opt<gpt_oss+bloom",
 ]
+NAMES = ["code", "lang", "math"]  # of experts, where all are of one architecture
 STATEFUL = {"qwen3_next", "bamba"}  # a recurrence cannot be rolled back
 
 
@@ -175,3 +177,18 @@ def reference_tokens(model, name, ids=IDS, only=None, make_cache=None):
             new = step[:, -1:].argmax(-1)
             ids = torch.cat([ids, new], dim=1)
     return ids
+
+
+@torch.no_grad()
+def decode(model):
+    """The logits of padded rows that are read in three steps, the middle one of a single token."""
+    cache = DynamicCache(config=model.config)
+    out, mask, ids = [], LEFT, IDS
+    for step in (slice(0, 8), slice(8, 9), slice(9, 12)):
+        kwargs = (
+            {} if model.config.model_type == "bloom" else {"position_ids": (mask.cumsum(-1) - 1).clamp(0)[:, step]}
+        )
+        out.append(
+            model(input_ids=ids[:, step], attention_mask=mask[:, : step.stop], past_key_values=cache, **kwargs).logits
+        )
+    return torch.cat(out, 1)

@@ -2,13 +2,13 @@
 
 import copy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from peft_bts import StitchConfig, trace_gates
+from tests import ROOT
 from tests.helpers.models import IDS, LEFT, adapter_file, assert_near, both, fresh, logits, stitch
 from tests.helpers.reference import reference_forward
 
@@ -389,8 +389,6 @@ def test_compiled():
 
 
 # --- benchmarks/dropping.py -----------------------------------------------------------------------------------------
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -9,30 +9,13 @@ import time
 import pytest
 import torch
 from accelerate import disk_offload
-from transformers import DynamicCache
 
+from tests.helpers.generation import NAMES, decode
 from tests.helpers.models import FAMILIES, IDS, LEFT, fresh, logits, stitch
-
-
-NAMES = ["code", "lang", "math"]
 
 
 def three(arch="llama", **config):
     return stitch(fresh(arch), {name: fresh(arch, seed=i) for i, name in enumerate(NAMES, 1)}, **config)
-
-
-@torch.no_grad()
-def decode(model):
-    cache = DynamicCache(config=model.config)
-    out, mask, ids = [], LEFT, IDS
-    for step in (slice(0, 8), slice(8, 9), slice(9, 12)):
-        kwargs = (
-            {} if model.config.model_type == "bloom" else {"position_ids": (mask.cumsum(-1) - 1).clamp(0)[:, step]}
-        )
-        out.append(
-            model(input_ids=ids[:, step], attention_mask=mask[:, : step.stop], past_key_values=cache, **kwargs).logits
-        )
-    return torch.cat(out, 1)
 
 
 @pytest.mark.parametrize("threads", [2, 4])

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from peft_bts import StitchConfig
+from tests.helpers.generation import NAMES, decode
 from tests.helpers.models import IDS, LEFT, assert_near, fresh, logits, randomize, stitch
-from tests.inference.test_parallel import NAMES, decode
 
 
 STACKABLE = ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"]

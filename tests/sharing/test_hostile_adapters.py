@@ -25,10 +25,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, ge
 from transformers import AutoModelForCausalLM
 
 from peft_bts import StitchConfig
+from tests.helpers.checkpoints import stitched
 from tests.helpers.hub_server import Repo
 from tests.helpers.models import logits
 from tests.helpers.text import save_model
-from tests.sharing.test_sharing import stitched
 
 
 class Payload:

@@ -16,7 +16,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import peft_bts
-from peft_bts import StitchConfig
+from tests.helpers.checkpoints import stitched
 from tests.helpers.hub_server import ChildError
 from tests.helpers.models import IDS, fresh, logits, randomize
 from tests.helpers.text import save_model
@@ -38,11 +38,6 @@ def root(tmp_path_factory):
     for base, name in (("seed", "lora"), ("code", "code-lora")):
         get_peft_model(AutoModelForCausalLM.from_pretrained(root / base), lora).save_pretrained(root / name)
     return root
-
-
-def stitched(seed, experts, **options):
-    config = StitchConfig(task_type="CAUSAL_LM", num_stitches=2, experts=experts, **options)
-    return randomize(get_peft_model(AutoModelForCausalLM.from_pretrained(seed), config)).eval()
 
 
 def load(*args, **kwargs):
@@ -311,7 +306,7 @@ def test_the_page(run, hub, root):
 
 
 def _follow_the_page(root):
-    from tests.test_docs import run_blocks
+    from tests.helpers.pages import run_blocks
 
     os.makedirs(f"{root}/desk/models")
     os.chdir(f"{root}/desk")

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import accelerate
 import pytest
@@ -17,6 +16,7 @@ from accelerate.utils.dataclasses import get_module_class_from_name
 from packaging import version
 from peft import AutoPeftModelForCausalLM
 
+from tests import ROOT
 from tests.helpers import distributed_training as script
 from tests.helpers.models import adapter_file, assert_near, fresh, logits, stitch
 
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.skipif(
     reason="accelerate 1.13 loses keys where Trainer resumes under FSDP2; 1.14 was not tried",
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 ONES = torch.ones_like(script.DATA[: script.BATCH])
 STITCHES = ("stitch_layer", "modules_to_save")
 
