@@ -4,14 +4,10 @@ import re
 
 import pytest
 import torch
-from peft import (
-    get_peft_model,
-)
+from peft import get_peft_model
 
 from tests.helpers.bad_input import config, refused, stitched
-from tests.helpers.models import (
-    fresh,
-)
+from tests.helpers.models import fresh
 
 
 @pytest.mark.parametrize(

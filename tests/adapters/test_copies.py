@@ -6,24 +6,11 @@ import pickle
 
 import pytest
 import torch
-from peft import (
-    AutoPeftModelForCausalLM,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-)
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from tests.helpers.checkpoints import (
-    assert_same,
-    config,
-    load,
-    make,
-    save,
-    stitches,
-    train,
-)
+from tests.helpers.checkpoints import assert_same, config, load, make, save, stitches, train
 from tests.helpers.models import IDS, logits
 
 

@@ -4,21 +4,10 @@ import copy
 
 import pytest
 import torch
-from peft import (
-    AutoPeftModelForCausalLM,
-    PeftModel,
-)
+from peft import AutoPeftModelForCausalLM, PeftModel
 
 from peft_bts import StitchConfig
-from tests.helpers.checkpoints import (
-    load,
-    make,
-    save,
-    stitches,
-    train,
-    trainable,
-    two_adapters,
-)
+from tests.helpers.checkpoints import load, make, save, stitches, train, trainable, two_adapters
 from tests.helpers.models import logits
 
 

@@ -2,21 +2,11 @@
 
 import pytest
 import torch
-from peft import (
-    get_peft_model,
-    inject_adapter_in_model,
-)
-from transformers import (
-    AutoModelForCausalLM,
-)
+from peft import get_peft_model, inject_adapter_in_model
+from transformers import AutoModelForCausalLM
 
 from tests.helpers.bad_input import config, refused, stitched
-from tests.helpers.models import (
-    IDS,
-    fresh,
-    logits,
-    pristine,
-)
+from tests.helpers.models import IDS, fresh, logits, pristine
 
 
 def test_merging():

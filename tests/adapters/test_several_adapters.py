@@ -4,10 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-)
+from peft import PeftModel, get_peft_model
 
 from tests.helpers.checkpoints import (
     assert_same,

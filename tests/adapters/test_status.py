@@ -1,10 +1,7 @@
 """What PEFT says of a stitched model: counts of weights, and the state of its adapters."""
 
 import pytest
-from peft import (
-    PeftModel,
-    get_peft_model_state_dict,
-)
+from peft import PeftModel, get_peft_model_state_dict
 
 from tests.helpers.checkpoints import load, make, save, stitches, two_adapters
 

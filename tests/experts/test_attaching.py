@@ -4,11 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import (
-    AutoPeftModelForCausalLM,
-    PeftModel,
-    get_peft_model_state_dict,
-)
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from tests.helpers.checkpoints import (

@@ -6,27 +6,12 @@ from contextlib import suppress
 
 import pytest
 import torch
-from peft import (
-    AutoPeftModelForCausalLM,
-    LoraConfig,
-    PromptTuningConfig,
-    get_peft_model,
-)
-from transformers import (
-    AutoModelForCausalLM,
-)
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from peft_bts import StitchConfig
 from tests.helpers.bad_input import every_load_refused, load, refused, save, stitched
-from tests.helpers.models import (
-    assert_near,
-    expected_logits,
-    fresh,
-    logits,
-    pristine,
-    randomize,
-    stitch,
-)
+from tests.helpers.models import assert_near, expected_logits, fresh, logits, pristine, randomize, stitch
 
 
 def replace_as_documented(adapter, name, source):

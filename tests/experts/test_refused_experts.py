@@ -4,27 +4,12 @@ import re
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-)
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    BertConfig,
-    BertLMHeadModel,
-    T5Config,
-)
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForSeq2SeqLM, BertConfig, BertLMHeadModel, T5Config
 
 from peft_bts import StitchConfig
 from tests.helpers.bad_input import config, expert_refused, picture, refused, same_picture, stitched
-from tests.helpers.models import (
-    assert_near,
-    expected_logits,
-    fresh,
-    logits,
-    pristine,
-    stitch,
-)
+from tests.helpers.models import assert_near, expected_logits, fresh, logits, pristine, stitch
 from tests.helpers.zoo import UNSUPPORTED
 
 

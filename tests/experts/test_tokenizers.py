@@ -1,20 +1,11 @@
 """An expert must read the same words out of the same ids as the hub; where it cannot, attaching it is refused."""
 
 import pytest
-from peft import (
-    get_peft_model,
-)
-from transformers import (
-    AutoModelForCausalLM,
-)
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from tests.helpers.bad_input import TOKENS, config, refused, save
-from tests.helpers.models import (
-    fresh,
-    logits,
-    randomize,
-    stitch,
-)
+from tests.helpers.models import fresh, logits, randomize, stitch
 
 
 SWAPPED = [*TOKENS[:10], TOKENS[11], TOKENS[10], *TOKENS[12:]]

@@ -2,23 +2,11 @@
 
 import pytest
 import torch
-from peft import (
-    get_peft_model,
-)
+from peft import get_peft_model
 
 from peft_bts import StitchLayer
 from tests.helpers.bad_input import config, refused, stitched
-from tests.helpers.models import (
-    FAMILIES,
-    IDS,
-    LEFT,
-    assert_near,
-    expected_logits,
-    fresh,
-    logits,
-    pristine,
-    stitch,
-)
+from tests.helpers.models import FAMILIES, IDS, LEFT, assert_near, expected_logits, fresh, logits, pristine, stitch
 from tests.helpers.reference import decoder_layers
 
 

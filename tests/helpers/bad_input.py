@@ -5,23 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import (
-    AutoPeftModelForCausalLM,
-    PeftModel,
-)
+from peft import AutoPeftModelForCausalLM, PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from peft_bts import StitchConfig
-from tests.helpers.models import (
-    fresh,
-    logits,
-    stitch,
-)
+from tests.helpers.models import fresh, logits, stitch
 
 
 TOKENS = [f"t{i}" for i in range(64)]

@@ -5,10 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    StaticCache,
-)
+from transformers import DynamicCache, StaticCache
 
 from tests.helpers.generation import REPEATING, new_model, reference_tokens, refuses, tokens, uncached
 from tests.helpers.models import IDS, assert_near, logits

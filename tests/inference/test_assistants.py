@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from transformers import (
-    cache_utils,
-)
+from transformers import cache_utils
 
 from tests.helpers.generation import (
     NEW,

@@ -6,12 +6,7 @@ import pytest
 import torch
 import transformers
 from packaging import version
-from transformers import (
-    DynamicCache,
-    QuantizedCache,
-    StaticCache,
-    cache_utils,
-)
+from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
 
 from tests.helpers.generation import (
     NEW,

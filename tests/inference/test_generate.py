@@ -8,10 +8,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from transformers import (
-    DynamicCache,
-    StaticCache,
-)
+from transformers import DynamicCache, StaticCache
 
 from tests.helpers.generation import (
     MIXED,

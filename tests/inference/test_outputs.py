@@ -5,14 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.helpers.generation import (
-    NEW,
-    members,
-    model_of,
-    new_model,
-    tokens,
-    uncached,
-)
+from tests.helpers.generation import NEW, members, model_of, new_model, tokens, uncached
 from tests.helpers.models import IDS, assert_near, fresh, pristine, stitch
 from tests.helpers.zoo import ARCHITECTURES
 

@@ -6,12 +6,7 @@ from functools import cache, partial
 import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    TextIteratorStreamer,
-    TextStreamer,
-    pipeline,
-)
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, pipeline
 
 from tests.helpers.generation import NEW, check_like_plain, error_of, everyone, model_of, tokens, uncached
 from tests.helpers.models import fresh

@@ -4,24 +4,13 @@ import json
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    get_peft_model,
-    set_peft_model_state_dict,
-)
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from peft_bts import StitchLayer
 from tests.helpers.bad_input import config, every_load_refused, load, refused
-from tests.helpers.models import (
-    fresh,
-    logits,
-    pristine,
-    randomize,
-)
+from tests.helpers.models import fresh, logits, pristine, randomize
 
 
 KEY = "base_model.model.model.layers.{}.stitch_layer.{}"
