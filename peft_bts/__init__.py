@@ -5,7 +5,7 @@ Importing this package registers the method `STITCH` with PEFT.
 
 from peft.utils import register_peft_method
 
-from ._compat import add_peft_type, after_model_card, around_push, check_config_files, keep_offloaded_hubs
+from ._compat.peft import add_peft_type, after_model_card, around_push, check_config_files, keep_offloaded_hubs
 
 
 add_peft_type("STITCH")  # what follows needs the member

@@ -19,7 +19,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ._compat import adapter_is_made_by_this_load, keep_repacked_weights
+from ._compat.bitsandbytes import keep_repacked_weights
+from ._compat.peft import adapter_is_made_by_this_load
 from .config import EXPERTS_INTO_HUB, StitchConfig, stitch_schedule
 from .experts.expert_set import Attaching, Experts
 from .experts.loading import resolve_reference

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .._compat import adapters_where_layers_run, real_weights
+from .._compat.accelerate import real_weights
+from .._compat.peft import adapters_where_layers_run
 from ..config import PLACEMENT_KEYS, HubId, as_reference, is_on_hub
 from ..forward.layer import StitchLayer
 from ..forward.placement import is_dispatched, place_for_stitch

@@ -29,7 +29,7 @@ from transformers import (
     StaticCache,
 )
 
-from .._compat import replace_captured_hidden_state
+from .._compat.transformers import replace_captured_hidden_state
 from ..config import EXPERTS_INTO_HUB
 from ..forward.cache import cache_like, static_length
 from ..forward.decoder import find_decoder, text_config

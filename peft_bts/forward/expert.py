@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache
 
-from .._compat import keep_output_capture, no_output_capture
+from .._compat.transformers import keep_output_capture, no_output_capture
 from .decoder import Decoder, find_decoder, text_config
 from .masks import expert_mask
 from .placement import execution_device, is_dispatched

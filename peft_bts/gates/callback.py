@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from .._compat import first_callback
+from .._compat.transformers import first_callback
 from .trace import GateTrace, trace_gates
 
 

@@ -9,8 +9,8 @@ from importlib.resources import files
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-from .._compat import needs
 from ..stitch import HUB
+from .extras import needs
 
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._compat import needs
 from ..config import EXPERTS_INTO_HUB
 from ..stitch import HUB
+from .extras import needs
 
 
 if TYPE_CHECKING:

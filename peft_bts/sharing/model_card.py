@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import nn
 
+from .._compat.bitsandbytes import num_weights
 from ..formatting import human
 
 
@@ -74,8 +75,7 @@ def _count(counted: set[int], weights: Iterable[nn.Parameter]) -> int:
     """The number of parameters in those weights that are not in `counted`, which they are added to."""
     new = [weight for weight in weights if id(weight) not in counted]
     counted.update(map(id, new))
-    packed = (getattr(weight, "quant_state", None) for weight in new)  # bitsandbytes packs two weights into a byte
-    return sum(weight.numel() if state is None else state.shape.numel() for weight, state in zip(new, packed))
+    return sum(map(num_weights, new))
 
 
 def update_model_card(

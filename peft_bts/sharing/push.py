@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 
+from .._compat.bitsandbytes import saves_repacked_weights
 from ..config import StitchConfig, is_on_hub
 from ..experts.loading import resolve_reference, share_weights
 from ..forward.expert import Expert
@@ -127,8 +128,7 @@ class _Upload:
                 'attach the expert with its id: {"model": id, "adapter": the LoRA}.'
             )
         quantizer = getattr(self.model, "hf_quantizer", None)
-        # bitsandbytes 0.50 repacks 4-bit weights for a CPU when they first run, and then saves them wrong.
-        repacked = getattr(self.model, "is_loaded_in_4bit", False) and self.model.device.type == "cpu"
+        repacked = saves_repacked_weights(self.model)
         if quantizer is not None and not self._has_folder and (repacked or not quantizer.is_serializable()):
             kind = self.model.config.quantization_config.quant_method
             raise ValueError(

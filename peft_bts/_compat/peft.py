@@ -1,0 +1,180 @@
+"""What is done about PEFT's insides (0.21.2).
+
+PEFT keeps its methods in an enum, `PeftType`, that has no door for methods from outside. This file adds the member
+`STITCH`; it can shrink to nothing the day PEFT knows the method itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel, PeftType
+from peft.config import PeftConfigMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+# PEFT's own, before `keep_offloaded_hubs` goes around them.
+_LOAD_MODEL = PeftModel.from_pretrained.__func__
+_LOAD_ADAPTER = PeftModel.load_adapter
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return `PeftType[name]`, adding the member if PEFT has none.
+
+    Follows what `enum` itself does for a member of a `str` enum (Python 3.9 to 3.13), then makes it visible under
+    all three lookups: by name, by value, in iteration.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)  # `PeftType.NAME`; EnumMeta refuses plain setattr
+    return member
+
+
+def check_config_files(check: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
+    """Have `check(values, path)` look through what PEFT has read from the config file of a stitch adapter.
+
+    `PeftConfig.from_pretrained` reads the file before it knows the class, so a method of the class is not enough.
+    """
+    read = PeftConfigMixin.from_json_file.__func__
+
+    @functools.wraps(read)
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        values = read(cls, path_json_file, **kwargs)
+        return check(values, path_json_file) if values.get("peft_type") == "STITCH" else values
+
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)
+
+
+def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> None:
+    """Have `update(model, folder, tags)` called whenever PEFT has written the model card of a stitched model.
+
+    `save_pretrained` writes it, and `Trainer.create_model_card` writes it anew. `tags` are those that were there
+    before, which PEFT drops.
+    """
+    write = PeftModel.create_or_update_model_card
+
+    @functools.wraps(write)
+    def write_and_update(self: PeftModel, output_dir: str) -> None:
+        if self.peft_type != "STITCH":
+            return write(self, output_dir)
+        before = os.path.join(output_dir, "README.md")
+        tags = list(ModelCard.load(before).data.tags or []) if os.path.isfile(before) else []
+        write(self, output_dir)
+        update(self, output_dir, tags)
+
+    PeftModel.create_or_update_model_card = write_and_update
+
+
+def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, str, str], None]) -> None:
+    """For stitched models, have `push_to_hub` call `before(model)` first, and `card(model, folder, repo_id)` last.
+
+    `push_to_hub` writes the card of the repository, or an empty template, over the one that `save_pretrained` has
+    just made, and uploads the folder then.
+    """
+    push, upload = PeftModel.push_to_hub, PeftModel._upload_modified_files
+
+    @functools.wraps(push)
+    def push_to_hub(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type == "STITCH":
+            before(self)
+        return push(self, *args, **kwargs)
+
+    @functools.wraps(upload)
+    def _upload_modified_files(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type == "STITCH":
+            card(self, working_dir, repo_id)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    PeftModel.push_to_hub = push_to_hub
+    PeftModel._upload_modified_files = _upload_modified_files
+
+
+def keep_offloaded_hubs() -> None:
+    """Leave the hooks of an offloaded hub alone when a stitch adapter is loaded onto it.
+
+    PEFT takes them off, gives the weights, whose names it expects unchanged, to accelerate a second time, with the
+    adapter and so with all experts. Stitches wrap whole layers, whose hooks stay where they are; nothing is to be
+    done. PEFT does it where it sees `hf_device_map`.
+    """
+
+    @functools.wraps(_LOAD_MODEL)
+    def from_pretrained(cls, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> PeftModel:
+        stitched = False
+        places = (getattr(model, "hf_device_map", None) or {}).values()
+        if "cpu" in places or "disk" in places:  # else PEFT leaves the hooks alone
+            config = inspect.signature(_LOAD_MODEL).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
+            where = {k: kwargs[k] for k in ("subfolder", "revision", "cache_dir", "token") if k in kwargs}
+            kind = PeftConfig._get_peft_type(model_id, **where) if config is None else config.peft_type
+            stitched = kind == "STITCH"
+        with _without_device_map(model) if stitched else nullcontext():
+            return _LOAD_MODEL(cls, model, model_id, *args, **kwargs)
+
+    @functools.wraps(_LOAD_ADAPTER)
+    def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        with _without_device_map(self.get_base_model()) if self.peft_type == "STITCH" else nullcontext():
+            return _LOAD_ADAPTER(self, *args, **kwargs)
+
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+    PeftModel.load_adapter = load_adapter
+
+
+@contextmanager
+def _without_device_map(hub: nn.Module):
+    device_map = vars(hub).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            hub.hf_device_map = device_map
+
+
+@contextmanager
+def adapters_where_layers_run(device_of: Callable[[nn.Module], torch.device]):
+    """Have PEFT load adapters to `device_of(layer)` where an offloaded layer holds meta tensors.
+
+    It would move them to the meta device as well, for accelerate to be given anew with all weights.
+    """
+    ask = BaseTunerLayer._get_base_layer_device_and_dtype
+
+    def device_and_dtype(self: BaseTunerLayer, base_layer: nn.Module) -> tuple:
+        device, dtype = ask(self, base_layer)
+        return (device_of(base_layer) if device is not None and device.type == "meta" else device), dtype
+
+    BaseTunerLayer._get_base_layer_device_and_dtype = device_and_dtype
+    try:
+        yield
+    finally:
+        BaseTunerLayer._get_base_layer_device_and_dtype = ask
+
+
+def adapter_is_made_by_this_load() -> bool:
+    """Whether PEFT has made the adapter in the very call that is now loading its weights.
+
+    If the weights do not fit, such an adapter must go again, or the hub would be left with untrained stitches; one
+    that was there before must stay. PEFT does not say, so its calls on the stack are asked; only after an error.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _LOAD_MODEL.__code__:
+            return True
+        if frame.f_code is _LOAD_ADAPTER.__code__ and "peft_config" in frame.f_locals:
+            return True  # assigned only where the adapter is new
+        frame = frame.f_back
+    return False
