@@ -10,7 +10,7 @@ from ._compat.peft import add_peft_type, after_model_card, around_push, check_co
 
 add_peft_type("STITCH")  # what follows needs the member
 
-from .config import StitchConfig, check_config_file  # noqa: E402
+from .config import StitchConfig  # noqa: E402
 from .experts.compatibility import CompatibilityReport, check_compatibility  # noqa: E402
 from .export.model import StitchedConfig, StitchedForCausalLM, StitchedModel  # noqa: E402
 from .forward.layer import StitchLayer  # noqa: E402
@@ -18,6 +18,7 @@ from .gates.callback import GateLogger  # noqa: E402
 from .gates.trace import GateTrace, trace_gates  # noqa: E402
 from .model import StitchModel  # noqa: E402
 from .planning.estimate import Estimate, plan  # noqa: E402
+from .reference import check_config_file  # noqa: E402
 from .sharing.model_card import card_after_peft, card_before_upload  # noqa: E402
 from .sharing.push import check_others_can_load, push_experts  # noqa: E402
 from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..config import as_reference
+from ..reference import as_reference
 from .loading import check_adapter, read_configs, resolve_reference, share_weights
 
 

@@ -11,9 +11,10 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
-from ..config import StitchConfig, as_reference, check_expert_name
+from ..config import StitchConfig
 from ..forward.expert import Expert
 from ..forward.placement import place_for_stitch
+from ..reference import as_reference, check_expert_name
 from ..stitch import HUB, Init, check_init
 from .compatibility import compare, sizes
 from .loading import describe_model, load_expert, resolve_reference

@@ -19,9 +19,9 @@ from transformers.utils.hub import extract_commit_hash
 
 from .._compat.accelerate import real_weights
 from .._compat.peft import adapters_where_layers_run
-from ..config import PLACEMENT_KEYS, HubId, as_reference, is_on_hub
 from ..forward.layer import StitchLayer
 from ..forward.placement import is_dispatched, place_for_stitch
+from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
 
 
 def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
@@ -38,10 +38,10 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
             + how_to_replace(name)
         )
     for key in ("model", "adapter"):
-        if isinstance(reference.get(key), HubId) and not is_on_hub(reference[key]):
+        if isinstance(reference.get(key), RepoId) and not is_repo_id(reference[key]):
             raise ValueError(
                 f"Expert {name!r} of this downloaded adapter refers to {str(reference[key])!r}, a path of this "
-                f"machine; only ids of the Hub are followed from a downloaded file. {how_to_replace(name, key)}"
+                f"machine; only repo ids are followed from a downloaded file. {how_to_replace(name, key)}"
             )
     where = _where(reference)
     with _loading(name, source, where):
@@ -154,7 +154,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 def _cached_commit(source: Optional[str]) -> Optional[str]:
     """The commit of an id that this machine has loaded last; models themselves do not say what they came from."""
-    path = try_to_load_from_cache(source, "config.json") if is_on_hub(source) else None
+    path = try_to_load_from_cache(source, "config.json") if is_repo_id(source) else None
     return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
