@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -27,3 +28,14 @@ def real_weights():
         yield
     finally:
         nn.Module.register_parameter, nn.Module.register_buffer = patched
+
+
+def offloaded_weights(module: nn.Module) -> list[Any]:
+    """The maps in which accelerate's hook on a module keeps weights that are on the CPU or on disk.
+
+    Could go if `copy.deepcopy` of an offloaded model shared what is not in memory.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    hooks = (hook, *getattr(hook, "hooks", ()))
+    found = [getattr(one, name, None) for one in hooks for name in ("weights_map", "tied_params_map")]
+    return [weights for weights in found if weights is not None]

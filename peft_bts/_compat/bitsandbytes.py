@@ -45,3 +45,11 @@ def num_weights(weight: Tensor) -> int:
     """
     state = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else state.shape.numel()
+
+
+def quantization_states(module: nn.Module) -> list[Any]:
+    """What a quantised linear layer keeps beside its parameters, such as the scales of its weights.
+
+    Could go if it were made of buffers.
+    """
+    return [vars(module)[name] for name in ("quant_state", "state") if vars(module).get(name) is not None]

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from ..reference import as_reference
-from .loading import check_adapter, read_configs, resolve_reference, share_weights
+from .loading import check_adapter, read_configs, resolve_reference
+from .weight_sharing import share_weights
 
 
 ModelLike = Union[nn.Module, PreTrainedConfig, str, os.PathLike, dict[str, Any]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..config import StitchConfig
-from ..experts.loading import share_weights
+from ..experts.weight_sharing import share_weights
 from ..forward.decoder import find_decoder
 from ..forward.expert import layer_return_sizes
 from ..forward.state import Plan

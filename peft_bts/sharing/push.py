@@ -13,7 +13,8 @@ from torch import nn
 
 from .._compat.bitsandbytes import saves_repacked_weights
 from ..config import StitchConfig
-from ..experts.loading import resolve_reference, share_weights
+from ..experts.loading import resolve_reference
+from ..experts.weight_sharing import share_weights
 from ..forward.expert import Expert
 from ..model import StitchModel
 from ..reference import is_repo_id
