@@ -6,7 +6,7 @@ import io
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,7 @@ from torch import Tensor
 from ..config import EXPERTS_INTO_HUB
 from ..stitch import HUB
 from .extras import needs
-
-
-if TYPE_CHECKING:
-    from .sequences import GateSequence, TracedStitch
+from .sequences import GateSequence, TracedStitch
 
 
 GROUPS = ("domain", "sequence", "phase", "stitch")
