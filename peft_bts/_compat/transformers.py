@@ -1,13 +1,13 @@
 """What is done about transformers' insides (5.23.0).
 
-transformers collects `output_hidden_states` and `output_attentions` by hooks on layers, which add to the collector of
+The library collects `output_hidden_states` and `output_attentions` by hooks on layers, which add to the collector of
 the backbone that is running (`utils/output_capturing.py`). It does not expect another backbone to run amid a
 backbone's layers.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
 from contextlib import contextmanager
 
 import torch
@@ -17,20 +17,23 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils.output_capturing import _active_collector
 
 
-def first_callback(callback: TrainerCallback) -> None:
-    """Put a callback of a Trainer before all others; called from one of the callback's own events.
+def call_first(kind: type[TrainerCallback]) -> None:
+    """Have every Trainer call callbacks of this kind before all others.
 
-    Reporters such as TensorBoard's come first otherwise, and never see what a later callback adds to the logs. Only
-    the handler knows the order, and it does not say who it is: it is looked for among the calls on the stack.
+    A Trainer calls its callbacks in the order in which they were added, its reporters (TensorBoard and the like)
+    before the user's: what a user's callback adds to the logs would never reach them. Events hand a callback neither
+    the Trainer nor the `CallbackHandler` that keeps the order, so the handler itself is taught it.
+
+    Could go if callbacks could ask for a place in the order.
     """
-    frame = sys._getframe()
-    while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-            handler.callbacks.remove(callback)
-            handler.callbacks.insert(0, callback)
-            return
-        frame = frame.f_back
+    add = CallbackHandler.add_callback
+
+    @functools.wraps(add)
+    def add_callback(self: CallbackHandler, callback: TrainerCallback) -> None:
+        add(self, callback)
+        self.callbacks.sort(key=lambda added: not isinstance(added, kind))  # stable: the others stay in their order
+
+    CallbackHandler.add_callback = add_callback
 
 
 def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
