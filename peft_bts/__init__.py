@@ -5,7 +5,14 @@ Importing this package registers the method `STITCH` with PEFT.
 
 from peft.utils import register_peft_method
 
-from ._compat.peft import add_peft_type, after_model_card, around_push, check_config_files, keep_offloaded_hubs
+from ._compat.peft import (
+    add_peft_type,
+    after_model_card,
+    around_push,
+    check_config_files,
+    keep_offloaded_hubs,
+    undo_failed_loads,
+)
 from ._compat.transformers import call_first
 
 
@@ -27,6 +34,7 @@ from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchModel)
 keep_offloaded_hubs()
+undo_failed_loads(StitchModel.discard_adapter)
 call_first(GateLogger)
 check_config_files(check_config_file)
 after_model_card(card_after_peft)

@@ -20,7 +20,6 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ._compat.bitsandbytes import keep_repacked_weights
-from ._compat.peft import adapter_is_made_by_this_load
 from .config import EXPERTS_INTO_HUB, StitchConfig, stitch_schedule
 from .experts.expert_set import Attaching, Experts
 from .experts.loading import resolve_reference
@@ -304,15 +303,9 @@ class StitchModel(Attaching, Generating, BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        try:
-            return fit_to_model(model, adapter_name, state_dict)
-        except ValueError:
-            tuner = getattr(model, "base_model", None)
-            if isinstance(tuner, cls) and adapter_is_made_by_this_load():
-                tuner._discard(adapter_name)
-            raise
+        return fit_to_model(model, adapter_name, state_dict)
 
-    def _discard(self, adapter: str) -> None:
+    def discard_adapter(self, adapter: str) -> None:
         """Undo the making of an adapter whose weights could not be loaded."""
         if len(self.peft_config) == 1:
             self.unload()

@@ -9,22 +9,22 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Optional
 
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
 
-# PEFT's own, before `keep_offloaded_hubs` goes around them.
-_LOAD_MODEL = PeftModel.from_pretrained.__func__
-_LOAD_ADAPTER = PeftModel.load_adapter
+# The hub onto which `PeftModel.from_pretrained` is loading a new adapter.
+_HUB_BEING_LOADED_ONTO: ContextVar[Optional[nn.Module]] = ContextVar("hub_being_loaded_onto", default=None)
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -109,27 +109,30 @@ def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, 
 def keep_offloaded_hubs() -> None:
     """Leave the hooks of an offloaded hub alone when a stitch adapter is loaded onto it.
 
-    PEFT takes them off, gives the weights, whose names it expects unchanged, to accelerate a second time, with the
-    adapter and so with all experts. Stitches wrap whole layers, whose hooks stay where they are; nothing is to be
-    done. PEFT does it where it sees `hf_device_map`.
-    """
+    Where it sees `hf_device_map`, PEFT takes the hooks off and has accelerate place the weights once more, under the
+    names that they have without adapters, together with the adapter and so with all experts. Stitches wrap whole
+    layers, whose hooks stay where they are, so there is nothing to be done.
 
-    @functools.wraps(_LOAD_MODEL)
+    Could go if a tuner could tell PEFT that it leaves the layers' hooks as they are.
+    """
+    load_model, load = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
+
+    @functools.wraps(load_model)
     def from_pretrained(cls, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> PeftModel:
         stitched = False
         places = (getattr(model, "hf_device_map", None) or {}).values()
         if "cpu" in places or "disk" in places:  # else PEFT leaves the hooks alone
-            config = inspect.signature(_LOAD_MODEL).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
+            config = inspect.signature(load_model).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
             where = {k: kwargs[k] for k in ("subfolder", "revision", "cache_dir", "token") if k in kwargs}
             kind = PeftConfig._get_peft_type(model_id, **where) if config is None else config.peft_type
             stitched = kind == "STITCH"
         with _without_device_map(model) if stitched else nullcontext():
-            return _LOAD_MODEL(cls, model, model_id, *args, **kwargs)
+            return load_model(cls, model, model_id, *args, **kwargs)
 
-    @functools.wraps(_LOAD_ADAPTER)
+    @functools.wraps(load)
     def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         with _without_device_map(self.get_base_model()) if self.peft_type == "STITCH" else nullcontext():
-            return _LOAD_ADAPTER(self, *args, **kwargs)
+            return load(self, *args, **kwargs)
 
     PeftModel.from_pretrained = classmethod(from_pretrained)
     PeftModel.load_adapter = load_adapter
@@ -143,6 +146,57 @@ def _without_device_map(hub: nn.Module):
     finally:
         if device_map is not None:
             hub.hf_device_map = device_map
+
+
+def undo_failed_loads(undo: Callable[[nn.Module, str], None]) -> None:
+    """Have `undo(tuner, adapter)` called when the weights of a stitch adapter could not be loaded that was new.
+
+    PEFT makes an adapter before it reads the weights, and leaves it there, untrained, whatever happens to them. An
+    adapter that was there before stays. Errors become `ValueError`s that name the file.
+
+    Could go if `load_adapter` and `from_pretrained` deleted what they have made.
+    """
+    load_model, load = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
+
+    @functools.wraps(load_model)
+    def from_pretrained(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
+        token = _HUB_BEING_LOADED_ONTO.set(model)
+        try:
+            return load_model(cls, model, *args, **kwargs)  # which calls `load_adapter` of what it has made
+        finally:
+            _HUB_BEING_LOADED_ONTO.reset(token)
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type != "STITCH":
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        new = adapter_name not in self.peft_config or self.get_base_model() is _HUB_BEING_LOADED_ONTO.get()
+        try:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        except BaseException as error:
+            if adapter_name not in self.peft_config:  # it could not even be made: the error is not about weights
+                raise
+            if new:
+                undo(self.base_model, adapter_name)
+            if not isinstance(error, Exception) or (isinstance(error, OSError) and not os.path.isdir(model_id)):
+                raise  # interrupted; no network
+            place, reason = _place_of_weights(model_id, **kwargs), str(error) or type(error).__name__
+            if isinstance(error, KeyError):
+                reason = f"tensor {reason} is missing."
+            elif os.path.isdir(model_id) and not os.path.isfile(place):
+                reason = "there is no such file."
+            raise ValueError(f"Adapter {adapter_name!r} could not be loaded from {place!r}: {reason}") from error
+
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+    PeftModel.load_adapter = load_adapter
+
+
+def _place_of_weights(model_id: str, subfolder: Optional[str] = None, revision: Optional[str] = None, **_: Any) -> str:
+    """Where PEFT looks for the weights of an adapter: a file, or what it was asked to download."""
+    if not os.path.isdir(model_id):
+        return os.fspath(model_id) + (f" at revision {revision}" if revision else "")
+    files = [os.path.join(model_id, subfolder or "", name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    return next(filter(os.path.isfile, files), files[0])
 
 
 @contextmanager
@@ -162,19 +216,3 @@ def adapters_where_layers_run(device_of: Callable[[nn.Module], torch.device]):
         yield
     finally:
         BaseTunerLayer._get_base_layer_device_and_dtype = ask
-
-
-def adapter_is_made_by_this_load() -> bool:
-    """Whether PEFT has made the adapter in the very call that is now loading its weights.
-
-    If the weights do not fit, such an adapter must go again, or the hub would be left with untrained stitches; one
-    that was there before must stay. PEFT does not say, so its calls on the stack are asked; only after an error.
-    """
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _LOAD_MODEL.__code__:
-            return True
-        if frame.f_code is _LOAD_ADAPTER.__code__ and "peft_config" in frame.f_locals:
-            return True  # assigned only where the adapter is new
-        frame = frame.f_back
-    return False
