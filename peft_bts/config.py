@@ -38,6 +38,8 @@ class StitchConfig(PeftConfig):
         init_weights (`bool`): `True`: projections start as the identity and gates at zero. `False`: random (tests).
         modules_to_save (`list[str]`, *optional*): Modules of the hub to train and save besides the stitches.
         target_modules (`str`, *optional*): Filled in by PEFT's machinery; leave it alone.
+        save_embedding_layers (`bool`): Filled in when the adapter is saved: whether that was done with
+            `save_embedding_layers=True`, so that the file holds the hub's embedding layers, which loading replaces.
     """
 
     experts: dict[str, Any] = field(
@@ -68,6 +70,10 @@ class StitchConfig(PeftConfig):
     )
     target_modules: Optional[str] = field(
         default=None, metadata={"help": "Set by the tuner from the stitch schedule; not meant to be set by users."}
+    )
+    save_embedding_layers: bool = field(
+        default=False,
+        metadata={"help": "Set when saving: whether the file holds the hub's embedding layers, too."},
     )
 
     def __post_init__(self) -> None:
@@ -101,14 +107,9 @@ class StitchConfig(PeftConfig):
         """The config as it is saved: without the experts' places on this machine."""
         values = super().to_dict()
         values["experts"] = {name: without_placement(ref) for name, ref in values["experts"].items()}
+        if not self.save_embedding_layers:
+            del values["save_embedding_layers"]
         return values
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and add the experts to the model card if PEFT has just written one there."""
-        super().save_pretrained(save_directory, **kwargs)
-        from .sharing.model_card import update_model_card  # here, since only saving needs it
-
-        update_model_card(self, save_directory)
 
 
 def _is_int(value: Any) -> bool:

@@ -303,7 +303,7 @@ class StitchModel(Attaching, Generating, BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        return fit_to_model(model, adapter_name, state_dict)
+        return fit_to_model(model, adapter_name, state_dict, with_embeddings=config.save_embedding_layers)
 
     def discard_adapter(self, adapter: str) -> None:
         """Undo the making of an adapter whose weights could not be loaded."""

@@ -67,11 +67,13 @@ def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> Non
 
     `save_pretrained` writes it, and `Trainer.create_model_card` writes it anew. `tags` are those that were there
     before, which PEFT drops.
+
+    Could go if `create_or_update_model_card` asked the tuner for a section, and kept the tags.
     """
     write = PeftModel.create_or_update_model_card
 
     @functools.wraps(write)
-    def write_and_update(self: PeftModel, output_dir: str) -> None:
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         if self.peft_type != "STITCH":
             return write(self, output_dir)
         before = os.path.join(output_dir, "README.md")
@@ -79,7 +81,33 @@ def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> Non
         write(self, output_dir)
         update(self, output_dir, tags)
 
-    PeftModel.create_or_update_model_card = write_and_update
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+
+
+def after_saving(update: Callable[[PeftModel, str, str], None]) -> None:
+    """Have `update(model, adapter, folder)` called for every stitch adapter that `save_pretrained` has saved.
+
+    Also notes in the config whether the user has asked for the embedding layers, which PEFT does not.
+
+    Could go with `after_model_card`, and if PEFT's configs said what is in the file.
+    """
+    save = PeftModel.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        if self.peft_type != "STITCH":
+            return save(self, *args, **kwargs)
+        call = inspect.signature(save).bind(self, *args, **kwargs)
+        call.apply_defaults()
+        folder, adapters = call.arguments["save_directory"], call.arguments["selected_adapters"]
+        for config in self.peft_config.values():
+            config.save_embedding_layers = call.arguments["save_embedding_layers"] is True
+        save(self, *args, **kwargs)
+        if call.arguments["is_main_process"]:
+            for adapter in self.peft_config if adapters is None else adapters:
+                update(self, adapter, folder if adapter == "default" else os.path.join(folder, adapter))
+
+    PeftModel.save_pretrained = save_pretrained
 
 
 def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, str, str], None]) -> None:
