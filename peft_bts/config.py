@@ -1,102 +1,17 @@
-"""`StitchConfig`: what a stitched model is made of, and where its stitches sit.
-
-An expert is kept as a *reference*, a small dict that says where its weights are:
-
-    {"model": id or path, "revision": commit or branch, "subfolder": ..., "adapter": LoRA id or path,
-     "base_revision": ..., "quantization_config": {...}, "config": {...}}
-
-With an `adapter`, `revision` and `subfolder` are the adapter's, and `base_revision` is the model's. Only these keys
-are read; a config file can therefore never make a loader run code. `config` is written at attach: the sizes that the
-stitches were made for, compared with the expert that a later load finds. Where an expert is to be put on *this*
-machine (`device_map`, `max_memory`, `offload_folder`) can be said in a reference too; that is never saved, and not
-taken from a file.
-
-A config that was downloaded is somebody else's word: it may name repositories of the Hub, no path of this machine
-(`HubId`), and at most `MAX_DOWNLOADED` experts.
-"""
+"""`StitchConfig`: what a stitched model is made of, and where its stitches sit."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import warnings
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftType
-from transformers.utils.hub import extract_commit_hash
+
+from .reference import as_reference, without_placement
 
 
 EXPERTS_INTO_HUB = "experts_into_hub"
 HUB_INTO_EXPERTS = "hub_into_experts"
-
-REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "base_revision", "quantization_config", "config")
-PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this machine, so never in a file
-MAX_DOWNLOADED = 64  # each expert is a whole model in memory; the paper has three
-_NAME = re.compile(r"[A-Za-z0-9_]+")
-
-
-class HubId(str):
-    """The `model` or `adapter` of a reference in a downloaded config: followed to the Hub, never to this disk."""
-
-
-def is_on_hub(source: Optional[str]) -> bool:
-    """Whether loaders would look for `source` on the Hub: it has the form of an id, and is no path that exists."""
-    if source is None or os.path.exists(source):
-        return False
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return True
-
-
-def check_expert_name(name: Any) -> None:
-    """Raise `ValueError` unless `name` can stand in a tensor's key: letters, digits, `_`, and not `hub`."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(
-            f"Expert name {name!r} is not usable: it becomes part of tensor names, so it must be made of letters, "
-            "digits and '_' only."
-        )
-    if name == "hub":
-        raise ValueError("Expert name 'hub' is taken: it stands for the seed model. Choose another name.")
-
-
-def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[str, Any]:
-    """Normalise one entry of `experts` to a reference dict; raise `ValueError` for what is not one."""
-    check_expert_name(name)
-    if value is None or isinstance(value, (str, os.PathLike)):
-        return {"model": None if value is None else os.fspath(value)}
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"Expert {name!r} is a {type(value).__name__}, expected an id, a path or a dict with the keys "
-            f"{', '.join(REFERENCE_KEYS)}. To use a loaded model, call `model.attach_expert({name!r}, loaded_model)` "
-            "after `get_peft_model`."
-        )
-    known = REFERENCE_KEYS + PLACEMENT_KEYS
-    unknown = sorted(set(value) - set(known))
-    if unknown:
-        raise ValueError(f"Expert {name!r} has the unknown key(s) {unknown}; a reference has only {', '.join(known)}.")
-    reference = {key: os.fspath(part) if isinstance(part, os.PathLike) else part for key, part in value.items()}
-    for key in ("model", "revision", "subfolder", "adapter", "base_revision"):
-        if not isinstance(reference.get(key), (str, type(None))):
-            raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}; expected a string.")
-    for key in ("revision", "subfolder", "base_revision"):  # parts of paths: in the Hub's cache, and below `model`
-        if _leads_out(reference.get(key)):
-            raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}, which leads out of its repository.")
-    quantization = reference.get("quantization_config")
-    if hasattr(quantization, "to_dict"):
-        reference["quantization_config"] = json.loads(quantization.to_json_string(use_diff=False))
-    elif quantization is not None and not (isinstance(quantization, dict) and "quant_method" in quantization):
-        raise ValueError(
-            f"Expert {name!r} has quantization_config={quantization!r}; expected a config of transformers, such as "
-            "BitsAndBytesConfig, or its dict with `quant_method`."
-        )
-    return reference
 
 
 @dataclass
@@ -104,7 +19,7 @@ class StitchConfig(PeftConfig):
     """Configuration of a Branch-Train-Stitch adapter (arXiv 2502.00075).
 
     Args:
-        experts (`dict[str, str | dict]`): The experts by name: a Hub id, a path, or a dict with `model` and
+        experts (`dict[str, str | dict]`): The experts by name: a repo id, a path, or a dict with `model` and
             optionally `revision`, `subfolder`, `adapter` (a LoRA on top of `model`), `quantization_config` (of
             transformers), and for this machine only `device_map`, `max_memory`, `offload_folder`. They are loaded,
             frozen, when the adapter is made. Loaded models are attached later, by `model.attach_expert(name, model)`.
@@ -123,6 +38,8 @@ class StitchConfig(PeftConfig):
         init_weights (`bool`): `True`: projections start as the identity and gates at zero. `False`: random (tests).
         modules_to_save (`list[str]`, *optional*): Modules of the hub to train and save besides the stitches.
         target_modules (`str`, *optional*): Filled in by PEFT's machinery; leave it alone.
+        save_embedding_layers (`bool`): Filled in when the adapter is saved: whether that was done with
+            `save_embedding_layers=True`, so that the file holds the hub's embedding layers, which loading replaces.
     """
 
     experts: dict[str, Any] = field(
@@ -153,6 +70,10 @@ class StitchConfig(PeftConfig):
     )
     target_modules: Optional[str] = field(
         default=None, metadata={"help": "Set by the tuner from the stitch schedule; not meant to be set by users."}
+    )
+    save_embedding_layers: bool = field(
+        default=False,
+        metadata={"help": "Set when saving: whether the file holds the hub's embedding layers, too."},
     )
 
     def __post_init__(self) -> None:
@@ -185,72 +106,10 @@ class StitchConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as it is saved: without the experts' places on this machine."""
         values = super().to_dict()
-        values["experts"] = {name: _without_placement(ref) for name, ref in values["experts"].items()}
+        values["experts"] = {name: without_placement(ref) for name, ref in values["experts"].items()}
+        if not self.save_embedding_layers:
+            del values["save_embedding_layers"]
         return values
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and add the experts to the model card if PEFT has just written one there."""
-        super().save_pretrained(save_directory, **kwargs)
-        from .sharing.model_card import update_model_card  # here, since only saving needs it
-
-        update_model_card(self, save_directory)
-
-
-def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike]) -> dict[str, Any]:
-    """Of the values of an adapter_config.json, keep what its author may say; `_compat` has PEFT call this.
-
-    Raises:
-        ValueError: If it was downloaded, and its seed is a path of this machine, or it has very many experts.
-    """
-    experts = values.get("experts")
-    if not isinstance(experts, dict):
-        return values
-    kept = {name: _without_placement(reference) for name, reference in experts.items()}
-    if kept != experts:
-        warnings.warn(
-            f"{path} says where to put experts ({', '.join(PLACEMENT_KEYS)}); this is ignored. Set it on the loaded "
-            "config instead.",
-            stacklevel=4,
-        )
-    if extract_commit_hash(os.fspath(path), None) is not None:  # it lies in the cache of the Hub
-        vouch = (
-            "If you trust it, make it your own: `hf download <its id> --local-dir <folder>`, edit adapter_config.json "
-            "there if need be, and load the folder."
-        )
-        seed = values.get("base_model_name_or_path")
-        if isinstance(seed, str) and os.path.exists(seed):
-            raise ValueError(
-                f"This downloaded adapter names {str(seed)!r} as its seed, which is a path of this machine. {vouch}"
-            )
-        if _leads_out(values.get("revision")):
-            raise ValueError(f"This downloaded adapter has the seed's revision {values['revision']!r}. {vouch}")
-        if len(kept) > MAX_DOWNLOADED:
-            raise ValueError(
-                f"This downloaded adapter has {len(kept)} experts; at most {MAX_DOWNLOADED} are loaded on somebody "
-                f"else's word. {vouch}"
-            )
-        kept = {name: _as_hub_ids(reference) for name, reference in kept.items()}
-    return {**values, "experts": kept}
-
-
-def _leads_out(path: Optional[str]) -> bool:
-    path = PurePath(path or "")
-    return path.is_absolute() or ".." in path.parts
-
-
-def _as_hub_ids(reference: Any) -> Any:
-    if isinstance(reference, str):
-        return HubId(reference)
-    if not isinstance(reference, dict):
-        return reference
-    sources = {key: HubId(reference[key]) for key in ("model", "adapter") if isinstance(reference.get(key), str)}
-    return {**reference, **sources}
-
-
-def _without_placement(reference: Any) -> Any:
-    if not isinstance(reference, dict):
-        return reference
-    return {key: value for key, value in reference.items() if key not in PLACEMENT_KEYS}
 
 
 def _is_int(value: Any) -> bool:

@@ -20,8 +20,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ._compat import adapter_is_made_by_this_load, keep_repacked_weights
-from .config import StitchConfig, check_expert_name, stitch_schedule
+from ._compat.bitsandbytes import keep_repacked_weights
+from .config import StitchConfig, stitch_schedule
 from .experts.attaching import ExpertMaker, add_stitch_weights
 from .experts.expert_set import ActiveExperts, ExpertSet, NamedModules
 from .experts.loading import resolve_reference
@@ -36,6 +36,7 @@ from .inference import generate as generation
 from .inference.dropping import Dropping, DroppingPolicies
 from .inference.threads import parallel_streams
 from .keys import file_key, fit_to_model, stitch_weights
+from .reference import check_expert_name
 from .stitch import Init, PerModel, check_init, make_stitch
 
 
@@ -476,15 +477,9 @@ class StitchModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        try:
-            return fit_to_model(model, adapter_name, state_dict)
-        except ValueError:
-            tuner = getattr(model, "base_model", None)
-            if isinstance(tuner, cls) and adapter_is_made_by_this_load():
-                tuner._discard(adapter_name)
-            raise
+        return fit_to_model(model, adapter_name, state_dict, with_embeddings=config.save_embedding_layers)
 
-    def _discard(self, adapter: str) -> None:
+    def discard_adapter(self, adapter: str) -> None:
         """Undo the making of an adapter whose weights could not be loaded."""
         if len(self.peft_config) == 1:
             self.unload()

@@ -10,10 +10,11 @@ from typing import Any, Optional, Union
 
 from torch import nn
 
-from ..config import StitchConfig, as_reference
+from ..config import StitchConfig
 from ..forward.expert import Expert
 from ..forward.layer import StitchLayer
 from ..forward.placement import place_for_stitch
+from ..reference import as_reference
 from ..stitch import HUB, Init
 from .compatibility import compare, sizes
 from .loading import describe_model, load_expert, resolve_reference

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..config import as_reference
-from .loading import check_adapter, read_configs, resolve_reference, share_weights
+from ..reference import as_reference
+from .loading import check_adapter, read_configs, resolve_reference
+from .weight_sharing import share_weights
 
 
 ModelLike = Union[nn.Module, PreTrainedConfig, str, os.PathLike, dict[str, Any]]

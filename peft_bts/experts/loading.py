@@ -1,8 +1,7 @@
-"""From a reference to an expert: find it, load it, share it."""
+"""From a reference to an expert: find it and load it."""
 
 from __future__ import annotations
 
-import copy
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import Any, Optional
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .._compat import adapters_where_layers_run, real_weights
-from ..config import PLACEMENT_KEYS, HubId, as_reference, is_on_hub
-from ..forward.layer import StitchLayer
+from .._compat.accelerate import real_weights
+from .._compat.peft import adapters_where_layers_run
 from ..forward.placement import is_dispatched, place_for_stitch
+from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
+from .weight_sharing import share_weights
 
 
 def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
@@ -37,10 +36,10 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
             + how_to_replace(name)
         )
     for key in ("model", "adapter"):
-        if isinstance(reference.get(key), HubId) and not is_on_hub(reference[key]):
+        if isinstance(reference.get(key), RepoId) and not is_repo_id(reference[key]):
             raise ValueError(
                 f"Expert {name!r} of this downloaded adapter refers to {str(reference[key])!r}, a path of this "
-                f"machine; only ids of the Hub are followed from a downloaded file. {how_to_replace(name, key)}"
+                f"machine; only repo ids are followed from a downloaded file. {how_to_replace(name, key)}"
             )
     where = _where(reference)
     with _loading(name, source, where):
@@ -153,7 +152,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 def _cached_commit(source: Optional[str]) -> Optional[str]:
     """The commit of an id that this machine has loaded last; models themselves do not say what they came from."""
-    path = try_to_load_from_cache(source, "config.json") if is_on_hub(source) else None
+    path = try_to_load_from_cache(source, "config.json") if is_repo_id(source) else None
     return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
@@ -161,42 +160,6 @@ def _is_stored_quantized(source: str) -> bool:
     """Whether a checkpoint itself is quantised, so that loading it takes no further word."""
     path = _find("config.json", source, {})
     return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def share_weights(hub: nn.Module, adapter: Optional[str] = None) -> nn.Module:
-    """A second module tree over the hub's own parameters and buffers, without stitches: no memory but its objects.
-
-    A LoRA injected into it costs only the LoRA's weights, and leaves the hub alone.
-
-    Args:
-        adapter: Take the `modules_to_save` of this adapter instead of the original modules.
-    """
-    memo: dict[int, Any] = {id(t): t for t in (*hub.parameters(), *hub.buffers())}
-    for module in hub.modules():
-        # Kept beside the parameters: the scales of quantised weights, and the weights that accelerate has offloaded.
-        owners = (module, getattr(module, "_hf_hook", None), *getattr(getattr(module, "_hf_hook", None), "hooks", ()))
-        for owner in owners:
-            for name in ("quant_state", "state", "weights_map", "tied_params_map"):
-                value = getattr(owner, "__dict__", {}).get(name)
-                memo[id(value)] = value
-        # Hooks are bound to their owners, the tuner with all experts among them; the copy gets none.
-        for hooks in [v for k, v in module.__dict__.items() if k.startswith("_forward_") and k.endswith("hooks")]:
-            memo[id(hooks)] = type(hooks)()
-    twin = copy.deepcopy(hub, memo)
-    twin.__dict__.pop("peft_config", None)
-    twin.__dict__.pop("hf_device_map", None)  # PEFT would have accelerate place the shared weights a second time
-    for path, module in list(twin.named_modules()):
-        if isinstance(module, StitchLayer):
-            _set_module(twin, path, module.base_layer)
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            trained = getattr(module, "modules_to_save", {})
-            _set_module(twin, path, dict(trained).get(adapter, module.original_module))
-    return twin
-
-
-def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
 
 
 def _load_model(source: str, hub: nn.Module, **how: Any) -> nn.Module:
@@ -223,7 +186,7 @@ def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Mod
 
 
 def _find(file: str, source: str, where: dict[str, Any]) -> Optional[str]:
-    """Path of a file in a folder or in the Hub's cache, where it is brought if need be; `None` if it has none."""
+    """Path of a file in a folder or a repository, which is downloaded if need be; `None` if there is no such file."""
     return cached_file(
         source,
         file,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..config import StitchConfig
-from ..experts.loading import share_weights
+from ..experts.weight_sharing import share_weights
 from ..forward.composition import Composition
 from ..forward.decoder import find_decoder
 from ..forward.recorder import layer_return_sizes

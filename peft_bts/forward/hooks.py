@@ -100,7 +100,12 @@ class HubForward(ForwardRunner):
         first_layer: The first of them.
         active_composition: Says what a forward that starts now runs; `None` for the hub alone.
         make_state: Makes the state of a forward.
+
+    Attributes:
+        wrapped: What the backbone had as a `forward` of its own, because a library such as accelerate had wrapped it.
     """
+
+    wrapped: Optional[Callable] = None
 
     def __init__(
         self,
@@ -119,8 +124,7 @@ class HubForward(ForwardRunner):
     def install(self) -> None:
         """Take the place of the backbone's `forward`; nothing happens if that is done already."""
         if self._hook is None:
-            # One of its own, if a library such as accelerate has wrapped it already.
-            self._wrapped = vars(self._backbone).get("forward")
+            self.wrapped = vars(self._backbone).get("forward")
             self._backbone.forward = self
             self._hook = self._first_layer.register_forward_pre_hook(self._detach_embeddings, with_kwargs=True)
 
@@ -131,12 +135,12 @@ class HubForward(ForwardRunner):
             self._hook = None
             if vars(self._backbone).get("forward") is self:
                 del self._backbone.forward
-                if self._wrapped is not None:
-                    self._backbone.forward = self._wrapped
+                if self.wrapped is not None:
+                    self._backbone.forward = self.wrapped
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._wrapped is not None:
-            return self._wrapped(*args, **kwargs)
+        if self.wrapped is not None:
+            return self.wrapped(*args, **kwargs)
         return type(self._backbone).forward(self._backbone, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

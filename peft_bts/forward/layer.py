@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .._compat import replace_captured_hidden_state
+from .._compat.transformers import replace_captured_hidden_state
 from .hooks import ForwardRunner, checkpoint_function
 from .placement import place_for_stitch
 

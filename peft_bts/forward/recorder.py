@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .._compat import no_output_capture
+from .._compat.transformers import no_output_capture
 from .cache import cached_tokens
 from .decoder import Decoder
 from .masks import expert_mask

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from .._compat import no_output_capture
+from .._compat.transformers import no_output_capture
 
 
 class LayerCall(NamedTuple):

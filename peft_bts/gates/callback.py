@@ -1,4 +1,4 @@
-"""`GateLogger`: whom the stitches listen to, in a Trainer's logs."""
+"""`GateLogger`: mean gates in a Trainer's logs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from .._compat import first_callback
 from .trace import GateTrace, trace_gates
 
 
@@ -18,7 +17,8 @@ class GateLogger(TrainerCallback):
 
         Trainer(model=model, callbacks=[GateLogger()], ...)
 
-    With every `loss` come, for the stitch behind each hub layer (0-based), over the tokens of that step's batches:
+    Wherever it is in the list, a Trainer calls it before its other callbacks, reporters among them. With every `loss`
+    come, for the stitch behind each hub layer (0-based), over the tokens of that step's batches:
 
     - `gate/layer_3/code`: the mean gate of a model;
     - `gate_entropy/layer_3`: the normalised entropy of the gates (`GateTable`), 0 to 1.
@@ -39,7 +39,7 @@ class GateLogger(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         with trace_gates(model):  # an unfit model is an error now, not at the first step that is logged
-            first_callback(self)
+            pass
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any

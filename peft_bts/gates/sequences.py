@@ -1,6 +1,6 @@
-"""From forwards to sequences: what a trace keeps of each forward, and how those that continue one another join.
+"""From forwards to sequences: what a trace keeps of each forward, and how forwards join that continue one another.
 
-Forwards that continue one cache make a batch. Columns are counted as in the padded batch, from its first token; what
+Forwards that continue one cache make a batch. Columns are counted as in the padded batch, from its first token. What
 is computed again from some column on (a rejected draft, a cropped cache) replaces what was there.
 """
 

@@ -6,18 +6,15 @@ import io
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._compat import needs
 from ..config import EXPERTS_INTO_HUB
 from ..stitch import HUB
-
-
-if TYPE_CHECKING:
-    from .sequences import GateSequence, TracedStitch
+from .extras import needs
+from .sequences import GateSequence, TracedStitch
 
 
 GROUPS = ("domain", "sequence", "phase", "stitch")

@@ -1,4 +1,4 @@
-"""Whom the stitches listen to: the gates of every token and model, recorded while a model runs.
+"""`trace_gates`: the gates of every token and model, recorded while a model runs.
 
     with trace_gates(model) as trace:
         with trace.domain("math"):
@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
@@ -29,7 +30,8 @@ from ..forward.masks import is_text
 from ..forward.observers import Observation
 from ..model import StitchModel
 from ..stitch import HUB
-from . import plots
+from .page import to_html
+from .plots import plot_domains, plot_tokens
 from .sequences import Batch, Chunk, GateSequence, Generation, TracedStitch
 from .table import GateTable, make_table
 
@@ -44,9 +46,9 @@ _CHANGE_OBSERVERS = threading.Lock()
 def trace_gates(model: nn.Module) -> Iterator[GateTrace]:
     """Record the gates of `model` in every forward and `generate()` inside the `with`, in this thread.
 
-    Recording changes no output. What is recorded of a gate per channel is its mean over the channels. Other threads'
-    calls of the same model are not recorded. Traces may be nested; each records all. Code compiled by `torch.compile`
-    breaks its graph to record, so `fullgraph=True` fails inside of a trace; outside, nothing changes for it.
+    Recording changes no output. Of a gate per channel, the mean over the channels is recorded. Calls of the same model
+    in other threads are not recorded. Traces may be nested, and each records everything. Compiled code breaks its
+    graph to record, so `torch.compile(fullgraph=True)` fails inside of a trace; outside, nothing changes for it.
 
     Args:
         model: A `PeftModel` with a stitch adapter, its tuner (`StitchModel`), or an exported composition
@@ -88,9 +90,9 @@ def _settings(model: nn.Module) -> ForwardSettings:
 class GateTrace:
     """What `trace_gates` recorded; it can be read during the `with` and after it.
 
-    Stitches are counted as in `stitches`, from the first layer to the last: `stitch=-1` is the one before the head.
-    Beam search is recorded as it was computed: a sequence is a place in the batch of beams, and the tokens that beams
-    on this place were given, not one of the returned texts. Drafted tokens that were rejected are taken back.
+    Stitches are counted from the first layer to the last, as in `stitches`: `stitch=-1` is the one before the head.
+    Beam search is recorded as it was computed: a sequence is a place in the batch of beams with the tokens that were
+    given to the beams in this place, not one of the returned texts. Drafted tokens that were rejected are left out.
 
     Attributes:
         label: The domain of the sequences that begin from now on.
@@ -245,9 +247,9 @@ class GateTrace:
         """
         self._check_not_empty()
         if by == "token":
-            return plots.plot_tokens(self, stitch, tokenizer, sequences)
+            return plot_tokens(self.stitches, self.sequences, stitch, tokenizer, sequences)
         if by == "domain":
-            return plots.plot_domains(self, stitch)
+            return plot_domains(self.stitches[stitch], self.table(by="domain", stitch=stitch))
         raise ValueError(f"Gates can be drawn by 'token' or 'domain', got {by!r}.")
 
     def to_html(self, path: Union[str, os.PathLike, None] = None, *, tokenizer: Any = None) -> str:
@@ -267,7 +269,10 @@ class GateTrace:
             ValueError: If nothing was recorded.
         """
         self._check_not_empty()
-        return plots.to_html(self, path, tokenizer)
+        page = to_html(self.stitches, self.sequences, tokenizer)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
 
     def _check_not_empty(self) -> None:
         if not self._batches:

@@ -11,10 +11,13 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 
-from ..config import StitchConfig, is_on_hub
-from ..experts.loading import resolve_reference, share_weights
+from .._compat.bitsandbytes import saves_repacked_weights
+from ..config import StitchConfig
+from ..experts.loading import resolve_reference
+from ..experts.weight_sharing import share_weights
 from ..forward.expert import Expert
 from ..model import StitchModel
+from ..reference import is_repo_id
 from ..stitch import HUB
 
 
@@ -58,7 +61,7 @@ def push_experts(
     config, experts, hub = tuner.peft_config[adapter], tuner.experts[adapter], tuner.model
     ids = _ids([name for name in sorted(experts.keys()) if _is_local(config.experts[name])], repo_id)
     uploads = {name: _Upload.of_expert(name, experts[name], config.experts[name], hub) for name in ids}
-    if not is_on_hub(_seed(model, config)):
+    if not is_repo_id(_seed(model, config)):
         if seed is None:
             raise ValueError(f"{_seed_problem(model, config)}; say where to upload it: seed='org/name'.")
         uploads, ids = (
@@ -121,14 +124,13 @@ class _Upload:
 
     def check(self) -> None:
         """Raise `ValueError` if it cannot be uploaded, or not so that others can load it."""
-        if self.base is not None and not is_on_hub(self.base):
+        if self.base is not None and not is_repo_id(self.base):
             raise ValueError(
                 f"{self.what} is a LoRA on {self.base!r}, which exists only here. Upload that model yourself, then "
                 'attach the expert with its id: {"model": id, "adapter": the LoRA}.'
             )
         quantizer = getattr(self.model, "hf_quantizer", None)
-        # bitsandbytes 0.50 repacks 4-bit weights for a CPU when they first run, and then saves them wrong.
-        repacked = getattr(self.model, "is_loaded_in_4bit", False) and self.model.device.type == "cpu"
+        repacked = saves_repacked_weights(self.model)
         if quantizer is not None and not self._has_folder and (repacked or not quantizer.is_serializable()):
             kind = self.model.config.quantization_config.quant_method
             raise ValueError(
@@ -169,7 +171,7 @@ def check_others_can_load(model: PeftModel) -> None:
             for name, reference in sorted(config.experts.items())
             if _is_local(reference)
         ]
-        if not is_on_hub(_seed(model, config)):
+        if not is_repo_id(_seed(model, config)):
             problems.insert(0, _seed_problem(model, config))
         if problems:
             raise ValueError(
@@ -188,7 +190,7 @@ def check_others_can_load(model: PeftModel) -> None:
 
 def _is_local(reference: dict[str, Any]) -> bool:
     sources = [reference[key] for key in ("model", "adapter") if reference.get(key) is not None]
-    return not sources or not all(map(is_on_hub, sources))
+    return not sources or not all(map(is_repo_id, sources))
 
 
 def _source(reference: dict[str, Any]) -> Optional[str]:
