@@ -17,6 +17,7 @@ from typing import Any, Optional, Union
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ._compat.bitsandbytes import keep_repacked_weights
@@ -91,6 +92,7 @@ class StitchModel(Attaching, Generating, BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
+            self._drop_trained_copies(adapter_name)
             self._forget(adapter_name)
             self._unfreeze_without_adapters()
             raise
@@ -168,6 +170,7 @@ class StitchModel(Attaching, Generating, BaseTuner):
         """Delete an adapter, with its experts. Without the last one, the hub is what it was before."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        self._drop_trained_copies(adapter_name)
         if adapter_name in self.active_adapters:
             # Chosen here, for all layers alike: they do not all know all adapters.
             rest = [name for name in self.peft_config if name != adapter_name]
@@ -183,6 +186,9 @@ class StitchModel(Attaching, Generating, BaseTuner):
         self._forget(adapter_name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if not merge:  # PEFT would leave the trained copies in the hub
+            for adapter in list(self.peft_config):
+                self._drop_trained_copies(adapter)
         hub = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         for adapter in list(self.experts.keys()):
             self._forget(adapter)
@@ -205,6 +211,16 @@ class StitchModel(Attaching, Generating, BaseTuner):
         self._inactive.pop(adapter, None)
         if not self._plans:
             self._runs.unwatch()
+
+    def _drop_trained_copies(self, adapter: str) -> None:
+        """Drop an adapter's copies of hub modules (`modules_to_save`); a module without copies is itself again."""
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                rest = [name for name in self.active_adapters if name != adapter]
+                module.delete_adapter(adapter, rest)
+                if not module._get_available_adapters():
+                    parent, _, child = path.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, module.original_module)
 
     def _unfreeze_without_adapters(self) -> None:
         """After a failure: PEFT had frozen the hub already."""
