@@ -35,7 +35,7 @@ from replication.jobs import Store
 from replication.presets import EXPERTS, PRESETS
 from replication.studies import Set, folder_of
 
-from peft_bts import dropping
+from peft_bts.inference import dropping
 
 
 @dataclass
@@ -57,7 +57,7 @@ PROMPT = "prompt"
 @contextmanager
 def deciding(gates: str):
     """Have `drop_experts` look at other gates than it does; "prompt": their mean over the prompt, from then on."""
-    recent, note = dropping.RECENT, dropping.Roster.note
+    recent, note = dropping.RECENT, dropping.CatchUpState.note
 
     def note_prompt(roster, gates_BTN, text_BT):
         if gates_BTN.shape[1] > 1:
@@ -66,10 +66,10 @@ def deciding(gates: str):
     try:
         dropping.RECENT = LAST.get(gates, 10**6)
         if gates == PROMPT:
-            dropping.Roster.note = note_prompt
+            dropping.CatchUpState.note = note_prompt
         yield
     finally:
-        dropping.RECENT, dropping.Roster.note = recent, note
+        dropping.RECENT, dropping.CatchUpState.note = recent, note
 
 
 class Work:

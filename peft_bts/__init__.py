@@ -21,7 +21,8 @@ add_peft_type("STITCH")  # what follows needs the member
 
 from .config import StitchConfig  # noqa: E402
 from .experts.compatibility import CompatibilityReport, check_compatibility  # noqa: E402
-from .export.model import StitchedConfig, StitchedForCausalLM, StitchedModel  # noqa: E402
+from .export.config import StitchExportConfig  # noqa: E402
+from .export.model import StitchExportForCausalLM, StitchExportModel  # noqa: E402
 from .forward.layer import StitchLayer  # noqa: E402
 from .gates.callback import GateLogger  # noqa: E402
 from .gates.trace import GateTrace, trace_gates  # noqa: E402
@@ -51,11 +52,11 @@ __all__ = [
     "GateTrace",
     "HubIntoExperts",
     "StitchConfig",
+    "StitchExportConfig",
+    "StitchExportForCausalLM",
+    "StitchExportModel",
     "StitchLayer",
     "StitchModel",
-    "StitchedConfig",
-    "StitchedForCausalLM",
-    "StitchedModel",
     "check_compatibility",
     "plan",
     "push_experts",

@@ -51,24 +51,6 @@ def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
 
 
 @contextmanager
-def keep_output_capture():
-    """Run another backbone amid the hub's without ending the hub's capture.
-
-    Backbones set and reset the collector. That nests, except while torch.compile traces, where a reset ends all.
-
-    Could go if `CompileableContextVar.reset` went back to the value before, as a context variable's does.
-    """
-    if not torch.compiler.is_compiling():
-        yield
-        return
-    saved = _active_collector.global_var, _active_collector.compiling
-    try:
-        yield
-    finally:
-        _active_collector.global_var, _active_collector.compiling = saved
-
-
-@contextmanager
 def no_output_capture():
     """Keep an expert's layers out of the hub's `output_hidden_states` and `output_attentions`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any, Optional
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -10,6 +11,7 @@ from torch import nn
 
 from .._compat.accelerate import offloaded_weights
 from .._compat.bitsandbytes import quantization_states
+from ..forward.hooks import HubForward
 from ..forward.layer import StitchLayer
 
 
@@ -28,16 +30,27 @@ def share_weights(hub: nn.Module, adapter: Optional[str] = None) -> nn.Module:
         # Hooks are bound to their owners, the tuner with all experts among them; the copy gets none.
         hooks = [value for name, value in vars(module).items() if name.startswith("_forward_") and "hooks" in name]
         memo |= {id(registered): type(registered)() for registered in hooks}
+        # So are stitched forwards and layers; they are taken out of the copy below.
+        memo |= {id(value): value for value in vars(module).values() if isinstance(value, HubForward)}
     twin = copy.deepcopy(hub, memo)
     twin.__dict__.pop("peft_config", None)
     twin.__dict__.pop("hf_device_map", None)  # PEFT would have accelerate place the shared weights a second time
     for path, module in list(twin.named_modules()):
+        _restore_forward(module, memo)
         if isinstance(module, StitchLayer):
             _set_module(twin, path, module.base_layer)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             trained = getattr(module, "modules_to_save", {})
             _set_module(twin, path, dict(trained).get(adapter, module.original_module))
     return twin
+
+
+def _restore_forward(module: nn.Module, memo: dict[int, Any]) -> None:
+    for name in ("forward", "_old_forward"):  # the latter where accelerate has wrapped the former
+        stitched = vars(module).get(name)
+        if isinstance(stitched, HubForward):
+            before = copy.deepcopy(stitched.wrapped, memo)
+            setattr(module, name, before or types.MethodType(type(module).forward, module))
 
 
 def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -13,17 +13,18 @@ from transformers import AutoTokenizer
 
 from ..config import StitchConfig
 from ..experts.weight_sharing import share_weights
+from ..forward.composition import Composition
 from ..forward.decoder import find_decoder
-from ..forward.expert import layer_return_sizes
-from ..forward.state import Plan
+from ..forward.recorder import layer_return_sizes
 from ..stitch import HUB, PerModel
-from .model import StitchedConfig, StitchedForCausalLM
+from .config import StitchExportConfig
+from .model import StitchExportForCausalLM
 
 
 def export_composition(
     path: Union[str, os.PathLike],
     hub: nn.Module,
-    plan: Plan,
+    composition: Composition,
     stitches: dict[int, nn.Module],
     config: StitchConfig,
     adapter: str,
@@ -34,7 +35,7 @@ def export_composition(
     Args:
         path: The folder.
         hub: The hub, with or without stitches around its layers.
-        plan: What the adapter runs; only its active experts are exported.
+        composition: What the adapter runs; only its active experts are exported.
         stitches: The adapter's stitches by hub layer.
         config, adapter: The adapter's config and name.
         **kwargs: For `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
@@ -43,20 +44,20 @@ def export_composition(
         ValueError: If a model is quantised.
     """
     models = {HUB: share_weights(hub, adapter)}
-    models |= {name: _plain(expert.model) for name, expert in plan.experts.items()}
+    models |= {name: _plain(expert.model) for name, expert in composition.experts.items()}
     for name, model in models.items():
         if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
             raise ValueError(f"Model {name!r} is quantised; load it in a floating-point dtype to export it.")
     decoders = {name: find_decoder(model, f"Model {name!r}") for name, model in models.items()}
     weight = stitches[max(stitches)].gate.of(HUB).weight
-    standalone_config = StitchedConfig(
+    standalone_config = StitchExportConfig(
         models={name: model.config.to_dict() for name, model in models.items()},
-        schedule=[[layer, kind] for layer, kind in plan.schedule.items()],
+        schedule=[[layer, kind] for layer, kind in composition.schedule.items()],
         stitch={
             "gate": config.gate,
             "gate_bias": config.gate_bias,
             "r": config.r,
-            "projected": plan.projected,
+            "projected": composition.projected,
             "dtype": str(weight.dtype).removeprefix("torch."),
         },
         returns={
@@ -66,7 +67,7 @@ def export_composition(
         dtype=models[HUB].dtype,
     )
     with torch.device("meta"):
-        standalone = StitchedForCausalLM(standalone_config)
+        standalone = StitchExportForCausalLM(standalone_config)
     state: dict[str, Tensor] = {}
     first = 0
     for name, decoder in decoders.items():
@@ -78,7 +79,7 @@ def export_composition(
             else:
                 state[f"model.backbones.{PerModel.PREFIX}{name}.{key}"] = tensor
         first += len(decoder.layers)
-    active = {HUB, *plan.experts}
+    active = {HUB, *composition.experts}
     for layer, stitch in stitches.items():
         for key, tensor in stitch.state_dict().items():
             if key.split(".")[1].removeprefix(PerModel.PREFIX) in active:

@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..forward.expert import cached_tokens
+from ..forward.cache import cached_tokens
 
 
 @dataclass(frozen=True, order=True)

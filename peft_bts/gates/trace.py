@@ -5,8 +5,8 @@
             model.generate(**inputs)
     print(trace.table())
 
-When the last stitch of a forward is done, the traces of the model are given the gates of its tokens (`Run.gates`). A
-trace joins the forwards that continue one cache into sequences: the prompt and every generated token of a
+When its last stitch is done, a forward tells the traces of its model the gates of its tokens (`Observation.gates`).
+A trace joins the forwards that continue one cache into sequences: the prompt and every generated token of a
 `generate()`.
 """
 
@@ -24,10 +24,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..export.model import StitchedForCausalLM, StitchedModel
+from ..export.model import StitchExportForCausalLM, StitchExportModel
+from ..forward.hooks import ForwardSettings
 from ..forward.masks import is_text
-from ..forward.observers import Observers
-from ..forward.state import Run, Runs
+from ..forward.observers import Observation
 from ..model import StitchModel
 from ..stitch import HUB
 from .page import to_html
@@ -52,34 +52,30 @@ def trace_gates(model: nn.Module) -> Iterator[GateTrace]:
 
     Args:
         model: A `PeftModel` with a stitch adapter, its tuner (`StitchModel`), or an exported composition
-            (`StitchedForCausalLM`), also wrapped for distributed training or compiled.
+            (`StitchExportForCausalLM`), also wrapped for distributed training or compiled.
 
     Raises:
         TypeError: If there are no stitches in `model`.
     """
-    observed, trace = _observed(model), GateTrace()
+    settings, trace = _settings(model), GateTrace()
     with _CHANGE_OBSERVERS:
-        observed.observers = Observers([*observed.observers, trace])
+        settings.observers = (*settings.observers, trace)
     try:
         yield trace
     finally:
         with _CHANGE_OBSERVERS:
-            rest = Observers(observer for observer in observed.observers if observer is not trace)
-            if rest:
-                observed.observers = rest
-            else:
-                del observed.observers  # back to the class's
+            settings.observers = tuple(observer for observer in settings.observers if observer is not trace)
 
 
-def _observed(model: nn.Module) -> Union[Runs, StitchedModel]:
+def _settings(model: nn.Module) -> ForwardSettings:
     """What holds the observers of a model."""
     inner = model
-    while not isinstance(inner, (PeftModel, StitchModel, StitchedForCausalLM, StitchedModel)):
+    while not isinstance(inner, (PeftModel, StitchModel, StitchExportForCausalLM, StitchExportModel)):
         wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)  # compiled; DDP and the like
         if not isinstance(wrapped, nn.Module):
             raise TypeError(
-                "Gates can be traced in a PeftModel with a stitch adapter, its StitchModel, or a StitchedForCausalLM; "
-                f"got a {type(model).__name__}."
+                "Gates can be traced in a PeftModel with a stitch adapter, its StitchModel, or a "
+                f"StitchExportForCausalLM; got a {type(model).__name__}."
             )
         inner = wrapped
     if isinstance(inner, PeftModel):
@@ -87,8 +83,8 @@ def _observed(model: nn.Module) -> Union[Runs, StitchedModel]:
         if not isinstance(inner, StitchModel):
             raise TypeError(f"This PeftModel has no stitches: its tuner is a {type(inner).__name__}.")
     if isinstance(inner, StitchModel):
-        return inner._runs
-    return inner.model if isinstance(inner, StitchedForCausalLM) else inner
+        return inner._forward.settings
+    return (inner.model if isinstance(inner, StitchExportForCausalLM) else inner)._runner.settings
 
 
 class GateTrace:
@@ -120,19 +116,19 @@ class GateTrace:
 
     # ---------------------------------------------------------------- recording
 
-    def record(self, run: Run) -> None:
-        """Take in a forward; the model calls this."""
+    def record(self, forward: Observation) -> None:
+        """Take in a forward (called by the model)."""
         if threading.get_ident() != self._thread:
             return
-        tokens = run.call.get("input_ids")
+        tokens = forward.call.get("input_ids")
         gates = {
-            (layer, run.plan.schedule[layer]): (tuple(by_model), torch.stack(tuple(by_model.values())))
-            for layer, by_model in run.gates.items()
+            (layer, forward.composition.schedule[layer]): (tuple(by_model), torch.stack(tuple(by_model.values())))
+            for layer, by_model in forward.gates.items()
         }
         *_, rows, columns = next(iter(gates.values()))[1].shape
-        generation, start = self._generation, run.past
-        if run.cache is not None:
-            batch = self._of_cache.get(run.cache)
+        generation, start = self._generation, forward.past
+        if forward.cache is not None:
+            batch = self._of_cache.get(forward.cache)
             if start is None:  # recurrent layers do not count their tokens, nor do compiled steps
                 start = 0 if batch is None else batch.end
             continues = batch is not None and 0 < start <= batch.end
@@ -142,18 +138,18 @@ class GateTrace:
         if not continues or rows != batch.rows:
             batch = Batch(self.label, rows)
             self._batches.append(batch)
-            if run.cache is not None:
-                self._of_cache[run.cache] = batch
+            if forward.cache is not None:
+                self._of_cache[forward.cache] = batch
         batch.cut(start)
         batch.chunks.append(
             Chunk(
                 start,
                 columns,
                 None if tokens is None else tokens.detach().clone(),
-                is_text(run.call.get("attention_mask"), run.plan.hub_config, start, columns),
+                is_text(forward.call.get("attention_mask"), forward.composition.hub_config, start, columns),
                 gates,
                 generation,
-                None if generation is None else generation.prompt_of(batch, run.cache, start + columns),
+                None if generation is None else generation.prompt_of(batch, forward.cache, start + columns),
             )
         )
 

@@ -23,6 +23,7 @@ from transformers import Cache
 from ..config import StitchConfig
 from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, is_mixture, no_weights
 from ..formatting import as_text, human, table
+from ..forward.cache import held_expert_caches
 from ..forward.decoder import find_decoder
 
 
@@ -260,7 +261,8 @@ def _memory(model: PeftModel, tokens: Tensor) -> Memory:
 def _cache_bytes(cache: Cache) -> tuple[int, int]:
     """Bytes that a cache holds, and those among them whose number does not depend on how many tokens it holds."""
     held = {"keys": 0, "values": 0, "conv_states": 0, "recurrent_states": 0}
-    for layer in cache.layers:
+    experts = held_expert_caches(cache)
+    for layer in [*cache.layers, *(() if experts is None else experts.layers)]:
         for kind in held:
             states = getattr(layer, kind, None)
             for state in states.values() if isinstance(states, dict) else [states]:

@@ -80,7 +80,7 @@ def push_experts(
                 other.base_model_name_or_path, other.revision = ids[name], commit
         else:
             reference = {**upload.reference_to(ids[name], commit), "config": config.experts[name]["config"]}
-            tuner._set_experts(adapter, {**tuner.peft_config[adapter].experts, name: reference})
+            tuner._note_experts(adapter, {**tuner.peft_config[adapter].experts, name: reference})
             if experts[name].source is not None:
                 experts[name].source = {key: value for key, value in reference.items() if key != "config"}
     return ids
@@ -185,7 +185,7 @@ def check_others_can_load(model: PeftModel) -> None:
             for name, reference in config.experts.items()
         }
         if pinned != config.experts:
-            model.base_model._set_experts(adapter, pinned)
+            model.base_model._note_experts(adapter, pinned)
 
 
 def _is_local(reference: dict[str, Any]) -> bool:
