@@ -19,6 +19,7 @@ from typing import Any, Optional, Union
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ._compat.bitsandbytes import keep_repacked_weights
@@ -110,6 +111,7 @@ class StitchModel(BaseTuner):
             if mixture:
                 self._add_mixture(adapter_name, config)
         except BaseException:
+            self._drop_trained_copies(adapter_name)
             self._forget(adapter_name)
             self._unfreeze_without_adapters()
             raise
@@ -198,6 +200,7 @@ class StitchModel(BaseTuner):
         """Delete an adapter, with its experts. Without the last one, the hub is what it was before."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        self._drop_trained_copies(adapter_name)
         if adapter_name in self.active_adapters:
             # Chosen here, for all layers alike: they do not all know all adapters.
             rest = [name for name in self.peft_config if name != adapter_name]
@@ -213,6 +216,9 @@ class StitchModel(BaseTuner):
         self._forget(adapter_name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if not merge:  # PEFT would leave the trained copies in the hub
+            for adapter in list(self.peft_config):
+                self._drop_trained_copies(adapter)
         hub = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         for adapter in list(self._expert_sets):
             self._forget(adapter)
@@ -238,6 +244,16 @@ class StitchModel(BaseTuner):
                 self._mixed_head = None
         if not self._expert_sets:
             self._forward.remove()
+
+    def _drop_trained_copies(self, adapter: str) -> None:
+        """Drop an adapter's copies of hub modules (`modules_to_save`); a module without copies is itself again."""
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                rest = [name for name in self.active_adapters if name != adapter]
+                module.delete_adapter(adapter, rest)
+                if not module._get_available_adapters():
+                    parent, _, child = path.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, module.original_module)
 
     def _unfreeze_without_adapters(self) -> None:
         """After a failure: PEFT had frozen the hub already."""
