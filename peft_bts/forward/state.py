@@ -154,6 +154,8 @@ def check_call(composition: Composition, call: dict[str, Any]) -> None:
             "the experts in StitchConfig(experts=...)."
         )
     embeds = call.get("inputs_embeds")
+    if embeds is None and call.get("input_ids") is None:
+        raise ValueError("Neither input_ids nor inputs_embeds were given; pass one of them.")
     for name, expert in composition.experts.items():
         check_mask(call.get("attention_mask"), composition.hub_config, expert.config, name)
         if embeds is not None and call.get("input_ids") is None and expert.embedding_width != embeds.shape[-1]:
