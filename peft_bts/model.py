@@ -31,6 +31,7 @@ from .export.write import export_composition
 from .forward.composition import Composition
 from .forward.decoder import find_decoder, text_config
 from .forward.expert import Expert
+from .forward.head import ModelHead
 from .forward.hooks import HubForward
 from .forward.layer import StitchLayer, StitchOutput
 from .forward.mixed_head import MixedHead
@@ -122,7 +123,8 @@ class StitchModel(BaseTuner):
     def _add_mixture(self, adapter_name: str, config: StitchConfig) -> None:
         """Make an adapter's output gates; the first ones put a `MixedHead` in the place of the hub's `forward`."""
         if self._mixed_head is None:
-            self._mixed_head = MixedHead(self.model, self._forward, self._active_mixture)
+            head = ModelHead.of(self.model, "The hub")
+            self._mixed_head = MixedHead(self.model, self._forward, self._active_mixture, head)
         if not hasattr(self.model, "stitch_output"):
             self.model.stitch_output = StitchOutput()
         device, dtype = place_for_stitch(self.model.get_output_embeddings())
