@@ -229,6 +229,37 @@ def test_other_threads_are_not_recorded():
     assert len(trace.sequences) == 1
 
 
+def test_other_threads_generate_meanwhile():
+    """A call that begins in another thread during a traced one, and outlives it, is served; the flags are our own."""
+    model, _, _ = make()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with trace_gates(model) as alone:
+        expected = [model.generate(IDS[:, :width], **options) for width in (8, 5)]
+    theirs_runs, ours_is_over = threading.Event(), threading.Event()
+
+    def theirs_waits(ids, scores):
+        theirs_runs.set()
+        assert ours_is_over.wait(60)
+        return scores
+
+    def ours_waits(ids, scores):
+        if ids.shape[1] == 9:
+            thread.start()
+            assert theirs_runs.wait(60)
+        return scores
+
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(model.generate(IDS[:, :5], logits_processor=[theirs_waits], **options))
+    )
+    with trace_gates(model) as trace:
+        found.append(model.generate(IDS[:, :8], logits_processor=[ours_waits], **options))
+        ours_is_over.set()
+        thread.join()
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+    assert [s.generated for s in trace.sequences] == [s.generated for s in alone.sequences[:2]]
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["stored", "recomputed", "reentrant"])
 def test_train_mode(reentrant, monkeypatch):
     """In training every token is recorded once, also where activations are recomputed; gradients do not change."""
