@@ -144,6 +144,10 @@ class StitchModel(BaseTuner):
         parts = {"base_model", "stitch_layer", "gate", "proj", "up", "down"}
         for path, _ in self.model.named_parameters():
             parts.update(path.split("."))
+        if hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"Adapter name {name!r} is taken: modules of torch have an attribute of that name. Choose another."
+            )
         if (name in parts and name not in self._expert_sets) or name.isdigit() or name.startswith(PerModel.PREFIX):
             raise ValueError(
                 f"Adapter name {name!r} is part of tensor names of the hub or the stitches; PEFT would drop those "

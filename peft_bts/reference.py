@@ -26,6 +26,7 @@ from typing import Any, Optional, Union
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 from transformers.utils.hub import extract_commit_hash
 
 
@@ -33,6 +34,7 @@ REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "base_revision", 
 PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this machine, so never in a file
 MAX_DOWNLOADED = 64  # each expert is a whole model in memory; the paper has three
 _NAME = re.compile(r"[A-Za-z0-9_]+")
+_ATTRIBUTES = frozenset(vars(nn.Module()))  # torch assigns them, and then an expert of that name is in the way
 
 
 class RepoId(str):
@@ -57,7 +59,8 @@ def check_expert_name(name: Any) -> None:
     """Check that `name` can be part of a tensor's key.
 
     Raises:
-        ValueError: Unless it is made of letters, digits and `_` only, and is not `hub`.
+        ValueError: Unless it is made of letters, digits and `_` only, and is not `hub` or `training` (or another
+            attribute that every module has).
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
@@ -66,6 +69,10 @@ def check_expert_name(name: Any) -> None:
         )
     if name == "hub":
         raise ValueError("Expert name 'hub' is taken: it stands for the seed model. Choose another name.")
+    if name in _ATTRIBUTES:
+        raise ValueError(
+            f"Expert name {name!r} is taken: every module of torch has an attribute of that name. Choose another name."
+        )
 
 
 def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[str, Any]:
