@@ -19,11 +19,11 @@ from typing import Any, Optional, Union
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ._compat.bitsandbytes import keep_repacked_weights
-from .config import StitchConfig, stitch_schedule
+from ._compat.trained_copies import check_modules_to_save, drop_trained_copies
+from .config import StitchConfig, check_rank, stitch_schedule
 from .experts.attaching import ExpertMaker, add_stitch_weights
 from .experts.expert_set import ActiveExperts, ExpertSet, NamedModules
 from .experts.loading import resolve_reference
@@ -90,6 +90,9 @@ class StitchModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_adapter_name(adapter_name)
         schedule = stitch_schedule(config, len(self._decoder.layers))
+        check_rank(config, text_config(self.model).hidden_size)
+        layers = [layer.base_layer if isinstance(layer, StitchLayer) else layer for layer in self._decoder.layers]
+        check_modules_to_save(model, config.modules_to_save or [], [layers[index] for index in schedule])
         # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
         owner = next((name for name in self._expert_sets if self.peft_config.get(name) is config), None)
         if owner is not None:
@@ -112,7 +115,7 @@ class StitchModel(BaseTuner):
             if mixture:
                 self._add_mixture(adapter_name, config)
         except BaseException:
-            self._drop_trained_copies(adapter_name)
+            drop_trained_copies(self.model, adapter_name, self.active_adapters)
             self._forget(adapter_name)
             self._unfreeze_without_adapters()
             raise
@@ -206,7 +209,7 @@ class StitchModel(BaseTuner):
         """Delete an adapter, with its experts. Without the last one, the hub is what it was before."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        self._drop_trained_copies(adapter_name)
+        drop_trained_copies(self.model, adapter_name, self.active_adapters)
         if adapter_name in self.active_adapters:
             # Chosen here, for all layers alike: they do not all know all adapters.
             rest = [name for name in self.peft_config if name != adapter_name]
@@ -224,7 +227,7 @@ class StitchModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if not merge:  # PEFT would leave the trained copies in the hub
             for adapter in list(self.peft_config):
-                self._drop_trained_copies(adapter)
+                drop_trained_copies(self.model, adapter, self.active_adapters)
         hub = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         for adapter in list(self._expert_sets):
             self._forget(adapter)
@@ -250,16 +253,6 @@ class StitchModel(BaseTuner):
                 self._mixed_head = None
         if not self._expert_sets:
             self._forward.remove()
-
-    def _drop_trained_copies(self, adapter: str) -> None:
-        """Drop an adapter's copies of hub modules (`modules_to_save`); a module without copies is itself again."""
-        for path, module in list(self.model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                rest = [name for name in self.active_adapters if name != adapter]
-                module.delete_adapter(adapter, rest)
-                if not module._get_available_adapters():
-                    parent, _, child = path.rpartition(".")
-                    setattr(self.model.get_submodule(parent), child, module.original_module)
 
     def _unfreeze_without_adapters(self) -> None:
         """After a failure: PEFT had frozen the hub already."""

@@ -105,6 +105,11 @@ def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[
     for key in ("revision", "subfolder", "base_revision"):  # parts of paths: in the local cache, and below `model`
         if _leads_out(reference.get(key)):
             raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}, which leads out of its repository.")
+    if not isinstance(reference.get("config"), (dict, type(None))):
+        raise ValueError(
+            f"Expert {name!r} has config={reference['config']!r}; expected a dict of the sizes that its stitches were "
+            "made for, which is written when it is attached. Leave it out if you do not have them."
+        )
     quantization = reference.get("quantization_config")
     if hasattr(quantization, "to_dict"):
         reference["quantization_config"] = json.loads(quantization.to_json_string(use_diff=False))
