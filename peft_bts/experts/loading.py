@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,17 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .._compat.accelerate import real_weights
 from .._compat.peft import adapters_where_layers_run
+from .._compat.transformers import find_file
 from ..forward.placement import is_dispatched, place_for_stitch
 from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
 from .weight_sharing import share_weights
+
+
+_find = functools.partial(find_file, out_of_reach_is_none=True)  # what loads the file says why it is not there
 
 
 def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
@@ -43,9 +47,9 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
             )
     where = _where(reference)
     with _loading(name, source, where):
-        file = _find(CONFIG_NAME, source, where)
+        file = _find(source, CONFIG_NAME, **where)
         if reference.get("adapter") is None:
-            model_file = _find("config.json", source, where)
+            model_file = _find(source, "config.json", **where)
             if file is not None and model_file is None:
                 reference.update(model=None, adapter=source)
             file = model_file or file
@@ -53,7 +57,7 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
     if reference.get("adapter") and reference.get("model"):
         where = _base_where(reference)
         with _loading(name, reference["model"], where):
-            _pin(reference, "base_revision", _find("config.json", reference["model"], where))
+            _pin(reference, "base_revision", _find(reference["model"], "config.json", **where))
     return reference
 
 
@@ -158,7 +162,7 @@ def _cached_commit(source: Optional[str]) -> Optional[str]:
 
 def _is_stored_quantized(source: str) -> bool:
     """Whether a checkpoint itself is quantised, so that loading it takes no further word."""
-    path = _find("config.json", source, {})
+    path = _find(source, "config.json")
     return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -183,18 +187,6 @@ def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Mod
             # Made like its layers, on the meta device, then replaced by what is loaded.
             return PeftModel.from_pretrained(base, source, low_cpu_mem_usage=True, **where)
     return PeftModel.from_pretrained(base, source, **where).to(place_for_stitch(base)[0])
-
-
-def _find(file: str, source: str, where: dict[str, Any]) -> Optional[str]:
-    """Path of a file in a folder or a repository, which is downloaded if need be; `None` if there is no such file."""
-    return cached_file(
-        source,
-        file,
-        **where,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
 
 
 def how_to_replace(name: str, key: str = "model") -> str:
