@@ -179,7 +179,7 @@ def check_others_can_load(model: PeftModel) -> None:
             raise ValueError(
                 f"Others could not load this adapter, since it refers to what exists only here: {'; '.join(problems)}."
                 "\nUpload that first, `peft_bts.push_experts(model, 'org/{name}')`, or load the adapter with a config "
-                "that names ids. To keep a copy of your own there all the same: `model.save_pretrained(folder)`, "
+                "that names ids. To upload a copy for yourself all the same: `model.save_pretrained(folder)`, then "
                 "`hf upload <id> <folder>`."
             )
         pinned = {
