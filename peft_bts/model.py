@@ -31,12 +31,14 @@ from .export.write import export_composition
 from .forward.composition import Composition
 from .forward.decoder import find_decoder, text_config
 from .forward.expert import Expert
+from .forward.head import ModelHead
 from .forward.hooks import HubForward
 from .forward.layer import StitchLayer, StitchOutput
 from .forward.mixed_head import MixedHead
 from .forward.placement import place_for_stitch
 from .inference import generate as generation
 from .inference.dropping import Dropping, DroppingPolicies
+from .inference.joint_lora import JointLora
 from .inference.threads import parallel_streams
 from .keys import file_key, fit_to_model, stitch_weights
 from .mixture import OutputMixture
@@ -77,6 +79,8 @@ class StitchModel(BaseTuner):
         self._forward = HubForward(
             self._decoder.backbone, self._decoder.layers[0], self._active_composition, self._dropping.make_state
         )
+        self._joint_lora = JointLora(self._decoder, self._forward)
+        self._forward.make_executor = self._joint_lora
         self._mixed_head: Optional[MixedHead] = None  # made with the first adapter that mixes outputs
         self._stitches_enabled = True
         keep_repacked_weights(self)
@@ -92,7 +96,7 @@ class StitchModel(BaseTuner):
         # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
         owner = next((name for name in self._expert_sets if self.peft_config.get(name) is config), None)
         if owner is not None:
-            experts = {name: self._expert_sets[owner][name] for name in self._expert_sets[owner]}
+            experts = self._expert_sets[owner].by_name()
             references = config.experts
         else:
             found = {name: resolve_reference(name, reference) for name, reference in config.experts.items()}
@@ -118,11 +122,13 @@ class StitchModel(BaseTuner):
         if references != config.experts:
             self._note_experts(adapter_name, references)
         self._forward.install()
+        self._joint_lora.prepare(adapter_name, experts)
 
     def _add_mixture(self, adapter_name: str, config: StitchConfig) -> None:
         """Make an adapter's output gates; the first ones put a `MixedHead` in the place of the hub's `forward`."""
         if self._mixed_head is None:
-            self._mixed_head = MixedHead(self.model, self._forward, self._active_mixture)
+            head = ModelHead.of(self.model, "The hub")
+            self._mixed_head = MixedHead(self.model, self._forward, self._active_mixture, head)
         if not hasattr(self.model, "stitch_output"):
             self.model.stitch_output = StitchOutput()
         device, dtype = place_for_stitch(self.model.get_output_embeddings())
@@ -232,6 +238,7 @@ class StitchModel(BaseTuner):
                     del layer.stitch_layer[adapter]
                 if not layer.stitch_layer:
                     self._decoder.layers[index] = layer.base_layer
+        self._joint_lora.forget(adapter)
         if adapter in self._expert_sets:
             del self.experts[adapter]
             for expert in self._expert_sets.pop(adapter).modules.values():
@@ -339,6 +346,7 @@ class StitchModel(BaseTuner):
             self.model.stitch_output[adapter].add_expert(name, init=init)
         self._expert_sets[adapter].add(name, expert)
         self._note_experts(adapter, {**config.experts, name: reference})
+        self._joint_lora.prepare(adapter, self._expert_sets[adapter].by_name())
 
     def detach_expert(self, name: str) -> nn.Module:
         """Remove an expert and its stitch weights from the active adapter; return its model.
@@ -359,6 +367,7 @@ class StitchModel(BaseTuner):
         expert = experts.remove(name)
         references = {other: ref for other, ref in self.peft_config[adapter].experts.items() if other != name}
         self._note_experts(adapter, references)
+        self._joint_lora.prepare(adapter, experts.by_name())
         return self._maker.release(expert)
 
     def set_active_experts(self, names: Optional[Iterable[str]] = None) -> ActiveExperts:
@@ -423,6 +432,14 @@ class StitchModel(BaseTuner):
         )
 
     # ---------------------------------------------------------------- inference
+
+    def describe_execution(self) -> str:
+        """Say which experts of the active adapter run with the hub as one batch in inference, and why others do not.
+
+        One line for each expert. LoRA experts of the hub do, mostly; every other expert runs by itself. Training runs
+        all experts by themselves.
+        """
+        return self._joint_lora.describe(self._single_active_adapter())
 
     def generate(
         self,

@@ -60,6 +60,10 @@ class ExpertSet:
         assert isinstance(expert, Expert)
         return expert
 
+    def by_name(self) -> dict[str, Expert]:
+        """All experts by name, whether they take part or not."""
+        return {name: self[name] for name in self}
+
     @property
     def left_out(self) -> frozenset[str]:
         """Names of experts that take no part, see `StitchModel.set_active_experts`."""

@@ -99,7 +99,7 @@ class Expert(nn.Module):
     def prepare_head(self, what: str) -> None:
         """Get ready for `logits`; raises `ValueError` as `ModelHead`."""
         if self._head is None:
-            self._head = ModelHead(self.model, what)
+            self._head = ModelHead.of(self.model, what)
 
     def logits(self, state_BTD: Tensor) -> Tensor:
         """From hidden states behind the last layer, (B, T, D_i), to logits (B, T, V_i)."""

@@ -23,20 +23,40 @@ class ModelHead:
     """What a causal LM does to the hidden states behind its decoder layers.
 
     Args:
-        model: The causal LM, or a PEFT model around one.
-        what: What to call it in errors, e.g. `"Expert 'code'"`.
-
-    Raises:
-        ValueError: If its final hidden states are not made by modules of its backbone alone.
+        model: The causal LM.
+        backbone: Dotted path of its backbone.
+        final: The modules of the backbone behind its layers, in order (`final_modules`).
     """
 
-    def __init__(self, model: nn.Module, what: str) -> None:
-        self._model = model.get_base_model() if isinstance(model, PeftModel) else model
-        decoder = find_decoder(self._model, what)
-        self._path = decoder.path.rpartition(".")[0].split(".")
-        self._final = final_modules(decoder, self._model.get_input_embeddings().weight.device, what)
-        self._made_from: dict[str, Any] = {}
+    def __init__(self, model: nn.Module, backbone: str, final: Sequence[nn.Module]) -> None:
+        self._model, self._path, self._final = model, backbone.split("."), final
         self._make()
+
+    @classmethod
+    def of(cls, model: nn.Module, what: str) -> ModelHead:
+        """The head of a causal LM, or of a PEFT model around one.
+
+        Args:
+            model: The model. It runs over two tokens.
+            what: What to call it in errors, e.g. `"Expert 'code'"`.
+
+        Raises:
+            ValueError: As `final_modules`.
+        """
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        decoder = find_decoder(plain, what)
+        final = final_modules(decoder, plain.get_input_embeddings().weight.device, what)
+        return cls(plain, decoder.backbone_path, final)
+
+    @property
+    def output_embeddings(self) -> nn.Module:
+        """The causal LM's head in the narrow sense: the product with the vocabulary."""
+        return self._model.get_output_embeddings()
+
+    def final_names(self) -> list[str]:
+        """Names of the backbone's modules behind its layers, in order."""
+        names = {module: name for name, module in self._model.get_submodule(".".join(self._path)).named_children()}
+        return [names[module] for module in self._final]
 
     def finish(self, state: Tensor) -> Tensor:
         """From behind the last decoder layer, (..., D_i), to what the head reads."""

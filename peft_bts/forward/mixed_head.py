@@ -38,14 +38,18 @@ class MixedHead(InstanceForward):
         runner: Runs the forwards of its backbone.
         active: Says what a forward that starts now uses: the gates, and whether there are stitches besides. `None`
             where the hub speaks alone.
+        head: The hub's own head.
     """
 
     def __init__(
-        self, hub: nn.Module, runner: ForwardRunner, active: Callable[[], Optional[tuple[OutputMixture, bool]]]
+        self,
+        hub: nn.Module,
+        runner: ForwardRunner,
+        active: Callable[[], Optional[tuple[OutputMixture, bool]]],
+        head: ModelHead,
     ) -> None:
         super().__init__(hub)
-        self._runner, self._active = runner, active
-        self._head = ModelHead(hub, "The hub")
+        self._runner, self._active, self._head = runner, active, head
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         active = self._active()

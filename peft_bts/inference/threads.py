@@ -6,7 +6,7 @@ after the other. Every layer computes just what it would compute otherwise; only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,11 +14,11 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from ..forward.composition import Composition
 from ..forward.executor import Boundary, Executor, SequentialExecutor
 from ..forward.hooks import ForwardSettings
+from ..forward.state import ForwardState
 from ..forward.stream import Stream
 from .stacking import Stack, stacked
 
@@ -109,13 +109,12 @@ class _SideBySide:
     def __init__(self, pool: Optional[ThreadPoolExecutor], stacks: Sequence[Stack]) -> None:
         self.pool, self.stacks = pool, stacks
 
-    def __call__(
-        self, composition: Composition, streams: dict[Hashable, Stream], caches: Mapping[str, Cache]
-    ) -> Executor:
+    def __call__(self, state: ForwardState) -> Executor:
+        streams = state.begin_streams()
         if not _may_run_otherwise():
             return SequentialExecutor(streams)
         for stack in self.stacks:
-            streams = stack.join(streams, composition.experts, caches)
+            streams = stack.join(streams, state.composition.experts, state.caches)
         return SequentialExecutor(streams) if self.pool is None else ThreadedExecutor(streams, self.pool)
 
 
