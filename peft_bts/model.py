@@ -558,7 +558,7 @@ class StitchModel(BaseTuner):
     ) -> dict[str, Tensor]:
         return fit_to_model(model, adapter_name, state_dict, with_embeddings=config.save_embedding_layers)
 
-    def discard_adapter(self, adapter: str) -> None:
+    def _discard_adapter(self, adapter: str) -> None:
         """Undo the making of an adapter whose weights could not be loaded."""
         if len(self.peft_config) == 1:
             self.unload()

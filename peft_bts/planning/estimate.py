@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Cache
 
+from .._compat.transformers import is_mixture
 from ..config import StitchConfig
-from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, is_mixture, no_weights
+from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
 from ..formatting import as_text, human, table
 from ..forward.cache import held_expert_caches
 from ..forward.decoder import find_decoder
