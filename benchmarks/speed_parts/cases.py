@@ -1,11 +1,10 @@
 """Sizes of models and of measurements, and models of random weights."""
 
 import copy
-import gc
 from dataclasses import dataclass, field, replace
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_bts import StitchConfig
@@ -65,19 +64,7 @@ class Preset:
     seconds: float = 90.0  # that a row may take, beyond its least number of rounds
     scaling_seconds: float = 8.0
     rounds: tuple = (9, 30)  # at least, at most
-    flops: bool = True  # count them
-    sections: tuple = (
-        "prefill",
-        "decode",
-        "training",
-        "plain",
-        "streams",
-        "dropping",
-        "memory",
-        "attaching",
-        "scaling",
-        "sizes",
-    )
+    sections: str = "prefill,decode,training,plain,streams,dropping,memory,attaching,scaling,sizes"
 
 
 CUDA = Case(device="cuda", dtype="bfloat16")
@@ -97,7 +84,7 @@ PRESETS = {
         seconds=0.1,
         scaling_seconds=0.05,
         rounds=(1, 2),
-        sections=(*Preset.sections, "compiled"),
+        sections=f"{Preset.sections},compiled",
     ),
     # The paper's models (appendix A): 2.7B parameters without embeddings.
     "paper": Preset(
@@ -111,7 +98,7 @@ PRESETS = {
         train_one_of_all=True,
         stitch_dtypes=("float32", "bfloat16"),
         processes=tuple(name for name in Preset.processes if name != "training, full"),
-        sections=("compiled", "prefill", "decode", "training", "streams", "dropping", "memory"),
+        sections="compiled,prefill,decode,training,streams,dropping,memory",
     ),
     # Four models of 8B parameters, on one card.
     "large": Preset(
@@ -123,9 +110,12 @@ PRESETS = {
             "decode, alternating",
             *(f"training, {pattern}{more}" for more in (", checkpointed", "") for pattern in PATTERNS),
         ),
-        sections=("memory",),
+        sections="memory",
     ),
 }
+
+
+# --- Models ---------------------------------------------------------------------------------------------------------
 
 
 def llama(case: Case, seed: int = 0) -> LlamaForCausalLM:
@@ -164,25 +154,28 @@ def stitched(case: Case, hub, experts, pattern: str = "alternating") -> PeftMode
     return model.eval()
 
 
-_kept: dict[Case, tuple] = {}
-
-
 def models(case: Case) -> tuple[PeftModel, LlamaForCausalLM, list[LlamaForCausalLM]]:
-    """A stitched model, and what it is compared with: a hub of the same weights, and its very experts.
-
-    Those of the last case are kept, as long as nobody asks for another one's.
-    """
-    if case not in _kept:
-        forget_models()
-        hub, *experts = llamas(case)
-        _kept[case] = stitched(case, copy.deepcopy(hub), experts), hub, experts
-    return _kept[case]
+    """A stitched model; its hub (a copy of it) and its experts (the same objects), to be run alone."""
+    hub, *experts = llamas(case)
+    return stitched(case, copy.deepcopy(hub), experts), hub, experts
 
 
-def forget_models() -> None:
-    """Let go of the models that are kept; to be called, too, after they were changed."""
-    _kept.clear()
-    gc.collect()  # modules and hooks refer to each other in circles
+def lora(case: Case) -> PeftModel:
+    return get_peft_model(llama(case), LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+
+
+def to_train(case: Case, kind: str) -> list[torch.nn.Module]:
+    """The models of which a training step of some kind consists: "LoRA", "full", or a pattern of stitches."""
+    if kind == "LoRA":
+        return [lora(case)]
+    hub, *experts = llamas(case)
+    if kind == "full":
+        return [model.requires_grad_(True) for model in (hub, *experts)]
+    return [stitched(case, hub, experts, kind)]
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def token_ids(case: Case, batch: int, length: int) -> torch.Tensor:

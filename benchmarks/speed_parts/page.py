@@ -1,10 +1,11 @@
 """The results file as a page: targets, tables, plots. Nothing is typed in."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..reporting import table
 from .figures import draw_all
 
 
@@ -36,40 +37,40 @@ TITLES = {
     "dropping": ("Dropping experts", "Decoding with at most k experts (`max_active_experts`), in one sequence."),
     "compiled": ("Compiled decoding", "Static cache, one graph per step; on a GPU, CUDA graphs."),
     "scaling": ("One size at a time", "Around the base case; E is that of the same sizes."),
+    "memory": (
+        "Memory",
+        "Each in a process of its own: how far memory rises above what it holds once the models are there, over two "
+        "forwards or training steps of {} x {} tokens; the models themselves; and the seconds of the second.",
+    ),
+    "attaching": ("Attaching and loading", "One expert attached, in a process of its own."),
+    "sizes": (
+        "Memory, files and loading by number of experts and K",
+        "Each in a process of its own; MiB that a forward and a training step need beside the models, and of the "
+        "adapter file; seconds to attach one loaded model, and to load the adapter with its experts, and the experts "
+        "alone.",
+    ),
 }
-MIB = 2**20
 
 
 def write_page(results: dict[str, Any], path: Path) -> None:
     """Write the page beside the results file, its plots in a folder of the same name."""
-    figures = draw_all(results, path.with_suffix(""))
-    rows = results["rows"]
-    parts = [head(results), targets(rows)]
+    figures, rows = draw_all(results, path.with_suffix("")), results["rows"]
+    tables = {"memory": memory, "attaching": attaching, "sizes": sizes}
+    parts = [head(results["settings"]), targets(rows)]
     for section, (title, text) in TITLES.items():
         if section in rows:
-            parts.append(f"## {title}\n\n{text}\n\n{timed_table(rows[section])}")
+            text = text.format(*results["settings"]["sizes"]["training"])
+            parts += [f"## {title}", text, tables.get(section, timed)(rows[section])]
             parts += [f"![{section}]({figures[section]})"] if section in figures else []
-    if "memory" in rows:
-        parts.append(memory(rows["memory"], figures, results["settings"]["sizes"]["training"]))
-    if "attaching" in rows:
-        parts.append(attaching(rows["attaching"]))
-    if "sizes" in rows:
-        parts.append(f"{sizes(rows['sizes'])}\n\n![sizes]({figures['sizes']})")
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
 
-def table(head: list[str], rows: Iterable[list[Any]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def head(results: dict[str, Any]) -> str:
-    settings = results["settings"]
+def head(settings: dict[str, Any]) -> str:
     case, versions = settings["case"], ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
     where = settings["machine"] if case["device"] != "cpu" else f"{settings['machine']}, {settings['threads']} threads"
     return (
         "# What stitching costs\n\n"
-        f"Written by `python benchmarks/speed.py --preset {settings['preset']}`; do not edit. {where}; {versions}.\n\n"
+        f"Written by `python -m benchmarks.speed --preset {settings['preset']}`; do not edit. {where}; {versions}.\n\n"
         f"Models of random weights: hub and {case['experts']} experts of Llama shape, width {case['width']}, "
         f"{case['layers']} layers, {case['heads']} heads, FFN {case['intermediate']}, vocabulary "
         f"{case['vocabulary']:,}, {case['dtype']}; K={case['stitches']}. Whatever is compared took turns; a ratio is "
@@ -78,67 +79,51 @@ def head(results: dict[str, Any]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- targets
-
-
-def worst(rows: dict, section: str, ratio: str, names: Callable[[str], bool] = lambda name: True) -> float | None:
-    """The largest median of a ratio in a section."""
-    found = [
-        row["ratios"][ratio]["median"]
-        for name, row in rows.get(section, {}).items()
-        if ratio in row.get("ratios", ()) and names(name)
-    ]
-    return max(found, default=None)
-
-
-def worst_of_best_stream(rows: dict) -> float | None:
-    """The largest of the decoding rows, each in the better of the ways to run it."""
-    found = [row["ratios"] for name, row in rows.get("streams", {}).items() if is_decode(name) and "ratios" in row]
-    of_row = [[ratio["median"] for name, ratio in ratios.items() if name.endswith(" / E")] for ratios in found]
-    return max(map(min, of_row), default=None)
-
-
-def memory_ratio(rows: dict, one: str, other: str) -> float | None:
-    peaks = [rows.get("memory", {}).get(name, {}).get("peak_bytes") for name in (one, other)]
-    return None if None in peaks else peaks[0] / peaks[1]
+# --- Targets --------------------------------------------------------------------------------------------------------
 
 
 def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
     """What is asked, at most how much, and what was found (the worst row; `None`: not measured)."""
-    hub_pattern = "training, experts_into_hub"
+
+    def worst(section: str, ratio: str) -> float | None:
+        found = [row["ratios"][ratio] for row in rows.get(section, {}).values() if ratio in row.get("ratios", ())]
+        return max((spread["median"] for spread in found), default=None)
+
+    def worst_of_best_stream() -> float | None:
+        """Of the decoding rows, each in the better of the ways to run it."""
+        found = [row.get("ratios", {}) for name, row in rows.get("streams", {}).items() if name.startswith("decode")]
+        in_E = [[v["median"] for name, v in ratios.items() if name.endswith(" / E")] for ratios in found]
+        return max(map(min, filter(None, in_E)), default=None)
+
+    def memory_ratio(one: str, other: str) -> float | None:
+        peaks = [rows.get("memory", {}).get(name, {}).get("peak_bytes") for name in (one, other)]
+        return None if None in peaks else peaks[0] / peaks[1]
+
+    def attaching_rise(name: str) -> float | None:
+        """In the expert's size, without the stitch weights that come with it."""
+        row = rows.get("attaching", {}).get(name)
+        return row and max(0, row["peak_bytes"] - row["stitch_bytes"]) / row["expert_bytes"]
+
+    into_hub = '`pattern="experts_into_hub"`, in'
     return [
-        ("prefill, in E", 1.06, worst(rows, "prefill", "stitched / E")),
-        ("sequential decoding, in E", 1.06, worst(rows, "decode", "stitched / E")),
-        ("decoding with parallel streams, in E", 0.70, worst_of_best_stream(rows)),
+        ("prefill, in E", 1.06, worst("prefill", "stitched / E")),
+        ("sequential decoding, in E", 1.06, worst("decode", "stitched / E")),
+        ("decoding with parallel streams, in E", 0.70, worst_of_best_stream()),
         (
             "decoding with experts dropped, in (hub + kept experts)",
             1.2,
-            worst(rows, "dropping", "dropped / hub + kept experts"),
+            worst("dropping", "dropped / hub + kept experts"),
         ),
-        ("training step, in full training", 0.55, worst(rows, "training", "alternating / full training")),
+        ("training step, in full training", 0.55, worst("training", "alternating / full training")),
+        (f"training step, {into_hub} full training", 0.40, worst("training", "experts_into_hub / full training")),
         (
-            'training step, `pattern="experts_into_hub"`, in full training',
-            0.40,
-            worst(rows, "training", "experts_into_hub / full training"),
-        ),
-        (
-            'peak memory of a training step, `pattern="experts_into_hub"`, in alternating',
+            f"peak memory of a training step, {into_hub} alternating",
             0.7,
-            memory_ratio(rows, hub_pattern, "training, alternating"),
+            memory_ratio("training, experts_into_hub", "training, alternating"),
         ),
-        ("attaching a loaded model: rise of memory, in its size", 0.1, attaching_rise(rows, "attach, a loaded model")),
-        ("attaching a path: peak of memory, in the expert's size", 1.2, attaching_rise(rows, "attach, from a path")),
+        ("attaching a loaded model: rise of memory, in its size", 0.1, attaching_rise("attach, a loaded model")),
+        ("attaching a path: peak of memory, in the expert's size", 1.2, attaching_rise("attach, from a path")),
     ]
-
-
-def attaching_rise(rows: dict, name: str) -> float | None:
-    """In the expert's size, without the stitch weights that come with it."""
-    row = rows.get("attaching", {}).get(name)
-    return row and max(0, row["peak_bytes"] - row["stitch_bytes"]) / row["expert_bytes"]
-
-
-def is_decode(name: str) -> bool:
-    return name.startswith("decode")
 
 
 def targets(rows: dict) -> str:
@@ -149,10 +134,10 @@ def targets(rows: dict) -> str:
     return "## Targets\n\nThe worst row counts.\n\n" + table(["", "at most", "measured", ""], lines)
 
 
-# ---------------------------------------------------------------------------------------------------- tables
+# --- Tables ---------------------------------------------------------------------------------------------------------
 
 
-def timed_table(rows: dict[str, dict]) -> str:
+def timed(rows: dict[str, dict]) -> str:
     """Rows with their ratios, and the seconds behind them; more columns where a section has more."""
     ratios = list(dict.fromkeys(name for row in rows.values() for name in row.get("ratios", ())))
     extras = [
@@ -192,56 +177,43 @@ def interval(ratio: dict[str, float]) -> str:
     return f"**{ratio['median']:.3f}** ({ratio['low']:.3f} to {ratio['high']:.3f})"
 
 
-def memory(rows: dict[str, dict], figures: dict[str, str], training: list[int]) -> str:
+def mib(row: dict, key: str, digits: int = 0) -> str:
+    return f"{row[key] / 2**20:,.{digits}f}" if key in row else "out of memory"
+
+
+def memory(rows: dict[str, dict]) -> str:
     lines = [
-        [name, "out of memory", "", "", ""]
-        if "out_of_memory" in row
-        else [name, f"{row['peak_bytes'] / MIB:,.0f}", f"{row['model_bytes'] / MIB:,.0f}", f"{row['seconds']:.3g}"]
+        [name, mib(row, "peak_bytes"), mib(row, "model_bytes"), f"{row.get('seconds', math.nan):.3g}"]
         for name, row in rows.items()
     ]
-    picture = f"\n\n![memory]({figures['memory']})" if "memory" in figures else ""
-    return (
-        "## Memory\n\nEach in a process of its own: how far memory rises above what it holds once the models are "
-        f"there, over two forwards or training steps of {training[0]} x {training[1]} tokens; the models themselves; "
-        "and the seconds of the second.\n\n" + table(["", "rise, MiB", "models, MiB", "seconds"], lines) + picture
-    )
+    return table(["", "rise, MiB", "models, MiB", "seconds"], lines)
 
 
 def attaching(rows: dict[str, dict]) -> str:
     lines = [
-        [name, f"{row['seconds']:.3g}", f"{row['peak_bytes'] / MIB:,.0f}", f"{row['expert_bytes'] / MIB:,.0f}",
-         f"{row['stitch_bytes'] / MIB:,.1f}", f"{row['peak_bytes'] / row['expert_bytes']:.2f}"]
+        [name, f"{row['seconds']:.3g}", mib(row, "peak_bytes"), mib(row, "expert_bytes"), mib(row, "stitch_bytes", 1),
+         f"{row['peak_bytes'] / row['expert_bytes']:.2f}"]
         for name, row in rows.items()
         if name.startswith("attach")
     ]  # fmt: skip
-    text = "## Attaching and loading\n\nOne expert attached, in a process of its own.\n\n" + table(
-        ["", "seconds", "memory rises, MiB", "expert, MiB", "its stitch weights, MiB", "rise / expert"], lines
-    )
+    titles = ["", "seconds", "memory rises, MiB", "expert, MiB", "its stitch weights, MiB", "rise / expert"]
+    text = table(titles, lines)
     if load := rows.get("load, adapter and experts"):
         both, alone = load["seconds"]["adapter and experts"], load["seconds"]["experts alone"]
         text += (
-            f"\n\nThe adapter file has {load['file_bytes'] / MIB:,.1f} MiB. `PeftModel.from_pretrained` loads it with "
+            f"\n\nThe adapter file has {mib(load, 'file_bytes', 1)} MiB. `PeftModel.from_pretrained` loads it with "
             f"its experts in {both:.3g} s; the experts alone take `AutoModelForCausalLM` {alone:.3g} s."
         )
     return text
 
 
 def sizes(rows: dict[str, dict]) -> str:
-    def mib(row: dict, what: str, key: str = "peak_bytes") -> str:
-        return f"{row[what][key] / MIB:,.1f}" if key in row[what] else "out of memory"
-
     lines = []
     for name, row in rows.items():
-        loaded = row["load"].get("seconds", {"adapter and experts": math.nan, "experts alone": math.nan})
-        seconds = [row["attach"].get("seconds", math.nan), *loaded.values()]
-        memory = [mib(row, "inference"), mib(row, "training"), mib(row, "load", "file_bytes")]
-        lines.append([name, *memory, *(f"{value:.3g}" for value in seconds)])
-    return (
-        "## Memory, files and loading by number of experts and K\n\n"
-        "Each in a process of its own; MiB that a forward and a training step need beside the models, and of the "
-        "adapter file; seconds to attach one loaded model, and to load the adapter with its experts, and the experts "
-        "alone.\n\n"
-        + table(
-            ["", "forward", "training step", "adapter file", "attach, s", "load all, s", "experts alone, s"], lines
-        )
-    )
+        parts = (("inference", "peak_bytes"), ("training", "peak_bytes"), ("load", "file_bytes"))
+        loaded = row["load"].get("seconds", {})
+        seconds = [row["attach"].get("seconds"), *(loaded.get(of) for of in ("adapter and experts", "experts alone"))]
+        shown = ["out of memory" if value is None else f"{value:.3g}" for value in seconds]
+        lines.append([name, *(mib(row[part], key, 1) for part, key in parts), *shown])
+    titles = ["", "forward", "training step", "adapter file", "attach, s", "load all, s", "experts alone, s"]
+    return table(titles, lines)
