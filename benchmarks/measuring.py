@@ -38,7 +38,7 @@ def set_up(threads: int) -> None:
 
 def take_turns(
     runners: dict[str, Runner],
-    pairs: list[tuple[str, str]],
+    units: dict[str, Runner],
     *,
     budget: float,
     rounds: tuple[int, int],
@@ -51,21 +51,22 @@ def take_turns(
 
     Args:
         runners: By name.
-        pairs: Whose time is divided by whose.
+        units: By name, too: what the time of each runner is divided by.
         budget: Seconds, after which no new round begins.
         rounds: How many there are at least and at most. Before them comes one to warm up; where that alone takes the
             budget, it is the first of them.
         flops: Count the floating point operations of each runner while warming up, which then never counts.
 
     Returns:
-        `seconds` (medians by runner), `ratios` (by "a / b": median and quartiles over rounds), `rounds`; and, if
-        asked for, `flops`. A runner that the device has no memory for is named in `out_of_memory`, and left out.
+        `seconds` (medians, by name), `ratios` (by "runner / unit": median and quartiles over rounds), `rounds`; and,
+        if asked for, `flops`. Whoever the device has no memory for is named in `out_of_memory`, and left out.
     """
     times: dict[str, list[float]] = {}
     counted, failed = {}, []
     least, most = rounds
     start = time.perf_counter()
-    for name, run in runners.items():
+    everyone = runners | units
+    for name, run in everyone.items():
         counter = FlopCounterMode(display=False)
         try:
             if flops:
@@ -82,11 +83,13 @@ def take_turns(
     done = len(next(iter(times.values()), []))
     while times and done < most and (done < least or time.perf_counter() - start < budget):
         for name in list(times)[:: -1 if done % 2 else 1]:
-            times[name].append(runners[name]())
+            times[name].append(everyone[name]())
         done += 1
     row = {
         "seconds": {name: float(np.median(values)) for name, values in times.items()},
-        "ratios": {f"{a} / {b}": spread(times[a], times[b]) for a, b in pairs if a in times and b in times},
+        "ratios": {
+            f"{a} / {b}": spread(times[a], times[b]) for a in runners for b in units if a in times and b in times
+        },
         "rounds": done,
     }
     return row | ({"flops": counted} if flops else {}) | ({"out_of_memory": failed} if failed else {})

@@ -50,7 +50,7 @@ def show(markdown: str, width: int | None = None) -> None:
 
 
 def save_figures(figures: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Write matplotlib figures as `folder`/<name>.png; returns their paths from the page beside the folder, by name."""
+    """Write matplotlib figures as `folder`/<name>.png; returns the paths from a page beside the folder, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")

@@ -24,12 +24,8 @@ from transformers import HfArgumentParser
 
 from .measuring import set_up
 from .reporting import environment, write_results
-from .speed_parts import fresh, rows
-from .speed_parts.cases import PRESETS, Case, Preset
-from .speed_parts.page import write_page
-
-
-SECTIONS = rows.SECTIONS | fresh.SECTIONS
+from .speed_parts.page import SECTIONS, write_page
+from .speed_parts.presets import PRESETS, Case, Preset
 
 
 @dataclass
@@ -62,15 +58,14 @@ def main() -> None:
     path = Path(arguments.results or Path(__file__).parent / "results" / f"speed-{file_name(arguments, case)}.json")
     results = read_results(path, settings_of(arguments, preset, case), arguments.fresh)
     found = results["rows"]
-    todo = [(section, *row) for section in sections for row in SECTIONS[section](preset, case)]
-    todo = [row for row in todo if arguments.fresh or row[1] not in found.get(row[0], {})]
-    with tqdm(todo, desc="rows") as bar:
-        for section, name, measure in bar:
+    rows = [(section, *row) for section in sections for row in SECTIONS[section][1](preset, case)]
+    with tqdm([row for row in rows if arguments.fresh or row[1] not in found.get(row[0], {})], desc="rows") as bar:
+        for section, name, measure, *sizes in bar:
             bar.set_postfix_str(f"{section}: {name}")
             gc.collect()  # the models of the row before: modules and hooks refer to each other in circles
             started = time.perf_counter()
             try:
-                measured = measure()
+                measured = measure(*sizes)
             except torch.OutOfMemoryError:
                 measured = {"out_of_memory": ["its models"]}
             found.setdefault(section, {})[name] = measured | {"took": time.perf_counter() - started}

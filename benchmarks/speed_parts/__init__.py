@@ -1,6 +1,6 @@
 """What stitching costs, as a small library. `benchmarks/speed.py` runs it.
 
-cases.py    sizes of models and presets; the models, with random weights
+presets.py  how large everything is
 runners.py  what is timed: a forward, a training step, greedy decoding
 plain.py    the paper's appendix B as a plain loop, to compare with
 rows.py     every timed row: which runners take turns, and which ratios are asked

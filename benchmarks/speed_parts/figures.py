@@ -1,6 +1,7 @@
 """The page's plots."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -17,24 +18,19 @@ AXES = {"experts": "experts", "stitches": "stitches, K", "width": "width", "leng
 @rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8})
 def draw_all(results: dict, folder: Path) -> dict[str, str]:
     """Write a figure for every section that has one; their paths from the page, by section."""
-    rows, settings, figures = results["rows"], results["settings"], {}
-    for section, ratio, target in (
-        ("prefill", "stitched / E", 1.06),
-        ("decode", "stitched / E", 1.06),
-        ("dropping", "dropped / E", None),
-    ):
-        if section in rows:
-            figures[section] = ratios(rows[section], ratio, target)
-    if "training" in rows:
-        figures["training"] = bars(next(iter(rows["training"].values()))["seconds"], "seconds of a step")
-    peaks = {name: row["peak_bytes"] / 2**20 for name, row in rows.get("memory", {}).items() if "peak_bytes" in row}
-    if peaks:
-        figures["memory"] = bars(peaks, "rise of memory, MiB")
-    if "scaling" in rows:
-        figures["scaling"] = scaling(rows["scaling"], settings)
-    if "sizes" in rows:
-        figures["sizes"] = sizes(rows["sizes"], settings)
-    return save_figures(figures, folder)
+    drawings = {
+        "prefill": lambda rows: ratios(rows, "stitched / E", target=1.06),
+        "decode": lambda rows: ratios(rows, "stitched / E", target=1.06),
+        "dropping": lambda rows: ratios(rows, "dropped / E"),
+        "training": lambda rows: bars(next(iter(rows.values()))["seconds"], "seconds of a step"),
+        "memory": lambda rows: bars({n: r["peak_bytes"] / 2**20 for n, r in rows.items()}, "rise of memory, MiB"),
+        "scaling": lambda rows: scaling(rows, results["settings"]),
+        "sizes": lambda rows: sizes(rows, results["settings"]["case"]),
+    }
+    found = {section: rows for section, rows in results["rows"].items() if section in drawings}
+    if "memory" in found:
+        found["memory"] = {name: row for name, row in found["memory"].items() if "peak_bytes" in row}
+    return save_figures({section: drawings[section](rows) for section, rows in found.items() if rows}, folder)
 
 
 def bars(values: dict[str, float], label: str) -> Figure:
@@ -46,13 +42,13 @@ def bars(values: dict[str, float], label: str) -> Figure:
     return figure
 
 
-def ratios(rows: dict, ratio: str, target: float | None) -> Figure:
+def ratios(rows: dict, ratio: str, target: float | None = None) -> Figure:
     """Medians with quartiles, and where they should be."""
     found = {name: row["ratios"][ratio] for name, row in reversed(rows.items()) if ratio in row.get("ratios", ())}
     figure = Figure(figsize=(7, 0.3 * len(found) + 0.9))
     axes = figure.subplots()
     medians, errors = with_errors(found.values())
-    axes.errorbar(medians, list(found), xerr=errors, fmt="o", color="#1f77b4", capsize=3)
+    axes.errorbar(medians, [*found], xerr=errors, fmt="o", color="#1f77b4", capsize=3)
     axes.axvline(1, color="black", lw=0.7)
     if target is not None:
         axes.axvline(target, color="#d62728", lw=0.9, ls="--", label=f"target {target}")
@@ -62,23 +58,19 @@ def ratios(rows: dict, ratio: str, target: float | None) -> Figure:
     return figure
 
 
-def with_errors(spreads) -> tuple[list[float], list[list[float]]]:
+def with_errors(spreads: Collection[dict]) -> tuple[list[float], list[list[float]]]:
     """Medians, and how far the quartiles are below and above them."""
     medians = [s["median"] for s in spreads]
     return medians, [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
 
 
-def by_size(rows: dict, size: str, base: int | None, kind: str = "") -> dict[int, dict]:
-    """The rows of `kind` by one size, in order: those called "<size> = <value>", and "base", whose value is `base`."""
-    found = {}
-    for name, row in rows.items():
-        match = re.fullmatch(rf"(?:{size} = (\d+)|base){kind}", name)
-        if match and (match[1] or base is not None):
-            found[int(match[1] or base)] = row
-    return dict(sorted(found.items()))
+def by_size(rows: dict, size: str, base: int, kind: str = "") -> dict[int, dict]:
+    """Rows by the value of one size, in order: those called "<size> = <value><kind>", and "base<kind>"."""
+    matches = ((re.fullmatch(rf"(?:{size} = (\d+)|base){kind}", name), row) for name, row in rows.items())
+    return dict(sorted({int(match[1] or base): row for match, row in matches if match}.items()))
 
 
-def label_sizes(axes: Axes, size: str, values: set[int]) -> None:
+def label_sizes(axes: Axes, size: str, values: Collection[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(values), sorted(values))
     axes.minorticks_off()
@@ -88,30 +80,29 @@ def label_sizes(axes: Axes, size: str, values: set[int]) -> None:
 def scaling(rows: dict, settings: dict) -> Figure:
     """A panel per size: the cost in E. The base case is a point in each."""
     figure = Figure(figsize=(12, 3), layout="constrained")
-    grid = figure.subplots(1, len(AXES))
-    for axes, size in zip(grid, AXES):
+    panels = figure.subplots(1, len(AXES))
+    for axes, size in zip(panels, AXES):
+        kinds = [kind for kind in COLOURS if any(re.fullmatch(rf"{size} = \d+, {kind}", name) for name in rows)]
         seen = set()
-        for kind, colour in COLOURS.items():
+        for kind in kinds:
             base = settings["case"].get(size, settings["sizes"]["prompt" if kind == "decode" else "length"])
-            unchanged = kind == "training" and size not in ("experts", "stitches")  # not measured by these sizes
-            points = by_size(rows, size, None if unchanged else base, f", {kind}")
+            points = by_size(rows, size, base, f", {kind}")
             points = {value: row["ratios"]["stitched / E"] for value, row in points.items() if "ratios" in row}
-            if points:
-                medians, errors = with_errors(points.values())
-                axes.errorbar([*points], medians, yerr=errors, label=kind, color=colour, marker="o", capsize=2)
+            medians, errors = with_errors(points.values())
+            axes.errorbar([*points], medians, yerr=errors, label=kind, color=COLOURS[kind], marker="o", capsize=2)
             seen |= points.keys()
         label_sizes(axes, size, seen)
-    grid[0].set_ylabel("stitched / E")
-    grid[1].legend()
+    panels[0].set_ylabel("stitched / E")
+    panels[1].legend()
     return figure
 
 
-def sizes(rows: dict, settings: dict) -> Figure:
+def sizes(rows: dict, case: dict) -> Figure:
     """Memory and the adapter file by number of experts and by K; the base case is a point in both panels."""
     figure = Figure(figsize=(9, 3), layout="constrained")
-    grid = figure.subplots(1, 2, sharey=True)
-    for axes, size in zip(grid, ("experts", "stitches")):
-        points = by_size(rows, size, settings["case"][size])
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, size in zip(panels, ("experts", "stitches")):
+        points = by_size(rows, size, case[size])
         for label, what, key in (
             ("training step", "training", "peak_bytes"),
             ("forward", "inference", "peak_bytes"),
@@ -120,7 +111,7 @@ def sizes(rows: dict, settings: dict) -> Figure:
             found = {value: row[what][key] / 2**20 for value, row in points.items() if key in row[what]}
             axes.plot([*found], [*found.values()], marker="o", label=label)
         axes.set_yscale("log")
-        label_sizes(axes, size, points.keys())
-    grid[0].set_ylabel("MiB")
-    grid[1].legend()
+        label_sizes(axes, size, points)
+    panels[0].set_ylabel("MiB")
+    panels[1].legend()
     return figure

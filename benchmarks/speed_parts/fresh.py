@@ -4,7 +4,6 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,28 +12,40 @@ from torch.utils.benchmark import timer
 from transformers import AutoModelForCausalLM
 
 from ..measuring import Peak, in_fresh_process, take_turns
-from .cases import Case, Preset, bytes_of, llama, llamas, stitched, to_train, token_ids
+from ..random_models import Case, bytes_of, llama, llamas, stitched, to_train, token_ids
+from .presets import Preset
 from .rows import Rows
 from .runners import Decoding, Forward, TrainingStep, alone
 
 
 def memory(preset: Preset, case: Case) -> Rows:
+    """Each in a process of its own: how far memory rises above what it holds once the models are there, over two
+    forwards or training steps; the models themselves; and the seconds of the second."""
     for name in preset.processes:
-        yield name, partial(in_fresh_process, peak, name, preset, case)
+        yield name, in_fresh_process, peak, name, preset, case
 
 
 def attaching(preset: Preset, case: Case) -> Rows:
-    yield "attach, a loaded model", partial(in_fresh_process, attach, case)
-    yield "attach, from a path", partial(with_checkpoints, attach, case)
-    yield "load, adapter and experts", partial(with_checkpoints, load, case)
+    """One expert attached, in a process of its own."""
+    yield "attach, a loaded model", in_fresh_process, attach, case
+    yield "attach, from a path", with_checkpoints, attach, case
+    yield "load, adapter and experts", with_checkpoints, load, case
 
 
 def sizes(preset: Preset, case: Case) -> Rows:
-    """What the two sections above measure of the alternating pattern, by number of experts and K."""
-    yield "base", partial(of_one_size, preset, case)
-    for size in ("experts", "stitches"):
-        for value in preset.scaling.get(size, ()):
-            yield f"{size} = {value}", partial(of_one_size, preset, replace(case, **{size: value}))
+    """Each in a process of its own; MiB that a forward and a training step need beside the models, and of the adapter
+    file; seconds to attach one loaded model, and to load the adapter with its experts, and the experts alone."""
+    yield "base", of_one_size, preset, case
+    for size, value in preset.scaling:
+        if size in ("experts", "stitches"):
+            yield f"{size} = {value}", of_one_size, preset, replace(case, **{size: value})
+
+
+SECTIONS = {
+    "memory": ("Memory", memory),
+    "attaching": ("Attaching and loading", attaching),
+    "sizes": ("Memory, files and loading by number of experts and K", sizes),
+}
 
 
 def of_one_size(preset: Preset, case: Case) -> dict:
@@ -44,11 +55,6 @@ def of_one_size(preset: Preset, case: Case) -> dict:
         "attach": in_fresh_process(attach, case),
         "load": with_checkpoints(load, case),
     }
-
-
-SECTIONS: dict[str, Callable[[Preset, Case], Rows]] = {
-    section.__name__: section for section in (memory, attaching, sizes)
-}
 
 
 # --- What is measured in the fresh process --------------------------------------------------------------------------
@@ -118,7 +124,7 @@ def load(case: Case, folder: Path) -> dict:
         return timer() - start
 
     runners = {"adapter and experts": adapter_and_experts, "experts alone": experts_alone}
-    seconds = take_turns(runners, [], budget=math.inf, rounds=(3, 3))["seconds"]
+    seconds = take_turns(runners, {}, budget=math.inf, rounds=(3, 3))["seconds"]
     return {"seconds": seconds, "file_bytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size}
 
 

@@ -2,27 +2,29 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch.utils.benchmark import timer  # waits for the GPU
 from transformers import DynamicCache, StaticCache
 
 
-def alone(hub: torch.nn.Module, experts: list[torch.nn.Module]) -> list[torch.nn.Module]:
+Models = list[torch.nn.Module]
+Inside = Callable[[], AbstractContextManager]  # makes the context of a run, which is not timed
+
+
+def alone(hub: torch.nn.Module, experts: Models) -> Models:
     """What E, the unit of cost, runs: the hub, and every expert without its lm_head, whose logits nobody needs."""
     return [hub, *(expert.model for expert in experts)]
 
 
+@dataclass
 class Forward:
-    """Plain forwards, one model after another, without gradients, in a context that is not timed."""
+    """Plain forwards on `ids` (B, T), one model after another, without gradients."""
 
-    def __init__(
-        self,
-        models: list[torch.nn.Module],
-        ids: torch.Tensor,
-        inside: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> None:
-        self.models, self.ids, self.inside = models, ids, inside
+    models: Models
+    ids: torch.Tensor
+    inside: Inside = nullcontext
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -33,12 +35,16 @@ class Forward:
             return timer() - start
 
 
+@dataclass
 class TrainingStep:
     """Forward, backward and AdamW on whatever of the models requires gradients; `times` multiplies the seconds."""
 
-    def __init__(self, models: list[torch.nn.Module], ids: torch.Tensor, times: int = 1) -> None:
-        self.models, self.ids, self.times = [model.train() for model in models], ids, times
-        trained = [p for model in models for p in model.parameters() if p.requires_grad]
+    models: Models
+    ids: torch.Tensor
+    times: int = 1
+
+    def __post_init__(self) -> None:
+        trained = [p for model in self.models for p in model.train().parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
     def __call__(self) -> float:
@@ -50,59 +56,55 @@ class TrainingStep:
         return self.times * (timer() - start)
 
 
+@dataclass
 class Decoding:
-    """Greedy decoding behind a prompt, whose own time does not count, by hand: nothing of generate() is measured.
+    """Greedy decoding of `tokens` tokens behind a prompt, which does not count; by hand, without generate().
 
-    Args:
-        models: The first gives logits; the others run on the tokens that it chooses, each with its own cache.
-        prompt: Token ids (B, T).
-        tokens: How many to decode.
-        inside: Makes the context in which prompt and tokens run.
-        compile_options: Of `torch.compile`; the cache is then a static one, and each model's step one graph.
-        static: A static cache without compilation.
+    The first model gives logits; the others run on the tokens that it chooses, each with its own cache: a static one
+    if `static`, or if there are options for `torch.compile`, by which each model's step then becomes one graph.
     """
 
-    def __init__(
-        self,
-        models: list[torch.nn.Module],
-        prompt: torch.Tensor,
-        tokens: int,
-        inside: Callable[[], AbstractContextManager] = nullcontext,
-        compile_options: dict | None = None,
-        static: bool = False,
-    ) -> None:
-        self.models, self.prompt, self.tokens, self.inside = models, prompt, tokens, inside
-        self.steps, self.static = models, []
-        if compile_options is not None or static:
-            # Made once: captured graphs write to the addresses they were captured with.
-            length = prompt.shape[1] + tokens
-            self.static = [StaticCache(config=model.config, max_cache_len=length) for model in models]
-        if compile_options is not None:
-            self.steps = [torch.compile(model, fullgraph=True, **compile_options) for model in models]
+    models: Models
+    ids: torch.Tensor  # the prompt, (B, T)
+    tokens: int
+    inside: Inside = nullcontext
+    compile_options: dict | None = None
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        self.steps, self.static_caches = self.models, []
         self.chosen: torch.Tensor | None = None  # (B, 1 + tokens), of the last run
+        if self.compile_options is not None:
+            self.steps = [torch.compile(model, fullgraph=True, **self.compile_options) for model in self.models]
+        if self.compile_options is not None or self.static:
+            # Made once: captured graphs write to the addresses they were captured with.
+            length = self.ids.shape[1] + self.tokens
+            self.static_caches = [StaticCache(config=model.config, max_cache_len=length) for model in self.models]
 
     @torch.no_grad()
     def __call__(self) -> float:
-        for cache in self.static:
+        for cache in self.static_caches:
             cache.reset()
-        caches = self.static or [new_cache(model) for model in self.models]
+        caches = self.static_caches or [new_cache(model) for model in self.models]
         with self.inside():
-            chosen = [self._step(self.models, self.prompt, caches)]
+            chosen = [step(self.models, self.ids, caches)]
             start = timer()
             for _ in range(self.tokens):
-                if self.steps is not self.models:
+                if self.compile_options is not None:
                     torch.compiler.cudagraph_mark_step_begin()
-                chosen.append(self._step(self.steps, chosen[-1], caches))
+                chosen.append(step(self.steps, chosen[-1], caches))
             elapsed = timer() - start
         self.chosen = torch.cat(chosen, dim=1)
         return elapsed
 
-    def _step(self, models, ids, caches) -> torch.Tensor:
-        first, *others = models
-        token = first(input_ids=ids, past_key_values=caches[0]).logits[:, -1:].argmax(dim=-1)
-        for model, cache in zip(others, caches[1:]):
-            model(input_ids=ids, past_key_values=cache)
-        return token
+
+def step(models: Models, ids: torch.Tensor, caches: list) -> torch.Tensor:
+    """The next tokens (B, 1), by the first model."""
+    first, *others = models
+    token = first(input_ids=ids, past_key_values=caches[0]).logits[:, -1:].argmax(dim=-1)
+    for model, cache in zip(others, caches[1:]):
+        model(input_ids=ids, past_key_values=cache)
+    return token
 
 
 def new_cache(model: torch.nn.Module):
