@@ -31,13 +31,13 @@ from transformers.cache_utils import (
 from ..forward.cache import held_expert_caches
 from ..forward.composition import Composition
 from ..forward.decoder import Decoder, text_config
-from ..forward.executor import Boundary, Executor, SequentialExecutor, run_in_turn
+from ..forward.executor import Boundary, Executor, SequentialExecutor
 from ..forward.expert import Expert
 from ..forward.hooks import ForwardRunner
 from ..forward.layer import StitchLayer, behind_layer
 from ..forward.placement import is_dispatched
 from ..forward.recorder import StandIn, with_layers, with_modules
-from ..forward.state import ForwardState
+from ..forward.state import ForwardState, run_in_turn
 from .joint_layers import JointCacheLayer, NotStackable
 from .stacking import for_all
 
