@@ -8,6 +8,7 @@ backbone's layers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils.output_capturing import _active_collector
+
+from .patching import function_of, replace_method
 
 
 def call_first(kind: type[TrainerCallback]) -> None:
@@ -26,14 +29,14 @@ def call_first(kind: type[TrainerCallback]) -> None:
 
     Could go if callbacks could ask for a place in the order.
     """
-    add = CallbackHandler.add_callback
+    add = function_of(CallbackHandler, "add_callback")
 
     @functools.wraps(add)
     def add_callback(self: CallbackHandler, callback: TrainerCallback) -> None:
         add(self, callback)
         self.callbacks.sort(key=lambda added: not isinstance(added, kind))  # stable: the others stay in their order
 
-    CallbackHandler.add_callback = add_callback
+    replace_method(CallbackHandler, "add_callback", add_callback)
 
 
 def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
@@ -51,7 +54,7 @@ def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
 
 
 @contextmanager
-def no_output_capture():
+def no_output_capture() -> Iterator[None]:
     """Keep an expert's layers out of the hub's `output_hidden_states` and `output_attentions`.
 
     An expert that was once asked for its hidden states still has the hooks, and would add its layers to the hub's.
