@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+
+from .._compat.peft import CausalLM
 
 
 # Takes `past_key_values`, but in most supported versions of transformers its recurrent layers keep their state in
@@ -29,8 +31,13 @@ class Decoder:
 
 def text_config(model: nn.Module) -> Any:
     """The config of the model's language part, or `None`."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+
+
+def token_embeddings(model: CausalLM) -> nn.Embedding:
+    """The layer that embeds tokens, or what PEFT has put around it."""
+    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def find_decoder(model: nn.Module, what: str) -> Decoder:

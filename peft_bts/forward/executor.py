@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import Cache
 
 from .composition import Composition
-from .stream import Stream
+from .stream import Checkpoint, Stream, StreamLike
 
 
-Boundary = Callable[[Stream], int]  # how many of its layers a stream is to have run
+Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to have run
 
 
 class Executor(Protocol):
@@ -27,7 +27,7 @@ class Executor(Protocol):
         """Take note that the states are final and where the next stitch is: streams may run on from now on."""
         ...
 
-    def advance(self, boundary: Boundary, checkpoint: Optional[Callable] = None) -> dict[Hashable, Tensor]:
+    def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
         """Bring every stream up to a stitch; return the hidden states there, each (B, T, D_i).
 
         `checkpoint` is the hub's gradient checkpointing function while that is in use.
@@ -50,13 +50,13 @@ MakeExecutor = Callable[[Composition, dict[Hashable, Stream], Mapping[str, Cache
 class SequentialExecutor:
     """Runs the streams one after the other, when a stitch asks for them."""
 
-    def __init__(self, streams: dict[Hashable, Stream]) -> None:
+    def __init__(self, streams: Mapping[Hashable, StreamLike]) -> None:
         self.streams = streams
 
     def look_ahead(self, boundary: Boundary) -> None:
         """Nothing runs ahead."""
 
-    def advance(self, boundary: Boundary, checkpoint: Optional[Callable] = None) -> dict[Hashable, Tensor]:
+    def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
         return {key: stream.advance(boundary(stream), checkpoint) for key, stream in self.streams.items()}
 
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Optional
 
 from torch import Tensor, nn
@@ -19,10 +19,12 @@ from .composition import Composition
 from .executor import MakeExecutor, run_in_turn
 from .observers import Observation, Observer
 from .state import ForwardState
+from .stream import Checkpoint
 from .thread_local import ThreadLocal, Transient
 
 
-MakeState = Callable[..., ForwardState]  # takes what `ForwardState` takes
+# Takes what `ForwardState` takes.
+MakeState = Callable[[Composition, dict[str, Any], Optional[Cache], MakeExecutor, Optional[Observation]], ForwardState]
 
 
 class ForwardSettings(Transient):
@@ -49,7 +51,7 @@ class ForwardRunner:
 
     def __init__(self, make_state: MakeState = ForwardState) -> None:
         self._make_state = make_state
-        self._current = ThreadLocal()
+        self._current: ThreadLocal[ForwardState] = ThreadLocal()
         self.settings = ForwardSettings()
 
     def current(self) -> Optional[ForwardState]:
@@ -59,7 +61,7 @@ class ForwardRunner:
     def run(
         self,
         composition: Optional[Composition],
-        call: Mapping[str, Any],
+        call: dict[str, Any],
         cache: Optional[Cache],
         hub: Callable[[], Any],
     ) -> Any:
@@ -105,7 +107,7 @@ class HubForward(ForwardRunner):
         wrapped: What the backbone had as a `forward` of its own, because a library such as accelerate had wrapped it.
     """
 
-    wrapped: Optional[Callable] = None
+    wrapped: Optional[Callable[..., Any]] = None
 
     def __init__(
         self,
@@ -163,7 +165,9 @@ class HubForward(ForwardRunner):
             return given
         return DynamicCache(config=composition.hub_config)
 
-    def _detach_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional[tuple]:
+    def _detach_embeddings(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Optional[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Take the gradient off the hub's embeddings where nobody reads it.
 
         With gradient checkpointing, transformers and TRL have the embeddings require gradients, lest reentrant
@@ -185,8 +189,8 @@ class HubForward(ForwardRunner):
         return args, {**kwargs, "hidden_states": hidden.detach()}
 
 
-def checkpoint_function(layer: nn.Module) -> Optional[Callable]:
+def checkpoint_function(layer: nn.Module) -> Optional[Checkpoint]:
     """The function under which transformers recomputes this hub layer in the backward pass, if it does so now."""
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return layer._gradient_checkpointing_func
+        return getattr(layer, "_gradient_checkpointing_func", None)
     return None

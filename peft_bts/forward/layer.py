@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .._compat.transformers import replace_captured_hidden_state
+from ..modules import TypedModuleDict
+from ..stitch import Stitch
 from .hooks import ForwardRunner, checkpoint_function
 from .placement import place_for_stitch
 
@@ -31,7 +33,7 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.index = index
-        self.stitch_layer = nn.ModuleDict()
+        self.stitch_layer: TypedModuleDict[Stitch] = TypedModuleDict()
         self.merged_adapters: list[str] = []  # never any; PEFT asks
         self._runner = runner
 
@@ -53,7 +55,7 @@ class StitchLayer(nn.Module, BaseTunerLayer):
             return out
         return behind_layer(self._runner, self.index, self.base_layer, stitch, out)
 
-    def _active_stitch(self) -> Optional[nn.Module]:
+    def _active_stitch(self) -> Optional[Stitch]:
         if self.disable_adapters:
             return None
         for adapter in self.active_adapters:
@@ -67,14 +69,14 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         return place_for_stitch(base_layer)[0], None
 
 
-def behind_layer(runner: ForwardRunner, index: int, layer: nn.Module, stitch: nn.Module, out: Any) -> Any:
+def behind_layer(runner: ForwardRunner, index: int, layer: nn.Module, stitch: Stitch, out: Any) -> Any:
     """Apply the stitch behind a hub layer to what the layer has returned.
 
     Args:
         runner: Where the forward under way is found.
         index: The layer's 0-based place in the hub.
         layer: The layer.
-        stitch: `ExpertsIntoHub` or `HubIntoExperts`.
+        stitch: The stitch.
         out: What the layer has returned: hidden states (B, T, D), or a tuple that starts with them.
 
     Returns:
@@ -93,7 +95,7 @@ def behind_layer(runner: ForwardRunner, index: int, layer: nn.Module, stitch: nn
     return (new, *out[1:]) if isinstance(out, tuple) else new
 
 
-def _stitched(runner: ForwardRunner, index: int, layer: nn.Module, stitch: nn.Module, hidden: Tensor) -> Tensor:
+def _stitched(runner: ForwardRunner, index: int, layer: nn.Module, stitch: Stitch, hidden: Tensor) -> Tensor:
     state = runner.current()
     if state is None:
         raise RuntimeError(

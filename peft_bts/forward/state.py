@@ -7,20 +7,21 @@ the forward under way is in a `ForwardState`, which lives from the hub's backbon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any, Optional
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from ..config import EXPERTS_INTO_HUB
+from ..stitch import Stitch
 from .cache import check_cache, expert_caches
 from .composition import Composition
 from .executor import Executor, MakeExecutor, SequentialExecutor
 from .masks import check_mask
 from .observers import Observation
-from .stream import Stream
+from .stream import Checkpoint, Stream
 
 
 class ForwardState:
@@ -75,12 +76,12 @@ class ForwardState:
             name: experts[name](self.call, caches.get(name), self.composition.hub_config) for name in sorted(experts)
         }
 
-    def apply_stitch(self, layer: int, stitch: nn.Module, hub_BTD: Tensor, checkpoint: Optional[Callable]) -> Tensor:
+    def apply_stitch(self, layer: int, stitch: Stitch, hub_BTD: Tensor, checkpoint: Optional[Checkpoint]) -> Tensor:
         """Bring every expert up to the stitch behind a hub layer, apply it, and return the hub's new state.
 
         Args:
             layer: 0-based hub layer that has just run.
-            stitch: `ExpertsIntoHub` or `HubIntoExperts`.
+            stitch: The stitch.
             hub_BTD: The hub layer's hidden states.
             checkpoint: The hub's gradient checkpointing function while it is in use, else `None`.
         """
@@ -99,7 +100,7 @@ class ForwardState:
         return hub_BTD
 
     def _mix(
-        self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
+        self, layer: int, stitch: Stitch, hub_BTD: Tensor, states: dict[Any, Tensor]
     ) -> tuple[Tensor, dict[Any, Tensor]]:
         """Apply the stitch behind a hub layer: the hub's and the experts' new states."""
         states = {name: state.to(hub_BTD.device) for name, state in states.items()}
