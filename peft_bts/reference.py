@@ -22,7 +22,7 @@ import os
 import re
 import warnings
 from pathlib import PurePath
-from typing import Any, Optional, Union
+from typing import Any, Optional, TypeGuard, Union
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -39,7 +39,7 @@ class RepoId(str):
     """The `model` or `adapter` of a downloaded reference: looked up on the Hugging Face Hub, never on this disk."""
 
 
-def is_repo_id(source: Optional[str]) -> bool:
+def is_repo_id(source: Optional[str]) -> TypeGuard[str]:
     """Whether loaders would look for `source` on the Hugging Face Hub.
 
     That is so if it has the form of a repo id, and no such path exists here.

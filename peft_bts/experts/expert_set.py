@@ -9,13 +9,14 @@ from torch import nn
 
 from ..forward.composition import Composition
 from ..forward.expert import Expert
+from ..modules import M, TypedModuleDict
 
 
-class NamedModules(nn.ModuleDict):
+class NamedModules(TypedModuleDict[M]):
     """Modules by a user's names, which may be those of attributes of `nn.Module`, such as `half`."""
 
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:
-        self._modules[name] = module
+        self._modules[name] = module  # type: ignore[assignment]  # torch keeps `None` in there, too
 
 
 class ExpertSet:
@@ -44,7 +45,7 @@ class ExpertSet:
         experts: Mapping[str, Expert],
     ) -> None:
         self.adapter, self.schedule = adapter, schedule
-        self.modules = NamedModules(experts)
+        self.modules: NamedModules[Expert] = NamedModules(experts)
         self._hub_layers, self._hub_config, self._projected = hub_layers, hub_config, projected
         self._left_out: frozenset[str] = frozenset()
         self._compose()
@@ -53,9 +54,7 @@ class ExpertSet:
         return iter(self.modules)
 
     def __getitem__(self, name: str) -> Expert:
-        expert = self.modules[name]
-        assert isinstance(expert, Expert)
-        return expert
+        return self.modules[name]
 
     @property
     def left_out(self) -> frozenset[str]:
