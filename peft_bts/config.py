@@ -13,6 +13,7 @@ from .reference import as_reference, without_placement
 EXPERTS_INTO_HUB: Final = "experts_into_hub"
 HUB_INTO_EXPERTS: Final = "hub_into_experts"
 StitchKind = Literal["experts_into_hub", "hub_into_experts"]
+OUTPUT_MIXTURE: Final = "output_mixture"  # in traces, beside the kinds of stitches
 
 
 @dataclass
@@ -25,12 +26,15 @@ class StitchConfig(PeftConfig):
             transformers), and for this machine only `device_map`, `max_memory`, `offload_folder`. They are loaded,
             frozen, when the adapter is made. Loaded models are attached later, by `model.attach_expert(name, model)`.
         num_stitches (`int`): K. With L hub layers they sit after layers s, 2s, ..., (K-1)s and L, where s = L // K.
+            0, with `output="mixture"` only: no stitches, gates on the outputs alone.
         layers_to_stitch (`list[int]`, *optional*): 0-based hub layers that get a stitch, instead of `num_stitches`;
             the last must be the hub's last layer.
         pattern (`str`): `"alternating"` (the paper): counted from the end, Experts-into-Hub and Hub-into-Experts take
             turns. `"experts_into_hub"`: every stitch is of that kind; the experts then run without any gradient.
         expert_streams (`str`): What an Experts-into-Hub stitch does to the experts' own states: `"intact"` leaves
             them, `"projected"` replaces them by their projections (eq. 3 to the letter; needs equal widths).
+        output (`str`): `"hub"` (the paper): the hub's head speaks alone. `"mixture"`: the logits are log probabilities
+            of a mixture of all models' distributions, each by its own head, with one gate per token and model.
         gate (`str`): `"channel"` (the paper): one gate value per channel. `"token"`: one per token and model.
         gate_bias (`bool`): Whether the gates have a bias, which starts at zero.
         gate_dropout (`float`): Dropout on the gate logits in training (eq. 3).
@@ -56,6 +60,10 @@ class StitchConfig(PeftConfig):
     )
     expert_streams: Literal["intact", "projected"] = field(
         default="intact", metadata={"help": "Whether Experts-into-Hub leaves the experts' states or projects them."}
+    )
+    output: Literal["hub", "mixture"] = field(
+        default="hub",
+        metadata={"help": "Whether the hub's head speaks alone, or all models' distributions are mixed."},
     )
     gate: Literal["channel", "token"] = field(
         default="channel", metadata={"help": "One gate value per channel, or one per token."}
@@ -86,12 +94,17 @@ class StitchConfig(PeftConfig):
         for option, allowed in (
             ("pattern", ("alternating", EXPERTS_INTO_HUB)),
             ("expert_streams", ("intact", "projected")),
+            ("output", ("hub", "mixture")),
             ("gate", ("channel", "token")),
         ):
             if getattr(self, option) not in allowed:
                 raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {getattr(self, option)!r}.")
-        if not _is_int(self.num_stitches) or self.num_stitches < 1:
-            raise ValueError(f"num_stitches must be a whole number of at least 1, got {self.num_stitches!r}.")
+        least = 0 if self.output == "mixture" else 1
+        if not _is_int(self.num_stitches) or self.num_stitches < least:
+            also = "" if least == 0 else " (0 goes with output='mixture': gates on the outputs alone)"
+            raise ValueError(
+                f"num_stitches must be a whole number of at least {least}{also}, got {self.num_stitches!r}."
+            )
         if self.r is not None and (not _is_int(self.r) or self.r < 1):
             raise ValueError(f"r must be None or a whole number of at least 1, got {self.r!r}.")
         if not 0.0 <= self.gate_dropout < 1.0:
@@ -131,6 +144,8 @@ def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, StitchKi
             )
     else:
         stitches = config.num_stitches
+        if stitches == 0:
+            return {}
         if stitches > num_layers:
             raise ValueError(
                 f"num_stitches={stitches} does not fit a hub of {num_layers} layers; use at most {num_layers}."

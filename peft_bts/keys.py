@@ -1,8 +1,8 @@
 """Between a model's tensors and those of an adapter file.
 
 The file's keys are a contract: `...stitch_layer.gate.<model>.weight`, `...stitch_layer.proj.<expert>.weight` (and
-`.bias`, `.down.weight`, `.up.weight`). In memory the adapter's name stands behind `stitch_layer`, and `for_` before
-the model's.
+`.bias`, `.down.weight`, `.up.weight`), `...stitch_output.gate.<model>.weight` (and `.bias`). In memory the adapter's
+name stands behind `stitch_layer` and `stitch_output`, and `for_` before the model's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ from .stitch import PerModel
 
 
 _MODEL_KEY = re.compile(
-    r"^(?P<layer>.*\.stitch_layer)\.(?P<adapter>[^.]+)\.(?P<role>gate|proj)\." + PerModel.PREFIX + r"(?P<rest>.+)$"
+    r"^(?P<layer>.*\.stitch_(?:layer|output))\.(?P<adapter>[^.]+)\.(?P<role>gate|proj)\."
+    + PerModel.PREFIX
+    + r"(?P<rest>.+)$"
 )
 _SHOWN = 10  # problems listed in an error
 _ABOUT_EMBEDDINGS = (
     "Embedding layers of the hub are taken from a file only if the hub's vocabulary has been resized, which is to be "
     "done before loading, or if the config says that they were saved on request (`save_embedding_layers`)."
 )
+
+
+def is_stitch_weight(name: str) -> bool:
+    """Whether a parameter of a stitched model, by its name in memory, belongs to a stitch adapter."""
+    return ".stitch_layer." in name or ".stitch_output." in name
 
 
 def stitch_weights(state_dict: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from typing import Any, Optional, Union
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ._compat.bitsandbytes import keep_repacked_weights
@@ -29,13 +31,16 @@ from .export.write import export_composition
 from .forward.composition import Composition
 from .forward.decoder import find_decoder, text_config
 from .forward.expert import Expert
+from .forward.head import ModelHead
 from .forward.hooks import HubForward
-from .forward.layer import StitchLayer
+from .forward.layer import StitchLayer, StitchOutput
+from .forward.mixed_head import MixedHead
 from .forward.placement import place_for_stitch
 from .inference import generate as generation
 from .inference.dropping import Dropping, DroppingPolicies
 from .inference.threads import parallel_streams
 from .keys import file_key, fit_to_model, stitch_weights
+from .mixture import OutputMixture
 from .reference import check_expert_name
 from .stitch import Init, PerModel, check_init, make_stitch
 
@@ -73,6 +78,7 @@ class StitchModel(BaseTuner):
         self._forward = HubForward(
             self._decoder.backbone, self._decoder.layers[0], self._active_composition, self._dropping.make_state
         )
+        self._mixed_head: Optional[MixedHead] = None  # made with the first adapter that mixes outputs
         self._stitches_enabled = True
         keep_repacked_weights(self)
 
@@ -95,18 +101,43 @@ class StitchModel(BaseTuner):
             experts = {name: expert for name, (expert, _) in made.items()}
             references = {name: reference for name, (_, reference) in made.items()}
         hub_config, projected = text_config(self.model), config.expert_streams == "projected"
-        expert_set = ExpertSet(adapter_name, schedule, len(self._decoder.layers), hub_config, projected, experts)
+        mixture = config.output == "mixture"
+        expert_set = ExpertSet(
+            adapter_name, schedule, len(self._decoder.layers), hub_config, projected, mixture, experts
+        )
         self.experts[adapter_name] = expert_set.modules
         self._expert_sets[adapter_name] = expert_set
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if mixture:
+                self._add_mixture(adapter_name, config)
         except BaseException:
+            self._drop_trained_copies(adapter_name)
             self._forget(adapter_name)
             self._unfreeze_without_adapters()
             raise
         if references != config.experts:
             self._note_experts(adapter_name, references)
         self._forward.install()
+
+    def _add_mixture(self, adapter_name: str, config: StitchConfig) -> None:
+        """Make an adapter's output gates; the first ones put a `MixedHead` in the place of the hub's `forward`."""
+        if self._mixed_head is None:
+            head = ModelHead.of(self.model, "The hub")
+            self._mixed_head = MixedHead(self.model, self._forward, self._active_mixture, head)
+        if not hasattr(self.model, "stitch_output"):
+            self.model.stitch_output = StitchOutput()
+        device, dtype = place_for_stitch(self.model.get_output_embeddings())
+        gates = OutputMixture(
+            text_config(self.model).hidden_size,
+            list(self._expert_sets[adapter_name]),
+            init_weights=config.init_weights,
+            device=device,
+            dtype=dtype,
+        )
+        trained = adapter_name in self.active_adapters and not config.inference_mode
+        self.model.stitch_output[adapter_name] = gates.requires_grad_(trained)
+        self._mixed_head.install()
 
     def _check_adapter_name(self, name: str) -> None:
         # PEFT drops every key with `.<name of another adapter>.` in it when it saves an adapter.
@@ -124,7 +155,9 @@ class StitchModel(BaseTuner):
         # A copy: the caller's config may serve another hub with another schedule.
         schedule = stitch_schedule(peft_config, len(self._decoder.layers))
         prepared = copy.copy(peft_config)
-        prepared.target_modules = rf"{re.escape(self._decoder.path)}\.({'|'.join(map(str, schedule))})"
+        layers = "|".join(map(str, schedule))
+        # Without stitches no layer is wrapped, which PEFT takes for a mistake unless told so.
+        prepared.target_modules = rf"{re.escape(self._decoder.path)}\.({layers})" if schedule else DUMMY_TARGET_MODULES
         return prepared
 
     def _create_and_replace(
@@ -169,6 +202,7 @@ class StitchModel(BaseTuner):
         """Delete an adapter, with its experts. Without the last one, the hub is what it was before."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        self._drop_trained_copies(adapter_name)
         if adapter_name in self.active_adapters:
             # Chosen here, for all layers alike: they do not all know all adapters.
             rest = [name for name in self.peft_config if name != adapter_name]
@@ -184,6 +218,9 @@ class StitchModel(BaseTuner):
         self._forget(adapter_name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if not merge:  # PEFT would leave the trained copies in the hub
+            for adapter in list(self.peft_config):
+                self._drop_trained_copies(adapter)
         hub = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         for adapter in list(self._expert_sets):
             self._forget(adapter)
@@ -201,8 +238,24 @@ class StitchModel(BaseTuner):
             del self.experts[adapter]
             for expert in self._expert_sets.pop(adapter).modules.values():
                 self._maker.release(expert)
+        if hasattr(self.model, "stitch_output"):
+            self.model.stitch_output.delete_adapter(adapter)
+            if not self.model.stitch_output:
+                del self.model.stitch_output
+                self._mixed_head.remove()
+                self._mixed_head = None
         if not self._expert_sets:
             self._forward.remove()
+
+    def _drop_trained_copies(self, adapter: str) -> None:
+        """Drop an adapter's copies of hub modules (`modules_to_save`); a module without copies is itself again."""
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                rest = [name for name in self.active_adapters if name != adapter]
+                module.delete_adapter(adapter, rest)
+                if not module._get_available_adapters():
+                    parent, _, child = path.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, module.original_module)
 
     def _unfreeze_without_adapters(self) -> None:
         """After a failure: PEFT had frozen the hub already."""
@@ -284,6 +337,8 @@ class StitchModel(BaseTuner):
         except BaseException:
             self._maker.release(expert)
             raise
+        if config.output == "mixture":
+            self.model.stitch_output[adapter].add_expert(name, init=init)
         self._expert_sets[adapter].add(name, expert)
         self._note_experts(adapter, {**config.experts, name: reference})
 
@@ -301,6 +356,8 @@ class StitchModel(BaseTuner):
             raise ValueError(f"Adapter {adapter!r} has no expert {name!r}; it has {sorted(experts)}.")
         for layer in self._layers_of(adapter):
             layer.stitch_layer[adapter].remove_expert(name)
+        if self.peft_config[adapter].output == "mixture":
+            self.model.stitch_output[adapter].remove_expert(name)
         expert = experts.remove(name)
         references = {other: ref for other, ref in self.peft_config[adapter].experts.items() if other != name}
         self._note_experts(adapter, references)
@@ -454,6 +511,13 @@ class StitchModel(BaseTuner):
             return None
         experts = self._expert_sets.get(self.active_adapters[0])
         return None if experts is None else experts.composition
+
+    def _active_mixture(self) -> Optional[tuple[OutputMixture, bool]]:
+        """The output gates that a forward that starts now uses, and whether there are stitches besides."""
+        composition = self._active_composition()
+        if composition is None or not composition.mixture:
+            return None
+        return self.model.stitch_output[composition.adapter], bool(composition.schedule)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):

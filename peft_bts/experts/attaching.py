@@ -78,6 +78,12 @@ class ExpertMaker:
         report.raise_errors()
         known = next((expert for expert in self._present() if expert.model is model), None)
         expert = Expert(model, f"Expert {name!r}", source) if known is None else known
+        if config.output == "mixture":
+            try:
+                expert.prepare_head(f"Expert {name!r}")
+            except BaseException:
+                self.release(expert)
+                raise
         return expert, {**reference, "config": sizes(model)}
 
     def release(self, expert: Expert) -> CausalLM:
@@ -97,6 +103,8 @@ def add_stitch_weights(layers: Iterable[StitchLayer], adapter: str, name: str, w
         init: Start of its gates, see `ExpertsIntoHub.add_expert`.
     """
     stitches = [(layer.stitch_layer[adapter], place_for_stitch(layer.base_layer)[0]) for layer in layers]
+    if not stitches:
+        return  # output gates alone
     like = stitches[-1][0].gate.of(HUB).weight  # the one weight that is there without any expert
     try:
         for stitch, device in stitches:

@@ -28,6 +28,7 @@ class ExpertSet:
         hub_layers: Number of the hub's decoder layers.
         hub_config: The hub's text config.
         projected: Whether Experts-into-Hub replaces the experts' states.
+        mixture: Whether the models' distributions are mixed.
         experts: The experts by name.
 
     Attributes:
@@ -42,11 +43,13 @@ class ExpertSet:
         hub_layers: int,
         hub_config: Any,
         projected: bool,
+        mixture: bool,
         experts: Mapping[str, Expert],
     ) -> None:
         self.adapter, self.schedule = adapter, schedule
         self.modules: NamedModules[Expert] = NamedModules(experts)
-        self._hub_layers, self._hub_config, self._projected = hub_layers, hub_config, projected
+        self._hub_layers, self._hub_config = hub_layers, hub_config
+        self._projected, self._mixture = projected, mixture
         self._left_out: frozenset[str] = frozenset()
         self._compose()
 
@@ -82,7 +85,13 @@ class ExpertSet:
     def _compose(self) -> None:
         experts = {name: self[name] for name in sorted(self) if name not in self._left_out}
         self.composition = Composition(
-            self.schedule, self._hub_layers, self._hub_config, experts, self._projected, self.adapter
+            self.schedule,
+            self._hub_layers,
+            self._hub_config,
+            experts,
+            self._projected,
+            self.adapter,
+            self._mixture,
         )
 
 

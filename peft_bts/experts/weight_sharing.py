@@ -11,7 +11,7 @@ from torch import nn
 
 from .._compat.accelerate import offloaded_weights
 from .._compat.bitsandbytes import quantization_states
-from ..forward.hooks import HubForward
+from ..forward.hooks import InstanceForward
 from ..forward.layer import StitchLayer
 from ..modules import M
 
@@ -32,9 +32,10 @@ def share_weights(hub: M, adapter: Optional[str] = None) -> M:
         hooks = [value for name, value in vars(module).items() if name.startswith("_forward_") and "hooks" in name]
         memo |= {id(registered): type(registered)() for registered in hooks}
         # So are stitched forwards and layers; they are taken out of the copy below.
-        memo |= {id(value): value for value in vars(module).values() if isinstance(value, HubForward)}
+        memo |= {id(value): value for value in vars(module).values() if isinstance(value, InstanceForward)}
     twin = copy.deepcopy(hub, memo)
     twin.__dict__.pop("peft_config", None)
+    twin._modules.pop("stitch_output", None)
     twin.__dict__.pop("hf_device_map", None)  # PEFT would have accelerate place the shared weights a second time
     for path, module in list(twin.named_modules()):
         _restore_forward(module, memo)
@@ -49,7 +50,7 @@ def share_weights(hub: M, adapter: Optional[str] = None) -> M:
 def _restore_forward(module: nn.Module, memo: dict[int, Any]) -> None:
     for name in ("forward", "_old_forward"):  # the latter where accelerate has wrapped the former
         stitched = vars(module).get(name)
-        if isinstance(stitched, HubForward):
+        if isinstance(stitched, InstanceForward):
             before = copy.deepcopy(stitched.wrapped, memo)
             setattr(module, name, before or types.MethodType(type(module).forward, module))
 

@@ -18,6 +18,8 @@ class StitchExportConfig(PreTrainedConfig):
         stitch: Options of the stitches (`gate`, `gate_bias`, `r`), their `dtype`, and `projected`, whether
             Experts-into-Hub replaces the experts' states.
         returns: By model, what each of its layers returns: `None` for a tensor, else the size of the tuple.
+        final_modules: With `output="mixture"`, by model: the names of the modules between its last layer and its head.
+            `None`: the hub's head speaks alone.
     """
 
     model_type = "stitched"
@@ -29,14 +31,11 @@ class StitchExportConfig(PreTrainedConfig):
         schedule: Optional[list] = None,
         stitch: Optional[dict] = None,
         returns: Optional[dict[str, list]] = None,
+        final_modules: Optional[dict[str, list[str]]] = None,
         **kwargs: Any,
     ) -> None:
-        self.models, self.schedule, self.stitch, self.returns = (
-            models or {},
-            schedule or [],
-            stitch or {},
-            returns or {},
-        )
+        self.models, self.schedule = models or {}, schedule or []
+        self.stitch, self.returns, self.final_modules = stitch or {}, returns or {}, final_modules
         if self.models:
             parts = [self.part(name) for name in self.names]
             hub = parts[0].get_text_config(decoder=True)

@@ -18,7 +18,7 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -33,13 +33,16 @@ from transformers import (
 from ..forward.cache import cached_tokens, static_length
 from ..forward.composition import Composition
 from ..forward.decoder import find_decoder, text_config
+from ..forward.head import ModelHead
 from ..forward.hooks import ForwardRunner
 from ..forward.layer import behind_layer
 from ..forward.masks import expert_mask
+from ..forward.mixed_head import MixedHead
 from ..forward.observers import observed_generation
 from ..forward.recorder import ArgumentRecorder, with_layers
 from ..forward.state import ForwardState, check_call
 from ..forward.stream import Stream
+from ..mixture import OutputMixture
 from ..stitch import HUB, PerModel, make_stitch
 from .config import StitchExportConfig
 from .flat import FlatCall, LayerRange, flatten_cache
@@ -76,7 +79,7 @@ class StitchExportModel(StitchExportPreTrainedModel):
         super().__init__(config)
         self.layers, self.backbones, self.stitches = nn.ModuleList(), PerModel(), nn.ModuleDict()
         self._init_owners = []
-        ranges, list_names, text_configs = {}, {}, {}
+        ranges, list_names, text_configs, heads = {}, {}, {}, {}
         for name in config.names:
             model = AutoModelForCausalLM.from_config(config.part(name))
             decoder = find_decoder(model, f"Model {name!r}")
@@ -86,6 +89,9 @@ class StitchExportModel(StitchExportPreTrainedModel):
                 for module in layer.modules():
                     for attribute in {"layer_idx", "layer_id"} & module.__dict__.keys():  # gpt_neo: layer_id
                         setattr(module, attribute, index)
+            if config.final_modules is not None:
+                final = [backbone.get_submodule(child) for child in config.final_modules[name]]
+                heads[name] = ModelHead(model, decoder.backbone_path, final)
             self.layers.extend(own)
             setattr(backbone, decoder.list_name, nn.ModuleList())  # they are in the flat list now
             self.backbones.set(name, backbone)
@@ -115,9 +121,14 @@ class StitchExportModel(StitchExportPreTrainedModel):
             dict(config.schedule),
             ranges[HUB].num_layers,
             text_configs[HUB],
-            {name: _Expert(recorder, self.backbones.of(name), ranges[name]) for name, recorder in recorders.items()},
+            {
+                name: _Expert(recorder, self.backbones.of(name), ranges[name], heads.get(name))
+                for name, recorder in recorders.items()
+            },
             config.stitch["projected"],
+            mixture=config.final_modules is not None,
         )
+        self.__dict__["heads"] = heads  # their weights are the causal LM's
         self._runner = ForwardRunner(partial(_State, ranges))
         hub_layers = [_HubLayer(ranges[HUB], i, self.stitches, self._runner) for i in range(ranges[HUB].num_layers)]
         self.__dict__["_hub"] = with_layers(self.backbones.of(HUB), list_names[HUB], hub_layers)
@@ -182,11 +193,29 @@ class StitchExportForCausalLM(StitchExportPreTrainedModel, GenerationMixin):
         parent, _, child = find_decoder(shell, "The hub").path.rpartition(".")[0].rpartition(".")
         setattr(shell.get_submodule(parent), child, _Backbone(self.model))
         self.__dict__["_shell"] = shell
+        if config.final_modules is not None:
+            self._speak_for_all(config)
         if config.tie_word_embeddings:
             embeddings = self.model.get_input_embeddings()
             name = next(name for name, module in self.named_modules() if module is embeddings)
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
+
+    def _speak_for_all(self, config: StitchExportConfig) -> None:
+        """Have the logits be those of the output mixture."""
+        decoder = find_decoder(AutoModelForCausalLM.from_config(config.part(HUB)), "The hub")
+        experts = [name for name in config.names if name != HUB]
+        self.expert_heads = PerModel()
+        for name in experts:
+            self.expert_heads.set(name, self.model.heads[name].output_embeddings)
+        dtype = getattr(torch, config.stitch["dtype"])
+        self.output_mixture = OutputMixture(config.hidden_size, experts, dtype=dtype)
+        self._keep_in_fp32_modules_strict = {"stitches", "output_mixture"} if dtype == torch.float32 else None
+        head = ModelHead(self._shell, decoder.backbone_path, ())
+        MixedHead(self._shell, self.model._runner, self._mixture, head).install()
+
+    def _mixture(self) -> tuple[OutputMixture, bool]:
+        return self.output_mixture, bool(self.config.schedule)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -255,8 +284,10 @@ class _Expert:
 
     key = "exported"
 
-    def __init__(self, recorder: ArgumentRecorder, backbone: nn.Module, layers: LayerRange) -> None:
-        self._recorder, self._backbone, self.config = recorder, backbone, layers.config
+    def __init__(
+        self, recorder: ArgumentRecorder, backbone: nn.Module, layers: LayerRange, head: Optional[ModelHead]
+    ) -> None:
+        self._recorder, self._backbone, self.config, self._head = recorder, backbone, layers.config, head
 
     @property
     def embedding_width(self) -> int:
@@ -268,6 +299,10 @@ class _Expert:
 
     def __call__(self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any) -> Stream:
         return self._recorder.record(call, cache, hub_config)
+
+    def logits(self, state_BTD: Tensor) -> Tensor:
+        assert self._head is not None  # asked for by mixtures only
+        return self._head.logits(self._head.finish(state_BTD))
 
 
 class _HubLayer(nn.Module):

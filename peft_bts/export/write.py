@@ -15,6 +15,7 @@ from ..config import StitchConfig
 from ..experts.weight_sharing import share_weights
 from ..forward.composition import Composition
 from ..forward.decoder import find_decoder
+from ..forward.head import ModelHead
 from ..forward.recorder import layer_return_sizes
 from ..stitch import HUB, PerModel
 from .config import StitchExportConfig
@@ -49,7 +50,8 @@ def export_composition(
         if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
             raise ValueError(f"Model {name!r} is quantised; load it in a floating-point dtype to export it.")
     decoders = {name: find_decoder(model, f"Model {name!r}") for name, model in models.items()}
-    weight = stitches[max(stitches)].gate.of(HUB).weight
+    mixture = None if not composition.mixture else hub.stitch_output[adapter]
+    weight = (stitches[max(stitches)] if stitches else mixture).gate.of(HUB).weight
     standalone_config = StitchExportConfig(
         models={name: model.config.to_dict() for name, model in models.items()},
         schedule=[[layer, kind] for layer, kind in composition.schedule.items()],
@@ -64,6 +66,9 @@ def export_composition(
             name: layer_return_sizes(decoder, models[name].get_input_embeddings().weight.device)[0]
             for name, decoder in decoders.items()
         },
+        final_modules=None
+        if mixture is None
+        else {name: ModelHead.of(model, f"Model {name!r}").final_names() for name, model in models.items()},
         dtype=models[HUB].dtype,
     )
     with torch.device("meta"):
@@ -86,6 +91,14 @@ def export_composition(
                 state[f"model.stitches.{layer}.{key}"] = tensor
     head = models[HUB].get_output_embeddings()
     state |= {f"lm_head.{key}": tensor for key, tensor in head.state_dict().items()}
+    if mixture is not None:
+        for key, tensor in mixture.state_dict().items():
+            if key.split(".")[1].removeprefix(PerModel.PREFIX) in active:
+                state[f"output_mixture.{key}"] = tensor
+        for name in composition.experts:
+            # A copy: heads that are tied to embeddings are not tied in the checkpoint.
+            for key, tensor in models[name].get_output_embeddings().state_dict().items():
+                state[f"expert_heads.{PerModel.PREFIX}{name}.{key}"] = tensor.clone()
     standalone.load_state_dict(state, assign=True)  # strict: every weight has a place, every place a weight
     standalone.tie_weights()
     standalone.generation_config = copy.deepcopy(models[HUB].generation_config)

@@ -31,17 +31,18 @@ class ExpertCaches:
     Attributes:
         by_name: The experts' own caches.
         made_for: The `key` of each expert that they were made for.
+        is_sliding: As of the hub's last layer. Masks are made for the first layer of a kind, which is the hub's then.
         catch_up: Where experts may be left out, who has seen what of the sequences (inference/dropping.py). The
             experts' caches are in there then, and `by_name` is empty.
     """
 
     supports_early_init = False
     is_initialized = True
-    is_sliding = False
     keys = values = None
 
-    def __init__(self, by_name: dict[str, Cache], made_for: dict[str, str]) -> None:
+    def __init__(self, by_name: dict[str, Cache], made_for: dict[str, str], is_sliding: bool) -> None:
         self.by_name, self.made_for = by_name, made_for
+        self.is_sliding = is_sliding
         self.catch_up: Any = None
 
     @property
@@ -183,7 +184,8 @@ def expert_caches(cache: Cache, hub_layers: int, experts: Mapping[str, Stitchabl
             # DynamicCache() makes layers as they come; the hub's must all be there before the experts'.
             while len(cache.layers) < hub_layers:
                 cache.layers.append(make_layer())
-        held = ExpertCaches(made, {name: expert.key for name, expert in experts.items()})
+        is_sliding = getattr(cache.layers[-1], "is_sliding", False)
+        held = ExpertCaches(made, {name: expert.key for name, expert in experts.items()}, is_sliding)
         cache.layers.append(held)  # type: ignore[arg-type]  # it need not be a subclass of transformers'
     if getattr(cache, "offloading", False):
         # Its last layer brings back the one behind, which is the experts' now, instead of its first.

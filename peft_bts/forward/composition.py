@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional, Protocol
 
+from torch import Tensor
 from transformers import Cache
 
 from ..config import expert_boundary
@@ -38,6 +39,10 @@ class StitchableExpert(Protocol):
         """Begin a forward on the arguments of the hub's call, see `ArgumentRecorder.record`."""
         ...
 
+    def logits(self, state_BTD: Tensor) -> Tensor:
+        """From its hidden states behind its last layer to its logits, (B, T, V_i); for mixtures."""
+        ...
+
 
 @dataclass(frozen=True)
 class Composition:
@@ -50,6 +55,7 @@ class Composition:
         experts: The experts that take part, by name.
         projected: Whether Experts-into-Hub replaces the experts' states (`expert_streams="projected"`).
         adapter: The adapter's name.
+        mixture: Whether the models' distributions are mixed (`output="mixture"`).
     """
 
     schedule: dict[int, str]
@@ -58,6 +64,7 @@ class Composition:
     experts: Mapping[str, StitchableExpert]
     projected: bool
     adapter: str = ""
+    mixture: bool = False
 
     def next_stitch(self, layer: int) -> Optional[int]:
         """The first stitched hub layer behind `layer`; `None` behind the last one."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache
 
 from .._compat.peft import CausalLM
 from .decoder import find_decoder, text_config, token_embeddings
+from .head import ModelHead
 from .placement import execution_device, is_dispatched
 from .recorder import ArgumentRecorder, layer_return_sizes
-from .stream import Stream
 
 
 class Expert(nn.Module):
@@ -40,6 +40,7 @@ class Expert(nn.Module):
         super().__init__()
         self.source = source
         self.key = uuid.uuid4().hex
+        self._head: Optional[ModelHead] = None
         self._decoder = decoder = find_decoder(model, what)
         self._restore = model.training, [p for p in model.parameters() if p.requires_grad]
         self.model: CausalLM = model.eval().requires_grad_(False)
@@ -98,9 +99,23 @@ class Expert(nn.Module):
         """An expert that accelerate has spread over devices, CPU and disk stays there when the whole model moves."""
         return self if is_dispatched(self.model) else super()._apply(fn, recurse)
 
-    def forward(self, call: dict[str, Any], cache: Optional[Cache], hub_config: Any) -> Stream:
-        """Begin a forward, see `ArgumentRecorder.record`.
+    def prepare_head(self, what: str) -> None:
+        """Get ready for `logits`; raises `ValueError` as `ModelHead`."""
+        if self._head is None:
+            self._head = ModelHead.of(self.model, what)
 
-        It is the module's call, so that what hooks into modules (FSDP2) has the embeddings at hand by then.
+    def logits(self, state_BTD: Tensor) -> Tensor:
+        """From hidden states behind the last layer, (B, T, D_i), to logits (B, T, V_i)."""
+        return self(state_BTD)
+
+    def forward(
+        self, call: Union[dict[str, Any], Tensor], cache: Optional[Cache] = None, hub_config: Any = None
+    ) -> Any:
+        """Begin a forward on the arguments of the hub's call (`ArgumentRecorder.record`), or make logits of states.
+
+        Both are the module's call, so that what hooks into modules (FSDP2) has embeddings and head at hand by then.
         """
+        if isinstance(call, Tensor):
+            assert self._head is not None  # made when the expert was attached
+            return self._head.logits(self._head.finish(call))
         return self._recorder.record(call, cache, hub_config, self._embedding_device)

@@ -10,21 +10,36 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from .composition import Composition
 from .executor import MakeExecutor, run_in_turn
 from .observers import Observation, Observer
-from .state import ForwardState
+from .state import FinalStates, ForwardState
 from .stream import Checkpoint
 from .thread_local import ThreadLocal, Transient
 
 
 # Takes what `ForwardState` takes.
 MakeState = Callable[[Composition, dict[str, Any], Optional[Cache], MakeExecutor, Optional[Observation]], ForwardState]
+
+
+class Body(NamedTuple):
+    """What the models have done when their heads' turn comes.
+
+    Attributes:
+        state: The forward's state.
+        hub_BTD: What the hub's head reads.
+        experts: The experts' hidden states behind their last layers.
+    """
+
+    state: ForwardState
+    hub_BTD: Tensor
+    experts: FinalStates
 
 
 class ForwardSettings(Transient):
@@ -52,6 +67,8 @@ class ForwardRunner:
     def __init__(self, make_state: MakeState = ForwardState) -> None:
         self._make_state = make_state
         self._current: ThreadLocal[ForwardState] = ThreadLocal()
+        # Where the mixture's head waits for what the models have done.
+        self._awaited: ThreadLocal[list[Body]] = ThreadLocal()
         self.settings = ForwardSettings()
 
     def current(self) -> Optional[ForwardState]:
@@ -85,16 +102,86 @@ class ForwardRunner:
             state.check()
         self._current.set(state)
         try:
-            if state is not None:
-                state.start()
-            return hub()
+            if state is None or composition is None:
+                return hub()
+            state.start()
+            out = hub()
+            if composition.mixture:
+                self._hand_over(state, out)
+            return out
         finally:
             self._current.set(outer)
             if state is not None:
                 state.close()
 
+    def _hand_over(self, state: ForwardState, out: Any) -> None:
+        awaited = self._awaited.get()
+        if awaited is None:
+            if torch.is_grad_enabled():
+                raise ValueError(
+                    "The hub's backbone was called without its head, as losses do that compute the head's product "
+                    "themselves; they would train the hub's own distribution, not the mixture (output='mixture'). "
+                    "Call the whole model, with a loss that takes its logits or its own loss."
+                )
+            return
+        awaited.append(Body(state, out[0], state.final_states()))
 
-class HubForward(ForwardRunner):
+    def await_body(self, call: Callable[[], Any]) -> tuple[Any, Body]:
+        """Return what `call`, a call of the hub's causal LM, returns, and what its backbone and the experts did."""
+        outer = self._awaited.get()
+        bodies: list[Body] = []
+        self._awaited.set(bodies)
+        try:
+            out = call()
+        finally:
+            self._awaited.set(outer)
+        return out, bodies[-1]
+
+
+class InstanceForward:
+    """Takes the place of one module's `forward`.
+
+    Args:
+        module: The module.
+
+    Attributes:
+        wrapped: What the module had as a `forward` of its own, because a library such as accelerate had wrapped it.
+    """
+
+    wrapped: Optional[Callable[..., Any]] = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        parameters = inspect.signature(module.forward).parameters.values()
+        # What others find who ask for the signature of `module.forward`. Annotations could not all be pickled.
+        self.__signature__ = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
+        self.installed = False
+
+    def install(self) -> None:
+        """Take the place; nothing happens if that is done already."""
+        if not self.installed:
+            self.wrapped = vars(self._module).get("forward")
+            self._module.forward = self
+            self.installed = True
+
+    def remove(self) -> None:
+        """Leave the module as it was. If a library has wrapped its `forward` meanwhile, calls pass through here."""
+        if self.installed and vars(self._module).get("forward") is self:
+            del self._module.forward
+            if self.wrapped is not None:
+                self._module.forward = self.wrapped
+        self.installed = False
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.wrapped is not None:
+            return self.wrapped(*args, **kwargs)
+        return type(self._module).forward(self._module, *args, **kwargs)
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.__signature__.parameters, args)), **kwargs}
+
+
+class HubForward(InstanceForward, ForwardRunner):
     """Stands in for the `forward` of a hub's backbone.
 
     Args:
@@ -102,12 +189,7 @@ class HubForward(ForwardRunner):
         first_layer: The first of them.
         active_composition: Says what a forward that starts now runs; `None` for the hub alone.
         make_state: Makes the state of a forward.
-
-    Attributes:
-        wrapped: What the backbone had as a `forward` of its own, because a library such as accelerate had wrapped it.
     """
-
-    wrapped: Optional[Callable[..., Any]] = None
 
     def __init__(
         self,
@@ -116,40 +198,27 @@ class HubForward(ForwardRunner):
         active_composition: Callable[[], Optional[Composition]],
         make_state: MakeState,
     ) -> None:
-        super().__init__(make_state)
+        InstanceForward.__init__(self, backbone)
+        ForwardRunner.__init__(self, make_state)
         self._backbone, self._first_layer, self._active_composition = backbone, first_layer, active_composition
-        parameters = inspect.signature(backbone.forward).parameters.values()
-        # What others find who ask for the signature of `backbone.forward`. Annotations could not all be pickled.
-        self.__signature__ = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
         self._hook: Any = None
 
     def install(self) -> None:
-        """Take the place of the backbone's `forward`; nothing happens if that is done already."""
+        super().install()
         if self._hook is None:
-            self.wrapped = vars(self._backbone).get("forward")
-            self._backbone.forward = self
             self._hook = self._first_layer.register_forward_pre_hook(self._detach_embeddings, with_kwargs=True)
 
     def remove(self) -> None:
-        """Leave the backbone as it was. If a library has wrapped its `forward` meanwhile, calls pass through here."""
+        super().remove()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-            if vars(self._backbone).get("forward") is self:
-                del self._backbone.forward
-                if self.wrapped is not None:
-                    self._backbone.forward = self.wrapped
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.wrapped is not None:
-            return self.wrapped(*args, **kwargs)
-        return type(self._backbone).forward(self._backbone, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         composition = self._active_composition()
         if composition is None:
             return self.run(None, {}, None, functools.partial(self._forward, *args, **kwargs))
-        call = {**dict(zip(self.__signature__.parameters, args)), **kwargs}
+        call = self._by_name(args, kwargs)
         cache = call["past_key_values"] = self._cache(call, composition)
         if checkpoint_function(self._first_layer) is not None:
             cache = None  # transformers drops it while it checkpoints: the recomputation would fill it twice

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .._compat.transformers import replace_captured_hidden_state
+from ..mixture import OutputMixture
 from ..modules import TypedModuleDict
 from ..stitch import Stitch
 from .hooks import ForwardRunner, checkpoint_function
@@ -67,6 +68,37 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         # PEFT would look for `base_layer.weight`. No dtype: loaded stitches have theirs already, and a round trip
         # through the hub's half precision would lose bits.
         return place_for_stitch(base_layer)[0], None
+
+
+class StitchOutput(TypedModuleDict[OutputMixture], BaseTunerLayer):
+    """The output mixtures of a hub, by adapter name; the hub has it as `stitch_output`.
+
+    `MixedHead` does what they are for. Here PEFT turns them on and off, as it does with layers.
+    """
+
+    adapter_layer_names = ()
+    weight = bias = None  # PEFT would ask a wrapped layer for them, and there is none
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged_adapters: list[str] = []  # never any; PEFT asks
+
+    def set_adapter(self, adapter_names: Union[str, list[str]], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, mixture in self.items():
+            mixture.requires_grad_(name in names and not inference_mode)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if enabled:
+            self.set_adapter(self.active_adapters)
+        else:
+            self.requires_grad_(False)
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self:
+            del self[adapter_name]
 
 
 def behind_layer(runner: ForwardRunner, index: int, layer: nn.Module, stitch: Stitch, out: Any) -> Any:

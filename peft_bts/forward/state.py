@@ -7,21 +7,34 @@ the forward under way is in a `ForwardState`, which lives from the hub's backbon
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from torch import Tensor
 from transformers import Cache
 
 from ..config import EXPERTS_INTO_HUB
-from ..stitch import Stitch
+from ..mixture import OutputMixture
+from ..stitch import HUB, Stitch
 from .cache import check_cache, expert_caches
 from .composition import Composition
 from .executor import Executor, MakeExecutor, SequentialExecutor
 from .masks import check_mask
 from .observers import Observation
 from .stream import Checkpoint, Stream
+
+
+class FinalStates(NamedTuple):
+    """Experts' hidden states behind their last layers.
+
+    Attributes:
+        by_name: (B, T, D_i) each.
+        present: Which sequences each expert takes part in, (B,) and boolean; `None`: all.
+    """
+
+    by_name: dict[str, Tensor]
+    present: Optional[dict[str, Tensor]] = None
 
 
 class ForwardState:
@@ -59,8 +72,8 @@ class ForwardState:
         caches = self._expert_caches()
         self.executor = self._make_executor(self.composition, self._begin_streams(caches), caches)
         first = self.composition.next_stitch(-1)
-        assert first is not None  # there is a stitch behind the last layer
-        self.executor.look_ahead(self.composition.boundary(first))
+        last_layer = self.composition.hub_layers - 1
+        self.executor.look_ahead(self.composition.boundary(last_layer if first is None else first))
 
     def _expert_caches(self) -> dict[str, Cache]:
         """The experts' own caches, by name; none without a cache of the hub's."""
@@ -95,8 +108,8 @@ class ForwardState:
             self.executor.replace_states(new_states)
             if following is not None:
                 self.executor.look_ahead(self.composition.boundary(following))
-        if following is None:
-            self._finish()
+        if following is None and not self.composition.mixture:
+            self.finish()
         return hub_BTD
 
     def _mix(
@@ -109,8 +122,22 @@ class ForwardState:
             return stitch(hub_BTD, states, observe)
         return hub_BTD, stitch(hub_BTD, states, observe)
 
-    def _finish(self) -> None:
-        """The last stitch is done."""
+    def final_states(self) -> FinalStates:
+        """The experts' hidden states behind their last layers, for the output mixture."""
+        last = self.composition.boundary(self.composition.hub_layers - 1)
+        return FinalStates({str(name): state for name, state in self.executor.advance(last).items()})
+
+    def see_output(self, hub_BTD: Tensor, mixture: OutputMixture) -> None:
+        """Take note of what the hub's head reads, (B, T, D), and of the gates that go by it."""
+
+    def note_output_gates(self, names: Sequence[str], log_gates_BTM: Tensor) -> None:
+        """Take in the gates of the output mixture: the hub's, then those of the named experts."""
+        if self.observation is not None:
+            gates = log_gates_BTM.exp()[..., None].unbind(dim=-2)
+            self.observation.note_gates(self.composition.hub_layers, dict(zip([HUB, *names], gates)))
+
+    def finish(self) -> None:
+        """All gates are known."""
         if self.observation is not None:
             self.observation.finish()
 
@@ -127,6 +154,8 @@ def check_call(composition: Composition, call: dict[str, Any]) -> None:
             "the experts in StitchConfig(experts=...)."
         )
     embeds = call.get("inputs_embeds")
+    if embeds is None and call.get("input_ids") is None:
+        raise ValueError("Neither input_ids nor inputs_embeds were given; pass one of them.")
     for name, expert in composition.experts.items():
         check_mask(call.get("attention_mask"), composition.hub_config, expert.config, name)
         if embeds is not None and call.get("input_ids") is None and expert.embedding_width != embeds.shape[-1]:

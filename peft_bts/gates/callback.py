@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from ..config import OUTPUT_MIXTURE
 from .trace import GateTrace, trace_gates
 
 
@@ -22,6 +23,8 @@ class GateLogger(TrainerCallback):
 
     - `gate/layer_3/code`: the mean gate of a model;
     - `gate_entropy/layer_3`: the normalised entropy of the gates (`GateTable`), 0 to 1.
+
+    With `output="mixture"` come `gate/output/code` and `gate_entropy/output` besides.
 
     Only steps that are logged are traced (with `logging_strategy="epoch"` every step is, and the last of an epoch is
     logged). In distributed training the values are those of the main process's share of the batch.
@@ -54,7 +57,7 @@ class GateLogger(TrainerCallback):
         trace, self._trace = self._trace, None
         self._values = {}
         for row in trace.table(by="stitch").rows if trace.sequences else []:
-            place = f"layer_{row['layer']}"
+            place = "output" if row["kind"] == OUTPUT_MIXTURE else f"layer_{row['layer']}"
             self._values |= {f"gate/{place}/{name}": gate for name, gate in row["gates"].items()}
             self._values[f"gate_entropy/{place}"] = row["normalised_entropy"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import cycle
 from typing import Any, Optional
 
+from ..config import OUTPUT_MIXTURE
 from ..stitch import HUB
 from .sequences import TracedStitch
 
@@ -47,4 +48,6 @@ def token_texts(token_ids: list[Optional[int]], tokenizer: Any) -> list[str]:
 
 def stitch_name(stitch: TracedStitch) -> str:
     """What a stitch is called below a figure, such as `experts into hub behind layer 3`."""
+    if stitch.kind == OUTPUT_MIXTURE:
+        return "output mixture"
     return f"{stitch.kind.replace('_', ' ')} behind layer {stitch.layer}"

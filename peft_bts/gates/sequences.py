@@ -18,7 +18,10 @@ from ..forward.cache import cached_tokens
 
 @dataclass(frozen=True, order=True)
 class TracedStitch:
-    """A stitch: the 0-based hub layer that it sits behind, its kind, and whose gates it has, in the columns' order."""
+    """A stitch: the 0-based hub layer that it sits behind, its kind, and whose gates it has, in the columns' order.
+
+    The gates of an output mixture stand behind all layers, with the kind `"output_mixture"`.
+    """
 
     layer: int
     kind: str

@@ -24,6 +24,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..config import OUTPUT_MIXTURE
 from ..export.model import StitchExportForCausalLM, StitchExportModel
 from ..forward.hooks import ForwardSettings
 from ..forward.masks import is_text
@@ -121,8 +122,9 @@ class GateTrace:
         if threading.get_ident() != self._thread:
             return
         tokens = forward.call.get("input_ids")
+        kinds = {forward.composition.hub_layers: OUTPUT_MIXTURE, **forward.composition.schedule}
         gates = {
-            (layer, forward.composition.schedule[layer]): (tuple(by_model), torch.stack(tuple(by_model.values())))
+            (layer, kinds[layer]): (tuple(by_model), torch.stack(tuple(by_model.values())))
             for layer, by_model in forward.gates.items()
         }
         *_, rows, columns = next(iter(gates.values()))[1].shape

@@ -25,9 +25,10 @@ from ..config import EXPERTS_INTO_HUB
 from ..forward.cache import cached_tokens, expert_caches, held_expert_caches, is_plain
 from ..forward.composition import Composition
 from ..forward.masks import is_text
-from ..forward.state import ForwardState
+from ..forward.state import FinalStates, ForwardState
 from ..forward.stream import Stream
 from ..forward.thread_local import ThreadLocal, Transient
+from ..mixture import OutputMixture
 from ..stitch import HUB
 
 
@@ -336,21 +337,31 @@ class DroppingForwardState(ForwardState):
         if stitch.kind != EXPERTS_INTO_HUB:
             return hub_BTD, self._into_experts(layer, stitch, hub_BTD, states)
         observe = None if self.observation is None else partial(self.observation.note_gates, layer)
-        given = {}
-        for (name, number), state in states.items():
-            rows = self.running[name, number].rows.to(hub_BTD.device)
-            if name not in given:
-                given[name] = state.new_zeros(len(hub_BTD), self.new, state.shape[-1], device=hub_BTD.device)
-            given[name][rows] = state[:, -self.new :].to(hub_BTD.device)
+        given = self._of_all_rows(states, hub_BTD.device)
         if layer == self.composition.hub_layers - 1:
             gates_BTMD = stitch.gates(hub_BTD.to(next(stitch.parameters()).dtype), self.catch_up.names)
-            text_BT = is_text(self.call.get("attention_mask"), self.composition.hub_config, self.past, self.new)
-            self.catch_up.note(gates_BTMD.mean(dim=-1)[..., 1:], text_BT)
+            self._note_recent(gates_BTMD.mean(dim=-1)[..., 1:])
         present = {name: self.present[name] for name in given}
         new_hub_BTD, _ = stitch(hub_BTD, given, observe, present)
         if not self.composition.projected:
             return new_hub_BTD, states
         return new_hub_BTD, {key: stitch.project(key[0], state.to(hub_BTD.device)) for key, state in states.items()}
+
+    def _of_all_rows(self, states: dict[Any, Tensor], device: Optional[torch.device] = None) -> dict[str, Tensor]:
+        """States of the new tokens by expert that ran for some sequence, (B, T, D_i); zero for the others."""
+        batch = sum(len(group.rows) for group in self.catch_up.groups[self.catch_up.names[0]])
+        given: dict[str, Tensor] = {}
+        for (name, number), state in states.items():
+            where = state.device if device is None else device
+            if name not in given:
+                given[name] = state.new_zeros(batch, self.new, state.shape[-1], device=where)
+            given[name][self.running[name, number].rows.to(where)] = state[:, -self.new :].to(where)
+        return given
+
+    def _note_recent(self, gates_BTN: Tensor) -> None:
+        """Remember the experts' gates, for the choice at the next token."""
+        text_BT = is_text(self.call.get("attention_mask"), self.composition.hub_config, self.past, self.new)
+        self.catch_up.note(gates_BTN, text_BT)
 
     def _into_experts(
         self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
@@ -372,7 +383,18 @@ class DroppingForwardState(ForwardState):
             noted = self.observation.gates.setdefault(layer, {}).setdefault(name, mean.new_zeros(batch, self.new))
             noted[rows] = mean
 
-    def _finish(self) -> None:
+    def final_states(self) -> FinalStates:
+        if self.catch_up is None:
+            return super().final_states()
+        last = self.composition.boundary(self.composition.hub_layers - 1)
+        return FinalStates(self._of_all_rows(self.executor.advance(last)), self.present)
+
+    def see_output(self, hub_BTD: Tensor, mixture: OutputMixture) -> None:
+        if self.catch_up is not None and not self.composition.schedule:
+            log_gates_BTM = mixture.log_gates(hub_BTD, self.catch_up.names)
+            self._note_recent(log_gates_BTM.exp()[..., 1:])
+
+    def finish(self) -> None:
         if self.catch_up is not None:
             self.catch_up.close(list(self.running.values()))
             if self.observation is not None:
@@ -381,7 +403,7 @@ class DroppingForwardState(ForwardState):
                 for layer in self.composition.schedule:
                     gates = observed.setdefault(layer, {})
                     gates.update({name: closed for name in self.catch_up.names if name not in gates})
-        super()._finish()
+        super().finish()
 
 
 def _with_layers(cache: Cache, layers: list[Any]) -> Cache:

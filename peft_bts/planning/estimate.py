@@ -25,6 +25,7 @@ from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, is_m
 from ..formatting import as_text, human, table
 from ..forward.cache import held_expert_caches
 from ..forward.decoder import find_decoder
+from ..keys import is_stitch_weight
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _parts(model: PeftModel, tokens: Tensor) -> tuple[Part, dict[str, Part], Par
         return Part(sum(weight.numel() for weight in weights), trained, flops / tokens.numel())
 
     experts = model.base_model.experts[model.active_adapter]
-    stitch_weights = new(weight for name, weight in model.named_parameters() if ".stitch_layer." in name)
+    stitch_weights = new(weight for name, weight in model.named_parameters() if is_stitch_weight(name))
     hub_weights = new(model.get_base_model().parameters())
     with model.disable_adapter():
         hub_flops = _flops(model, tokens)

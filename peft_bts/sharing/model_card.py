@@ -13,6 +13,7 @@ from torch import nn
 
 from .._compat.bitsandbytes import num_weights
 from ..formatting import human
+from ..keys import file_key, is_stitch_weight
 
 
 _BEGIN, _END = "<!-- peft_bts: begin -->", "<!-- peft_bts: end -->"
@@ -74,8 +75,8 @@ def _parameters(model: PeftModel, adapter: str) -> dict[str, str]:
         counted.update(map(id, new))
         return sum(map(num_weights, new))
 
-    stitches = {name: weight for name, weight in model.named_parameters() if ".stitch_layer." in name}
-    numbers = {"stitches": count(p for name, p in stitches.items() if f".stitch_layer.{adapter}." in name)}
+    stitches = {name: weight for name, weight in model.named_parameters() if is_stitch_weight(name)}
+    numbers = {"stitches": count(p for name, p in stitches.items() if file_key(name, adapter))}
     counted.update(map(id, stitches.values()))  # other adapters' are nobody's here
     numbers["hub"] = count(model.get_base_model().parameters())
     for name, expert in sorted(model.base_model.experts[adapter].items()):
