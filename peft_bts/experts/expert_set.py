@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 from torch import nn
 
+from ..config import StitchKind
 from ..forward.composition import Composition
 from ..forward.expert import Expert
 from ..modules import M, TypedModuleDict
@@ -39,7 +40,7 @@ class ExpertSet:
     def __init__(
         self,
         adapter: str,
-        schedule: dict[int, str],
+        schedule: Mapping[int, StitchKind],
         hub_layers: int,
         hub_config: Any,
         projected: bool,

@@ -9,7 +9,7 @@ from typing import Any, Optional, Protocol
 from torch import Tensor
 from transformers import Cache
 
-from ..config import expert_boundary
+from ..config import StitchKind, expert_boundary
 from .stream import Stream, StreamLike
 
 
@@ -58,7 +58,7 @@ class Composition:
         mixture: Whether the models' distributions are mixed (`output="mixture"`).
     """
 
-    schedule: dict[int, str]
+    schedule: Mapping[int, StitchKind]
     hub_layers: int
     hub_config: Any
     experts: Mapping[str, StitchableExpert]

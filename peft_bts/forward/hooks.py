@@ -172,6 +172,10 @@ class InstanceForward:
                 self._module.forward = self.wrapped
         self.installed = False
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes now; as before, unless a subclass says otherwise."""
+        return self._forward(*args, **kwargs)
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.wrapped is not None:
             return self.wrapped(*args, **kwargs)

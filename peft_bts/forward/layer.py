@@ -77,7 +77,7 @@ class StitchOutput(TypedModuleDict[OutputMixture], BaseTunerLayer):
     """
 
     adapter_layer_names = ()
-    weight = bias = None  # PEFT would ask a wrapped layer for them, and there is none
+    weight = bias = None  # type: ignore[assignment]  # PEFT would ask a wrapped layer for them, and there is none
 
     def __init__(self) -> None:
         super().__init__()
