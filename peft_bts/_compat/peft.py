@@ -192,7 +192,7 @@ def _without_device_map(hub: nn.Module) -> Iterator[None]:
             vars(hub)["hf_device_map"] = device_map
 
 
-def undo_failed_loads(undo: Callable[[nn.Module, str], None]) -> None:
+def undo_failed_loads(undo: Callable[[Any, str], None]) -> None:
     """Have `undo(tuner, adapter)` called when the weights of a stitch adapter could not be loaded that was new.
 
     PEFT makes an adapter before it reads the weights, and leaves it there, untrained, whatever happens to them. An

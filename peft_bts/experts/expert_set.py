@@ -61,6 +61,11 @@ class ExpertSet:
         return self.modules[name]
 
     @property
+    def active(self) -> dict[str, Expert]:
+        """The experts that take part."""
+        return {name: self[name] for name in sorted(self) if name not in self._left_out}
+
+    @property
     def left_out(self) -> frozenset[str]:
         """Names of experts that take no part, see `StitchModel.set_active_experts`."""
         return self._left_out
@@ -84,12 +89,11 @@ class ExpertSet:
         self._compose()
 
     def _compose(self) -> None:
-        experts = {name: self[name] for name in sorted(self) if name not in self._left_out}
         self.composition = Composition(
             self.schedule,
             self._hub_layers,
             self._hub_config,
-            experts,
+            self.active,
             self._projected,
             self.adapter,
             self._mixture,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .._compat.peft import CausalLM
 
@@ -20,7 +21,7 @@ _STATE_IN_LAYERS = ("recurrent_gemma",)
 class Decoder:
     """Where a causal LM keeps its decoder layers."""
 
-    backbone: nn.Module  # the module whose forward loops over the layers
+    backbone: PreTrainedModel  # the module whose forward loops over the layers
     list_name: str  # its attribute that holds them, a ModuleList
     path: str  # dotted path of that list from the model
 
@@ -78,7 +79,7 @@ def find_decoder(model: nn.Module, what: str) -> Decoder:
         )
     path = next(iter(found))
     parent, _, list_name = path.rpartition(".")
-    decoder = Decoder(model.get_submodule(parent), list_name, path)
+    decoder = Decoder(cast(PreTrainedModel, model.get_submodule(parent)), list_name, path)
     arguments = inspect.signature(decoder.backbone.forward).parameters
     if "input_ids" not in arguments:
         raise ValueError(

@@ -101,6 +101,13 @@ class StitchOutput(TypedModuleDict[OutputMixture], BaseTunerLayer):
             del self[adapter_name]
 
 
+def output_mixtures(hub: nn.Module) -> StitchOutput:
+    """The output mixtures of a hub that has some."""
+    mixtures = hub.stitch_output
+    assert isinstance(mixtures, StitchOutput)
+    return mixtures
+
+
 def behind_layer(runner: ForwardRunner, index: int, layer: nn.Module, stitch: Stitch, out: Any) -> Any:
     """Apply the stitch behind a hub layer to what the layer has returned.
 

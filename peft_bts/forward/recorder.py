@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .._compat.transformers import no_output_capture
+from ..modules import M
 from .cache import cached_tokens
 from .decoder import Decoder
 from .masks import expert_mask
@@ -95,7 +96,7 @@ class _Probe(StandIn):
         return out
 
 
-def with_modules(module: nn.Module, modules: dict[str, Optional[nn.Module]]) -> nn.Module:
+def with_modules(module: M, modules: dict[str, Optional[nn.Module]]) -> M:
     """A shallow twin of a module, without hooks, that has other submodules."""
     twin = copy.copy(module)
     for patched in ("forward", "_old_forward", "_hf_hook"):  # accelerate's hooks are bound to the original
@@ -107,7 +108,7 @@ def with_modules(module: nn.Module, modules: dict[str, Optional[nn.Module]]) -> 
     return twin
 
 
-def with_layers(backbone: nn.Module, list_name: str, layers: Sequence[nn.Module]) -> nn.Module:
+def with_layers(backbone: M, list_name: str, layers: Sequence[nn.Module]) -> M:
     """A shallow twin of a backbone that shares all but its decoder layers."""
     twin = with_modules(backbone, {**backbone._modules, list_name: nn.ModuleList(layers)})
     twin.__dict__["training"] = False
