@@ -560,3 +560,15 @@ class StitchModel(BaseTuner):
             self._unfreeze_without_adapters()
         else:
             self.delete_adapter(adapter)
+
+
+def stitch_tuner(model: PeftModel) -> StitchModel:
+    """The tuner of a PEFT model with stitch adapters.
+
+    Raises:
+        TypeError: If its adapters are of another method.
+    """
+    tuner = model.base_model
+    if not isinstance(tuner, StitchModel):
+        raise TypeError(f"This PeftModel has no stitches: its tuner is a {type(tuner).__name__}.")
+    return tuner
