@@ -40,6 +40,7 @@ from .forward.mixed_head import MixedHead
 from .forward.placement import place_for_stitch
 from .inference import generate as generation
 from .inference.dropping import Dropping, DroppingPolicies
+from .inference.joint_lora import JointLora
 from .inference.threads import parallel_streams
 from .keys import file_key, fit_to_model, stitch_weights
 from .mixture import OutputMixture
@@ -83,6 +84,8 @@ class StitchModel(BaseTuner):
         self._forward = HubForward(
             self._decoder.backbone, self._decoder.layers[0], self._active_composition, self._dropping.make_state
         )
+        self._joint_lora = JointLora(self._decoder, self._forward)
+        self._forward.make_executor = self._joint_lora
         self._mixed_head: Optional[MixedHead] = None  # made with the first adapter that mixes outputs
         self._stitches_enabled = True
         keep_repacked_weights(self)
@@ -98,7 +101,7 @@ class StitchModel(BaseTuner):
         # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
         owner = next((name for name in self._expert_sets if self.peft_config.get(name) is config), None)
         if owner is not None:
-            experts = {name: self._expert_sets[owner][name] for name in self._expert_sets[owner]}
+            experts = self._expert_sets[owner].by_name()
             references = config.experts
         else:
             found = {name: resolve_reference(name, reference) for name, reference in config.experts.items()}
@@ -124,6 +127,7 @@ class StitchModel(BaseTuner):
         if references != config.experts:
             self._note_experts(adapter_name, references)
         self._forward.install()
+        self._joint_lora.prepare(adapter_name, experts)
 
     def _add_mixture(self, adapter_name: str, config: StitchConfig) -> None:
         """Make an adapter's output gates; the first ones put a `MixedHead` in the place of the hub's `forward`."""
@@ -241,6 +245,7 @@ class StitchModel(BaseTuner):
                     del layer.stitch_layer[adapter]
                 if not layer.stitch_layer:
                     self._decoder.layers[index] = layer.base_layer
+        self._joint_lora.forget(adapter)
         if adapter in self._expert_sets:
             del self.experts[adapter]
             for expert in self._expert_sets.pop(adapter).modules.values():
@@ -350,6 +355,7 @@ class StitchModel(BaseTuner):
             output_mixtures(self.model)[adapter].add_expert(name, init=init)
         self._expert_sets[adapter].add(name, expert)
         self._note_experts(adapter, {**config.experts, name: reference})
+        self._joint_lora.prepare(adapter, self._expert_sets[adapter].by_name())
 
     def detach_expert(self, name: str) -> CausalLM:
         """Remove an expert and its stitch weights from the active adapter; return its model.
@@ -370,6 +376,7 @@ class StitchModel(BaseTuner):
         expert = experts.remove(name)
         references = {other: ref for other, ref in self.peft_config[adapter].experts.items() if other != name}
         self._note_experts(adapter, references)
+        self._joint_lora.prepare(adapter, experts.by_name())
         return self._maker.release(expert)
 
     def set_active_experts(self, names: Optional[Iterable[str]] = None) -> ActiveExperts:
@@ -435,6 +442,14 @@ class StitchModel(BaseTuner):
         )
 
     # ---------------------------------------------------------------- inference
+
+    def describe_execution(self) -> str:
+        """Say which experts of the active adapter run with the hub as one batch in inference, and why others do not.
+
+        One line for each expert. LoRA experts of the hub do, mostly; every other expert runs by itself. Training runs
+        all experts by themselves.
+        """
+        return self._joint_lora.describe(self._single_active_adapter())
 
     def generate(
         self,
@@ -553,7 +568,7 @@ class StitchModel(BaseTuner):
     ) -> dict[str, Tensor]:
         return fit_to_model(model, adapter_name, state_dict, with_embeddings=config.save_embedding_layers)
 
-    def discard_adapter(self, adapter: str) -> None:
+    def _discard_adapter(self, adapter: str) -> None:
         """Undo the making of an adapter whose weights could not be loaded."""
         if len(self.peft_config) == 1:
             self.unload()

@@ -37,6 +37,8 @@ def add_peft_type(name: str) -> PeftType:
 
     Follows what `enum` itself does for a member of a `str` enum (Python 3.9 to 3.13), then makes it visible under
     all three lookups: by name, by value, in iteration.
+
+    Could go if `register_peft_method` took methods that are not in the enum.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -66,6 +68,8 @@ def check_config_files(check: Callable[[dict[str, Any], str], dict[str, Any]]) -
     """Have `check(values, path)` look through what PEFT has read from the config file of a stitch adapter.
 
     `PeftConfig.from_pretrained` reads the file before it knows the class, so a method of the class is not enough.
+
+    Could go if it found the class first, and had that read the file.
     """
     read = function_of(PeftConfigMixin, "from_json_file")
 
@@ -131,6 +135,8 @@ def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, 
 
     `push_to_hub` writes the card of the repository, or an empty template, over the one that `save_pretrained` has
     just made, and uploads the folder then.
+
+    Could go if it updated the card that it pushes, and asked the tuner first.
     """
     push, upload = (function_of(PeftModel, name) for name in ("push_to_hub", "_upload_modified_files"))
 
@@ -247,7 +253,9 @@ def _place_of_weights(model_id: str, subfolder: Optional[str] = None, revision: 
 def adapters_where_layers_run(device_of: Callable[[nn.Module], torch.device]) -> Iterator[None]:
     """Have PEFT load adapters to `device_of(layer)` where an offloaded layer holds meta tensors.
 
-    It would move them to the meta device as well, for accelerate to be given anew with all weights.
+    It would move them to the meta device as well, for accelerate to place them anew with all weights.
+
+    Could go if the method that is replaced here asked the layer's accelerate hook.
     """
     name = "_get_base_layer_device_and_dtype"
     ask = function_of(BaseTunerLayer, name)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Optional, TypeGuard
 
 import torch
-from torch import Tensor
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import cached_file
 from transformers.utils.output_capturing import _active_collector
 
 from .patching import function_of, replace_method
@@ -66,3 +68,38 @@ def no_output_capture() -> Iterator[None]:
         yield
     finally:
         _active_collector.reset(token)
+
+
+def is_mixture(module: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether this is a mixture of experts, a model whose experts' kernels can be chosen.
+
+    Could go if `set_experts_implementation` had a public question beside it.
+    """
+    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
+
+
+def find_file(source: str, file: str, *, out_of_reach_is_none: bool = False, **where: Any) -> Optional[str]:
+    """Find a file in a folder or in a repository, from where it is downloaded if need be.
+
+    Args:
+        source: Path of the folder, or id of the repository.
+        file: Name of the file.
+        out_of_reach_is_none: Return `None` also if the repository cannot be reached or is gated.
+        **where: `revision`, `subfolder`.
+
+    Returns:
+        The file's path, or `None` if there is no such file.
+
+    Raises:
+        OSError: If the repository does not exist or, unless `out_of_reach_is_none`, cannot be reached.
+
+    Could go if these arguments of `cached_file` were public.
+    """
+    return cached_file(
+        source,
+        file,
+        **where,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=not out_of_reach_is_none,
+        _raise_exceptions_for_connection_errors=not out_of_reach_is_none,
+    )

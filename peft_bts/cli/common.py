@@ -13,17 +13,17 @@ import typer
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from rich.console import Console
-from transformers.utils import cached_file
 
+from .._compat.transformers import find_file
 from ..config import StitchConfig
 
 
 Hub = Annotated[str, typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model.")]
 Experts = Annotated[
-    list[str], typer.Option("--expert", metavar="NAME=ID_OR_PATH", help="An expert; give the option once for each.")
+    list[str], typer.Option("--expert", metavar="NAME=ID_OR_PATH", help="An expert; repeat the option for more.")
 ]
 Adapter = Annotated[str, typer.Argument(help="Id or folder of the adapter.")]
-Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Of hub and experts.")]
+Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="The models' dtype.")]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -77,13 +77,13 @@ def by_name(values: list[str], option: str = "--expert", source: str = "ID_OR_PA
             raise typer.BadParameter(f"{value!r} is not of the form NAME={source}.", param_hint=option)
     names = [name for name, _, _ in pairs]
     if len(set(names)) < len(names):
-        raise typer.BadParameter("every one needs a name of its own.", param_hint=option)
+        raise typer.BadParameter("each needs a name of its own.", param_hint=option)
     return {name: place for name, _, place in pairs}
 
 
 def stitch_config(adapter: str) -> StitchConfig:
     """The config of a stitch adapter; a `ValueError` for anything else."""
-    if cached_file(adapter, CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
+    if find_file(adapter, CONFIG_NAME) is None:
         raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")
     config = PeftConfig.from_pretrained(adapter)
     if config.peft_type != "STITCH":

@@ -21,7 +21,8 @@ from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, loa
 def eval(
     adapter: Adapter,
     data: Annotated[
-        list[str], typer.Option("--data", metavar="NAME=FILE", help="A domain: a text or jsonl file. For each once.")
+        list[str],
+        typer.Option("--data", metavar="NAME=FILE", help="A domain's text or jsonl file; repeat for more."),
     ],
     text_column: TextColumn = "text",
     max_tokens: MaxTokens = None,

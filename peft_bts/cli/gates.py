@@ -1,4 +1,4 @@
-"""`peft-bts gates`: whom do the stitches listen to in these texts?"""
+"""`peft-bts gates`: which models do the stitches listen to in these texts?"""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, loa
 
 def gates(
     adapter: Adapter,
-    text: Annotated[Optional[list[str]], typer.Option("--text", help="A text; the option can be repeated.")] = None,
+    text: Annotated[Optional[list[str]], typer.Option("--text", help="A text; repeat the option for more.")] = None,
     file: Annotated[
         Optional[list[str]],
-        typer.Option("--file", metavar="[NAME=]FILE", help="A domain: a text or jsonl file. For each once."),
+        typer.Option("--file", metavar="[NAME=]FILE", help="A domain's text or jsonl file; repeat for more."),
     ] = None,
     html: Annotated[Optional[Path], typer.Option(help="Write a page of all tokens, coloured by model.")] = None,
     png: Annotated[Optional[Path], typer.Option(help="Draw the first row of every domain, token by token.")] = None,

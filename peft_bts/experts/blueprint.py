@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any, Optional, TypeGuard, Union
+from typing import Any, Optional, Union
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from .._compat.peft import CausalLM, base_model
+from .._compat.transformers import is_mixture
 from ..reference import as_reference
 from .loading import check_adapter, read_configs, resolve_reference
 from .weight_sharing import share_weights
@@ -87,11 +88,6 @@ def expert_blueprint(name: str, expert: ModelLike, hub: CausalLM, dtype: Optiona
         return model if adapter is None else _with_adapter(model, adapter)
     except (ValueError, RuntimeError) as error:  # no causal language model; an adapter of other modules
         raise ValueError(f"Expert {name!r} cannot be made from its config: {error}") from error
-
-
-def is_mixture(module: nn.Module) -> TypeGuard[PreTrainedModel]:
-    """Whether this is a model whose experts' kernels (mixture of experts) can be chosen."""
-    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
 
 
 def _model(config: PreTrainedConfig, dtype: Optional[torch.dtype]) -> PreTrainedModel:

@@ -65,6 +65,10 @@ class ExpertSet:
         """The experts that take part."""
         return {name: self[name] for name in sorted(self) if name not in self._left_out}
 
+    def by_name(self) -> dict[str, Expert]:
+        """All experts by name, whether they take part or not."""
+        return {name: self[name] for name in self}
+
     @property
     def left_out(self) -> frozenset[str]:
         """Names of experts that take no part, see `StitchModel.set_active_experts`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,17 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from .._compat.accelerate import real_weights
 from .._compat.peft import CausalLM, adapters_where_layers_run, peft_type_name
+from .._compat.transformers import find_file
 from ..forward.placement import is_dispatched, place_for_stitch
 from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
 from .weight_sharing import share_weights
+
+
+_find = functools.partial(find_file, out_of_reach_is_none=True)  # what loads the file says why it is not there
 
 
 def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
@@ -44,9 +48,9 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
             )
     where = _where(reference)
     with _loading(name, source, where):
-        file = _find(CONFIG_NAME, source, where)
+        file = _find(source, CONFIG_NAME, **where)
         if reference.get("adapter") is None:
-            model_file = _find("config.json", source, where)
+            model_file = _find(source, "config.json", **where)
             if file is not None and model_file is None:
                 reference.update(model=None, adapter=source)
             file = model_file or file
@@ -54,7 +58,7 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
     if reference.get("adapter") and reference.get("model"):
         where = _base_where(reference)
         with _loading(name, reference["model"], where):
-            _pin(reference, "base_revision", _find("config.json", reference["model"], where))
+            _pin(reference, "base_revision", _find(reference["model"], "config.json", **where))
     return reference
 
 
@@ -65,7 +69,12 @@ def _pin(reference: dict[str, Any], key: str, file: Optional[str]) -> None:
 
 
 def load_expert(name: str, reference: dict[str, Any], hub: PreTrainedModel) -> CausalLM:
-    """Load the model that a resolved reference names: frozen, in the hub's dtype, on its device.
+    """Load the model that a resolved reference names, in the hub's dtype and on its device.
+
+    Args:
+        name: The expert's name, for errors.
+        reference: What `resolve_reference` has returned.
+        hub: The hub, whose weights a LoRA without a base of its own shares.
 
     Raises:
         ValueError: If it cannot be loaded.
@@ -74,8 +83,8 @@ def load_expert(name: str, reference: dict[str, Any], hub: PreTrainedModel) -> C
     how = {key: reference[key] for key in ("quantization_config", *PLACEMENT_KEYS) if reference.get(key) is not None}
     if how and base is None:
         raise ValueError(
-            f"Expert {name!r} is a LoRA on the hub's own weights, which are where and what they are; {sorted(how)} "
-            "cannot be set for it. Name its base as `model` to load that once more."
+            f"Expert {name!r} is a LoRA on the hub's own weights, which are loaded already; {sorted(how)} cannot be "
+            "set for it. Name its base as `model` to load that once more."
         )
     with _loading(name, _source(reference), where), real_weights():
         if adapter is None:
@@ -85,7 +94,7 @@ def load_expert(name: str, reference: dict[str, Any], hub: PreTrainedModel) -> C
 
 
 def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrainedConfig], Optional[PeftConfig]]:
-    """What a resolved reference says of its model, without any weight: the model's config, and its adapter's.
+    """Read the configs that a resolved reference leads to: the model's, and its adapter's. Reads no weights.
 
     Returns:
         The model's config, `None` where that is the hub; the adapter's config, `None` where there is no adapter.
@@ -105,7 +114,7 @@ def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrai
 def check_adapter(config: PeftConfig) -> None:
     """Raise `ValueError` for adapters that cannot be experts: soft prompts, stitches, and X-LoRA.
 
-    X-LoRA's config names further adapters by any path or id, which nobody would have looked at.
+    X-LoRA's config names further adapters, by any path or id, and nobody would have checked those.
     """
     if config.is_prompt_learning or config.peft_type in ("STITCH", "XLORA"):
         kind = peft_type_name(config.peft_type)
@@ -114,7 +123,7 @@ def check_adapter(config: PeftConfig) -> None:
 
 @contextmanager
 def _loading(name: str, source: str, where: dict[str, Any]) -> Iterator[None]:
-    """Say which expert it was, where it was looked for, and what to do, if that fails."""
+    """Turn any error inside into a `ValueError` that says which expert failed, where it was, and what to do."""
     try:
         yield
     except Exception as error:  # files of others can make their loaders fail in any way
@@ -138,9 +147,9 @@ def _base_where(reference: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """The reference of a model object: where it says it came from.
+    """Return the reference of a model object: where it says it came from.
 
-    What was changed in memory since then is not in there; save such a model and attach it by its path.
+    Changes in memory since then are not in there; save such a model, and attach it by its path.
     """
     if isinstance(model, PeftModel):  # its own adapter may exist in memory only; the base alone would be another model
         return {"model": None}
@@ -157,14 +166,14 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _cached_commit(source: Optional[str]) -> Optional[str]:
-    """The commit of an id that this machine has loaded last; models themselves do not say what they came from."""
+    """The commit of a repository that this machine has loaded last; models do not note the one they came from."""
     path = try_to_load_from_cache(source, "config.json") if is_repo_id(source) else None
     return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
 def _is_stored_quantized(source: str) -> bool:
-    """Whether a checkpoint itself is quantised, so that loading it takes no further word."""
-    path = _find("config.json", source, {})
+    """Whether a checkpoint itself is quantised, so that loading it takes no `quantization_config`."""
+    path = _find(source, "config.json")
     return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -191,20 +200,8 @@ def _load_adapter(base: PreTrainedModel, source: str, where: dict[str, Any]) -> 
     return PeftModel.from_pretrained(base, source, **where).to(place_for_stitch(base)[0])
 
 
-def _find(file: str, source: str, where: dict[str, Any]) -> Optional[str]:
-    """Path of a file in a folder or a repository, which is downloaded if need be; `None` if there is no such file."""
-    return cached_file(
-        source,
-        file,
-        **where,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
 def how_to_replace(name: str, key: str = "model") -> str:
-    """What to do about an expert that is not there, or is another one; the end of many errors."""
+    """Say what to do about an expert that is missing, or is not the right one; the end of many errors."""
     return (
         "To use another copy of this expert, say where it is and hand the config over:\n"
         "    config = StitchConfig.from_pretrained(adapter)\n"

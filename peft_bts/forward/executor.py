@@ -1,20 +1,22 @@
 """How the experts' streams get from stitch to stitch.
 
 A forward hands its streams to an *executor* and asks it, at each stitch, for the experts' states there. The one below
-runs one stream after the other. Others (`inference/threads.py`, `inference/stacking.py`) run them at other times, on
-other threads, or several as one; what each layer computes is the same.
+runs one stream after the other. Others (in `inference/`) run them at other times, on other threads, or several as one;
+what each layer computes is the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Optional, Protocol
+from typing import TYPE_CHECKING, Any, Optional, Protocol
 
 from torch import Tensor
-from transformers import Cache
 
-from .composition import Composition
-from .stream import Checkpoint, Stream, StreamLike
+from .stream import Checkpoint, StreamLike
+
+
+if TYPE_CHECKING:
+    from .state import ForwardState
 
 
 Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to have run
@@ -22,6 +24,10 @@ Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to 
 
 class Executor(Protocol):
     """What a forward asks of an executor. The keys are those of the streams, mostly experts' names."""
+
+    def run_hub(self, hub: Callable[[], Any]) -> Any:
+        """Run the hub's backbone, by calling `hub` or in a way that comes to the same; return what it returns."""
+        ...
 
     def look_ahead(self, boundary: Boundary) -> None:
         """Take note that the states are final and where the next stitch is: streams may run on from now on."""
@@ -43,8 +49,8 @@ class Executor(Protocol):
         ...
 
 
-# Makes the executor of a forward, from what it runs, its streams as they have just begun, and the experts' caches.
-MakeExecutor = Callable[[Composition, dict[Hashable, Stream], Mapping[str, Cache]], Executor]
+# Makes the executor of a forward. It has `state.begin_streams()` begin the streams that it wants to run.
+MakeExecutor = Callable[["ForwardState"], Executor]
 
 
 class SequentialExecutor:
@@ -52,6 +58,9 @@ class SequentialExecutor:
 
     def __init__(self, streams: Mapping[Hashable, StreamLike]) -> None:
         self.streams = streams
+
+    def run_hub(self, hub: Callable[[], Any]) -> Any:
+        return hub()
 
     def look_ahead(self, boundary: Boundary) -> None:
         """Nothing runs ahead."""
@@ -67,8 +76,6 @@ class SequentialExecutor:
         """Nothing runs on."""
 
 
-def run_in_turn(
-    composition: Composition, streams: dict[Hashable, Stream], caches: Mapping[str, Cache]
-) -> SequentialExecutor:
-    """Make the default executor (a `MakeExecutor`)."""
-    return SequentialExecutor(streams)
+def run_in_turn(state: ForwardState) -> SequentialExecutor:
+    """Make the executor that runs the streams one after the other (a `MakeExecutor`)."""
+    return SequentialExecutor(state.begin_streams())

@@ -47,13 +47,13 @@ class ForwardSettings(Transient):
 
     Attributes:
         observers: Told of every forward's gates; mostly none.
-        make_executor: Makes what runs the experts' streams.
-        lock: Held while another executor than the default is set.
+        make_executor: Makes what runs the experts' streams; `None`: as ever.
+        lock: Held while that is set.
     """
 
     def __init__(self) -> None:
         self.observers: tuple[Observer, ...] = ()
-        self.make_executor: MakeExecutor = run_in_turn
+        self.make_executor: Optional[MakeExecutor] = None
         self.lock = threading.Lock()
 
 
@@ -62,10 +62,14 @@ class ForwardRunner:
 
     Args:
         make_state: Makes the state of a forward.
+
+    Attributes:
+        make_executor: Makes what runs the experts' streams, unless the settings say otherwise.
     """
 
     def __init__(self, make_state: MakeState = ForwardState) -> None:
         self._make_state = make_state
+        self.make_executor: MakeExecutor = run_in_turn
         self._current: ThreadLocal[ForwardState] = ThreadLocal()
         # Where the mixture's head waits for what the models have done.
         self._awaited: ThreadLocal[list[Body]] = ThreadLocal()
@@ -93,26 +97,33 @@ class ForwardRunner:
         Raises:
             ValueError: For inputs that the experts cannot take; nothing has been computed then.
         """
+        if composition is None:
+            return self.inside(None, hub)
+        observers = self.settings.observers
+        observation = Observation(composition, call, cache, observers) if observers else None
+        make_executor = self.settings.make_executor or self.make_executor
+        state = self._make_state(composition, call, cache, make_executor, observation)
+        state.check()
+        try:
+            return self.inside(state, functools.partial(self._run, state, hub))
+        finally:
+            state.close()
+
+    def inside(self, state: Optional[ForwardState], function: Callable[[], Any]) -> Any:
+        """Call a function while `state` is that of the forward under way."""
         outer = self._current.get()
-        state = None
-        if composition is not None:
-            observers = self.settings.observers
-            observation = Observation(composition, call, cache, observers) if observers else None
-            state = self._make_state(composition, call, cache, self.settings.make_executor, observation)
-            state.check()
         self._current.set(state)
         try:
-            if state is None or composition is None:
-                return hub()
-            state.start()
-            out = hub()
-            if composition.mixture:
-                self._hand_over(state, out)
-            return out
+            return function()
         finally:
             self._current.set(outer)
-            if state is not None:
-                state.close()
+
+    def _run(self, state: ForwardState, hub: Callable[[], Any]) -> Any:
+        state.start()
+        out = state.executor.run_hub(hub)
+        if state.composition.mixture:
+            self._hand_over(state, out)
+        return out
 
     def _hand_over(self, state: ForwardState, out: Any) -> None:
         awaited = self._awaited.get()

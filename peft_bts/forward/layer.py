@@ -51,12 +51,13 @@ class StitchLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and shape of return value as the wrapped layer's."""
         out = self.base_layer(*args, **kwargs)
-        stitch = self._active_stitch()
+        stitch = self.active_stitch()
         if stitch is None:
             return out
         return behind_layer(self._runner, self.index, self.base_layer, stitch, out)
 
-    def _active_stitch(self) -> Optional[Stitch]:
+    def active_stitch(self) -> Optional[Stitch]:
+        """The active adapter's stitch; `None` if it has none here, or adapters are disabled."""
         if self.disable_adapters:
             return None
         for adapter in self.active_adapters:

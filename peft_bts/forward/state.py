@@ -59,6 +59,7 @@ class ForwardState:
         self.composition, self.call, self.cache = composition, call, cache
         self.observation = observation
         self._make_executor = make_executor
+        self.caches: Mapping[str, Cache] = {}  # the experts' own, by name
         self.executor: Executor = SequentialExecutor({})  # until the experts have begun
 
     def check(self) -> None:
@@ -69,24 +70,37 @@ class ForwardState:
 
     def start(self) -> None:
         """Begin the experts' forwards: they have embedded their inputs, and know what their layers are called with."""
-        caches = self._expert_caches()
-        self.executor = self._make_executor(self.composition, self._begin_streams(caches), caches)
+        self.caches = self._expert_caches()
+        self.executor = self._make_executor(self)
         first = self.composition.next_stitch(-1)
         last_layer = self.composition.hub_layers - 1
         self.executor.look_ahead(self.composition.boundary(last_layer if first is None else first))
 
-    def _expert_caches(self) -> dict[str, Cache]:
+    def _expert_caches(self) -> Mapping[str, Cache]:
         """The experts' own caches, by name; none without a cache of the hub's."""
         if self.cache is None:
             return {}
         held = expert_caches(self.cache, self.composition.hub_layers, self.composition.experts)
         return held.by_name
 
-    def _begin_streams(self, caches: Mapping[str, Cache]) -> dict[Hashable, Stream]:
-        """Streams by key. The key of a stream is its expert's name, unless a subclass says otherwise."""
+    @property
+    def plain_rows(self) -> bool:
+        """Whether every expert runs for all sequences, over the tokens of this call."""
+        return True
+
+    def begin_streams(self, without: Sequence[str] = ()) -> dict[Hashable, Stream]:
+        """Begin the experts' forwards; executors call this.
+
+        Args:
+            without: Names of experts that the executor runs by itself.
+
+        Returns:
+            Streams by key, which is the expert's name, unless a subclass says otherwise.
+        """
         experts = self.composition.experts
         return {
-            name: experts[name](self.call, caches.get(name), self.composition.hub_config) for name in sorted(experts)
+            name: experts[name](self.call, self.caches.get(name), self.composition.hub_config)
+            for name in sorted(set(experts).difference(without))
         }
 
     def apply_stitch(self, layer: int, stitch: Stitch, hub_BTD: Tensor, checkpoint: Optional[Checkpoint]) -> Tensor:

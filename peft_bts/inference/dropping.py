@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -292,9 +292,13 @@ class DroppingForwardState(ForwardState):
         self.catch_up = held.catch_up
         return {}
 
-    def _begin_streams(self, caches: Mapping[str, Cache]) -> dict[Hashable, Stream]:
+    @property
+    def plain_rows(self) -> bool:
+        return self.catch_up is None
+
+    def begin_streams(self, without: Sequence[str] = ()) -> dict[Hashable, Stream]:
         if self.catch_up is None:
-            return super()._begin_streams(caches)
+            return super().begin_streams(without)
         tokens = {
             name: value.detach().clone()
             for name in _PER_TOKEN

@@ -253,20 +253,20 @@ def _joint_stream(layers: Sequence[nn.Module], streams: Sequence[Stream], caches
     parts = [stream.state for stream in streams]
     batch, number = len(parts[0]), len(parts)
     calls = [
-        LayerCall(parts[0], *(_for_all(value, batch, number, cache) for value in (args, kwargs)))
+        LayerCall(parts[0], *(for_all(value, batch, number, cache) for value in (args, kwargs)))
         for _, args, kwargs in streams[0].calls
     ]
     return _JointStream(layers, calls, parts)
 
 
-def _for_all(value: Any, batch: int, number: int, cache: Optional[Cache]) -> Any:
+def for_all(value: Any, batch: int, number: int, cache: Optional[Cache]) -> Any:
     """What a layer of one expert is called with, for the batch of all. Their configs are the same, so this is too."""
     if isinstance(value, Cache):
         return cache
     if isinstance(value, (tuple, list)):
-        return type(value)(_for_all(each, batch, number, cache) for each in value)
+        return type(value)(for_all(each, batch, number, cache) for each in value)
     if isinstance(value, dict):
-        return {name: _for_all(each, batch, number, cache) for name, each in value.items()}
+        return {name: for_all(each, batch, number, cache) for name, each in value.items()}
     if not isinstance(value, Tensor) or value.dim() < 2:
         return value
     if len(value) == batch:

@@ -14,13 +14,12 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
-from ..forward.composition import Composition
 from ..forward.executor import Boundary, Executor, SequentialExecutor
 from ..forward.expert import Expert
 from ..forward.hooks import ForwardSettings
-from ..forward.stream import Checkpoint, Stream, StreamLike
+from ..forward.state import ForwardState
+from ..forward.stream import Checkpoint, StreamLike
 from .stacking import Stack, stacked
 
 
@@ -112,14 +111,13 @@ class _SideBySide:
     def __init__(self, pool: Optional[ThreadPoolExecutor], stacks: Sequence[Stack]) -> None:
         self.pool, self.stacks = pool, stacks
 
-    def __call__(
-        self, composition: Composition, streams: dict[Hashable, Stream], caches: Mapping[str, Cache]
-    ) -> Executor:
+    def __call__(self, state: ForwardState) -> Executor:
+        streams = state.begin_streams()
         if not _may_run_otherwise():
             return SequentialExecutor(streams)
         running: dict[Hashable, StreamLike] = {**streams}
         for stack in self.stacks:
-            running |= stack.join(streams, composition.experts, caches)
+            running |= stack.join(streams, state.composition.experts, state.caches)
         return SequentialExecutor(running) if self.pool is None else ThreadedExecutor(running, self.pool)
 
 

@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Cache
 
 from .._compat.peft import CausalLM
+from .._compat.transformers import is_mixture
 from ..config import StitchConfig
-from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, is_mixture, no_weights
+from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
 from ..formatting import as_text, human, table
 from ..forward.cache import held_expert_caches
 from ..forward.decoder import find_decoder
@@ -199,9 +200,9 @@ def _stitched(
     hub: ModelLike, experts: Mapping[str, ModelLike], config: StitchConfig, dtype: torch.dtype
 ) -> tuple[PeftModel, dict[str, CausalLM]]:
     """The stitched model, without weights, and the experts in it by name."""
-    hub = hub_blueprint(hub, dtype)
-    blueprints = {name: expert_blueprint(name, expert, hub, dtype) for name, expert in sorted(experts.items())}
-    model = get_peft_model(hub, dataclasses.replace(config, experts={}))
+    seed = hub_blueprint(hub, dtype)
+    blueprints = {name: expert_blueprint(name, expert, seed, dtype) for name, expert in sorted(experts.items())}
+    model = get_peft_model(seed, dataclasses.replace(config, experts={}))
     for name, expert in blueprints.items():
         model.attach_expert(name, expert)
     return model.eval(), blueprints

@@ -1,4 +1,4 @@
-"""Sharing through the Hub: what others cannot load, and `push_experts`, which uploads it."""
+"""Sharing through the Hugging Face Hub: what others cannot load, and `push_experts`, which uploads it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,14 @@ def push_experts(
 
     `model.push_to_hub(...)` then uploads an adapter that others can load. Experts that were loaded from a folder are
     uploaded as they lie there, with their tokenizer, in their own dtype; loaded models that were attached are saved
-    as they are. Of a LoRA expert only the LoRA is uploaded. If an upload fails, those before it are done; call again.
+    as they are. Of a LoRA expert only the LoRA is uploaded. If an upload fails, the ones before it are done and noted;
+    call again for the rest.
 
     Args:
         model: The stitched model.
-        repo_id: Where to: an id with `{name}` in it for the expert's name, `"org/seed-{name}"`, or ids by name.
-        seed: Id for the seed, if that exists only here.
+        repo_id: Where to upload to: an id that has `{name}` for the expert's name, such as `"org/seed-{name}"`, or a
+            dict of ids by expert.
+        seed: Where to upload the seed to, if it exists only here.
         private, token, commit_message: As for `push_to_hub`.
 
     Returns:
@@ -90,14 +92,14 @@ def push_experts(
 
 @dataclass
 class _Upload:
-    """A model that is to be uploaded: from the folder that it lies in, if it does, or else as it is in memory.
+    """A model that is to be uploaded: from its folder if it has one, or else as it is in memory.
 
     Attributes:
         what: What to call it in errors.
         model: The model; for a LoRA, the one with the LoRA.
         folder: Where it was loaded from.
         base: For a LoRA, what its base is, by id or path; `None` for the hub itself.
-        rest: What else its reference says, and is to say further on.
+        rest: What else its reference says, and will go on saying.
     """
 
     what: str
@@ -171,10 +173,10 @@ class _Upload:
 
 
 def check_others_can_load(model: PeftModel) -> None:
-    """Pin what is not pinned yet in adapters that are to be pushed.
+    """Before a push: check that others can load the adapters, and pin references to commits that are not pinned yet.
 
     Raises:
-        ValueError: If they refer to what exists only here, or is not there.
+        ValueError: If an adapter refers to a model that exists only on this machine, or nowhere.
     """
     tuner = stitch_tuner(model)
     for adapter, config in list(tuner.peft_config.items()):
@@ -189,7 +191,7 @@ def check_others_can_load(model: PeftModel) -> None:
             raise ValueError(
                 f"Others could not load this adapter, since it refers to what exists only here: {'; '.join(problems)}."
                 "\nUpload that first, `peft_bts.push_experts(model, 'org/{name}')`, or load the adapter with a config "
-                "that names ids. To keep a copy of your own on the Hub all the same: `model.save_pretrained(folder)`, "
+                "that names ids. To upload a copy for yourself all the same: `model.save_pretrained(folder)`, then "
                 "`hf upload <id> <folder>`."
             )
         pinned = {
