@@ -8,15 +8,11 @@ what each layer computes is the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import TYPE_CHECKING, Any, Optional, Protocol
+from typing import Any, Optional, Protocol
 
 from torch import Tensor
 
 from .stream import Checkpoint, StreamLike
-
-
-if TYPE_CHECKING:
-    from .state import ForwardState
 
 
 Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to have run
@@ -49,10 +45,6 @@ class Executor(Protocol):
         ...
 
 
-# Makes the executor of a forward. It has `state.begin_streams()` begin the streams that it wants to run.
-MakeExecutor = Callable[["ForwardState"], Executor]
-
-
 class SequentialExecutor:
     """Runs the streams one after the other, when a stitch asks for them."""
 
@@ -74,8 +66,3 @@ class SequentialExecutor:
 
     def close(self) -> None:
         """Nothing runs on."""
-
-
-def run_in_turn(state: ForwardState) -> SequentialExecutor:
-    """Make the executor that runs the streams one after the other (a `MakeExecutor`)."""
-    return SequentialExecutor(state.begin_streams())

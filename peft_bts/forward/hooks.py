@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from .composition import Composition
-from .executor import MakeExecutor, run_in_turn
 from .observers import Observation, Observer
-from .state import FinalStates, ForwardState
+from .state import FinalStates, ForwardState, MakeExecutor, run_in_turn
 from .stream import Checkpoint
 from .thread_local import ThreadLocal, Transient
 

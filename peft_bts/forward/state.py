@@ -7,7 +7,7 @@ the forward under way is in a `ForwardState`, which lives from the hub's backbon
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -19,7 +19,7 @@ from ..mixture import OutputMixture
 from ..stitch import HUB, Stitch
 from .cache import check_cache, expert_caches
 from .composition import Composition
-from .executor import Executor, MakeExecutor, SequentialExecutor
+from .executor import Executor, SequentialExecutor
 from .masks import check_mask
 from .observers import Observation
 from .stream import Checkpoint, Stream
@@ -53,7 +53,7 @@ class ForwardState:
         composition: Composition,
         call: dict[str, Any],
         cache: Optional[Cache],
-        make_executor: MakeExecutor,
+        make_executor: Callable[[ForwardState], Executor],
         observation: Optional[Observation] = None,
     ) -> None:
         self.composition, self.call, self.cache = composition, call, cache
@@ -158,6 +158,15 @@ class ForwardState:
     def close(self) -> None:
         """The hub's backbone has returned, or failed."""
         self.executor.close()
+
+
+# Makes the executor of a forward. It has `state.begin_streams()` begin the streams that it wants to run.
+MakeExecutor = Callable[[ForwardState], Executor]
+
+
+def run_in_turn(state: ForwardState) -> SequentialExecutor:
+    """Make the executor that runs the streams one after the other (a `MakeExecutor`)."""
+    return SequentialExecutor(state.begin_streams())
 
 
 def check_call(composition: Composition, call: dict[str, Any]) -> None:

@@ -32,13 +32,13 @@ from .._compat.peft import peft_type_name
 from ..forward.cache import held_expert_caches
 from ..forward.composition import Composition
 from ..forward.decoder import Decoder, text_config, token_embeddings
-from ..forward.executor import Boundary, Executor, SequentialExecutor, run_in_turn
+from ..forward.executor import Boundary, Executor, SequentialExecutor
 from ..forward.expert import Expert
 from ..forward.hooks import ForwardRunner
 from ..forward.layer import StitchLayer, behind_layer
 from ..forward.placement import is_dispatched
 from ..forward.recorder import StandIn, with_layers, with_modules
-from ..forward.state import ForwardState
+from ..forward.state import ForwardState, run_in_turn
 from ..forward.stream import Checkpoint
 from .joint_layers import JointCacheLayer, NotStackable
 from .stacking import for_all
