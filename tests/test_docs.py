@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from text import save_model, token_rows, word_tokenizer
 from transformers import AutoModelForCausalLM, TrainingArguments, cache_utils, logging
 
+import peft_bts
 from peft_bts import StitchConfig
 from peft_bts.cli import app
 
@@ -28,6 +29,8 @@ PAGES = [
     "README.md",
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
     "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
     "benchmarks/README.md",
 ]
 
@@ -233,6 +236,13 @@ def test_index():
     """docs/README.md names every page."""
     named = set(re.findall(r"\]\((\w[\w-]*\.md)\)", (ROOT / "docs" / "README.md").read_text()))
     assert named == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_reference():
+    """The pages in docs/api/, from which `make docs` makes the reference, have every public name once."""
+    pages = sorted((ROOT / "docs" / "api").glob("*.md"))
+    named = [name for page in pages for name in re.findall(r"^::: peft_bts\.(\w+)$", page.read_text(), re.MULTILINE)]
+    assert sorted(named) == sorted(peft_bts.__all__)
 
 
 def texts_in_code():
