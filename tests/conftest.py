@@ -1,96 +1,14 @@
-"""What the test files share: inputs, stitched models with random stitches, and what the reference says of them.
-
-Models come from the zoo. The package gets its own copies; the reference gets ones that the package never touches.
-"""
-
-import copy
-import functools
-import json
-import os
-import tempfile
-
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: no test may need, or wait for, the network
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+"""Fixtures that tests of several folders use."""
 
 import pytest
 import torch
-from hub_server import FreshProcesses, HubServer
 from peft import get_peft_model
-from reference import reference_forward
-from safetensors.torch import load_file
-from zoo import tiny_model
+from transformers import AutoModelForCausalLM
 
-from peft_bts import StitchConfig
-
-
-torch.set_num_threads(1)  # xdist runs a worker per core; more threads would only fight
-
-IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
-RIGHT = torch.ones_like(IDS).masked_fill(torch.arange(12) >= torch.tensor([[12], [8]]), 0)
-LEFT = RIGHT.flip(1)
-MASKS = {"full": None, "left": LEFT, "right": RIGHT}
-FAMILIES = ["llama", "gemma2", "gpt2", "gpt_neox", "bloom", "bamba"]  # one for each shape of decoder loop
-
-
-pristine = functools.cache(tiny_model)  # for the reference, which only reads
-
-
-def fresh(arch, **options):
-    """A copy that the package may wrap and freeze."""
-    return copy.deepcopy(pristine(arch, **options))
-
-
-def both(arch, **options):
-    """The same model twice: for the package, and for the reference."""
-    return fresh(arch, **options), pristine(arch, **options)
-
-
-def randomize(model, seed=0):
-    """Make every stitch weight matter: gates far from uniform, projections near the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".stitch_layer." in name:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_((noise / parameter.shape[-1] ** 0.5).to(parameter.dtype))
-    return model
-
-
-def stitch(hub, attach, *, autocast_adapter_dtype=True, **config):
-    """A stitched model in eval mode, with random stitches, made the way users make it."""
-    config = StitchConfig(task_type="CAUSAL_LM", **config)
-    model = get_peft_model(hub, config, autocast_adapter_dtype=autocast_adapter_dtype)
-    for name, expert in attach.items():
-        model.attach_expert(name, expert)
-    return randomize(model).eval()
-
-
-def adapter_file(model):
-    """The tensors and the config that `save_pretrained` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        with open(os.path.join(folder, "adapter_config.json")) as file:
-            return load_file(os.path.join(folder, "adapter_model.safetensors")), json.load(file)
-
-
-def expected_logits(model, hub, experts, input_ids=IDS, **kwargs):
-    """What the reference makes of the adapter file of `model` and of models that `model` never touched."""
-    tensors, config = adapter_file(model)
-    with torch.no_grad():
-        return reference_forward(hub, experts, tensors, config, input_ids, **kwargs)
-
-
-@torch.no_grad()
-def logits(model, input_ids=IDS, **kwargs):
-    return model(input_ids=input_ids, **kwargs).logits
-
-
-def assert_near(actual, expected, tolerance):
-    """Equal up to `tolerance` times the largest expected value; NaN is never equal."""
-    assert actual.shape == expected.shape
-    error = ((actual - expected).abs().max() / expected.abs().max()).item()
-    assert error <= tolerance, f"off by {error:.1e} of the largest value"
+from tests.helpers.bad_input import config, save
+from tests.helpers.checkpoints import save_models
+from tests.helpers.hub_server import FreshProcesses, HubServer
+from tests.helpers.models import logits, randomize
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +22,26 @@ def hub():
 def run(hub, tmp_path_factory):
     """Runs a function in a fresh process that talks to `hub`."""
     return FreshProcesses(hub, tmp_path_factory.mktemp("hub_home"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A seed, three experts of other shapes, and a LoRA of the seed, on disk; see `checkpoints.make`."""
+    root = tmp_path_factory.mktemp("models")
+    save_models(root)
+    return root
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A saved adapter of two experts; folders `hub`, `code`, `math` and `adapter`."""
+    save(tmp_path / "hub", None)
+    experts = {
+        "code": save(tmp_path / "code", None, seed=1),
+        "math": save(tmp_path / "math", None, seed=2, arch="gpt2"),
+    }
+    hub = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    model = randomize(get_peft_model(hub, config(experts=experts, num_stitches=2))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save(logits(model), tmp_path / "logits.pt")
+    return tmp_path

@@ -6,25 +6,24 @@ import re
 import runpy
 import shutil
 import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 import typer
 from accelerate import Accelerator
-from conftest import fresh
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from text import save_model, token_rows, word_tokenizer
 from transformers import AutoModelForCausalLM, TrainingArguments, cache_utils, logging
 
 import peft_bts
 from peft_bts import StitchConfig
 from peft_bts.cli import app
+from tests import ROOT
+from tests.helpers.models import fresh
+from tests.helpers.pages import blocks, run_blocks
+from tests.helpers.text import save_model, token_rows, word_tokenizer
 
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     "README.md",
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
@@ -33,20 +32,6 @@ PAGES = [
     "SECURITY.md",
     "benchmarks/README.md",
 ]
-
-
-def blocks(page, language):
-    """The code blocks of a page in one language, also those in lists."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
-    return [textwrap.dedent(code) for _, code in found]
-
-
-def run_blocks(page, namespace=None):
-    """Execute the Python blocks of a page, one after another, in one namespace; return it."""
-    namespace = {} if namespace is None else namespace
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), namespace)
-    return namespace
 
 
 # ------------------------------------------------------------------------------------------------------- Python blocks

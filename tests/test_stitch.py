@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from reference import experts_into_hub, hub_into_experts
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_bts import ExpertsIntoHub, HubIntoExperts, StitchConfig
+from tests.helpers.reference import experts_into_hub, hub_into_experts
 
 
 KINDS = [ExpertsIntoHub, HubIntoExperts]
