@@ -11,6 +11,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = [
     "*.md",
+    "CITATION.cff",
     "docs/**/*.md",
     "docs/*.css",
     "docs/**/*.png",
