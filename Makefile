@@ -14,10 +14,10 @@ quickstart: $(PACKAGE)
 	$(VENV)/bin/python examples/quickstart.py $(ARGS)
 
 replicate: $(STAMP)
-	$(VENV)/bin/python benchmarks/replicate.py $(ARGS)
+	$(VENV)/bin/python -m benchmarks.replicate $(ARGS)
 
 bench: $(STAMP)
-	$(VENV)/bin/python benchmarks/speed.py $(ARGS)
+	$(VENV)/bin/python -m benchmarks.speed $(ARGS)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2 $(ARGS)

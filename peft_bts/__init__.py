@@ -5,28 +5,42 @@ Importing this package registers the method `STITCH` with PEFT.
 
 from peft.utils import register_peft_method
 
-from ._compat import add_peft_type, after_model_card, around_push, check_config_files, keep_offloaded_hubs
+from ._compat.peft import (
+    add_peft_type,
+    after_model_card,
+    after_saving,
+    around_push,
+    check_config_files,
+    keep_offloaded_hubs,
+    undo_failed_loads,
+)
+from ._compat.transformers import call_first
 
 
 add_peft_type("STITCH")  # what follows needs the member
 
-from .config import StitchConfig, check_config_file  # noqa: E402
+from .config import StitchConfig  # noqa: E402
 from .experts.compatibility import CompatibilityReport, check_compatibility  # noqa: E402
-from .export.model import StitchedConfig, StitchedForCausalLM, StitchedModel  # noqa: E402
+from .export.config import StitchExportConfig  # noqa: E402
+from .export.model import StitchExportForCausalLM, StitchExportModel  # noqa: E402
 from .forward.layer import StitchLayer  # noqa: E402
 from .gates.callback import GateLogger  # noqa: E402
 from .gates.trace import GateTrace, trace_gates  # noqa: E402
 from .model import StitchModel  # noqa: E402
 from .planning.estimate import Estimate, plan  # noqa: E402
-from .sharing.model_card import card_after_peft, card_before_upload  # noqa: E402
+from .reference import check_config_file  # noqa: E402
+from .sharing.model_card import card_after_peft, card_before_upload, update_model_card  # noqa: E402
 from .sharing.push import check_others_can_load, push_experts  # noqa: E402
 from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 
 register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchModel)
 keep_offloaded_hubs()
+undo_failed_loads(StitchModel._discard_adapter)
+call_first(GateLogger)
 check_config_files(check_config_file)
 after_model_card(card_after_peft)
+after_saving(update_model_card)
 around_push(before=check_others_can_load, card=card_before_upload)
 
 __version__ = "0.1.0"
@@ -38,11 +52,11 @@ __all__ = [
     "GateTrace",
     "HubIntoExperts",
     "StitchConfig",
+    "StitchExportConfig",
+    "StitchExportForCausalLM",
+    "StitchExportModel",
     "StitchLayer",
     "StitchModel",
-    "StitchedConfig",
-    "StitchedForCausalLM",
-    "StitchedModel",
     "check_compatibility",
     "plan",
     "push_experts",

@@ -1,102 +1,18 @@
-"""`StitchConfig`: what a stitched model is made of, and where its stitches sit.
-
-An expert is kept as a *reference*, a small dict that says where its weights are:
-
-    {"model": id or path, "revision": commit or branch, "subfolder": ..., "adapter": LoRA id or path,
-     "base_revision": ..., "quantization_config": {...}, "config": {...}}
-
-With an `adapter`, `revision` and `subfolder` are the adapter's, and `base_revision` is the model's. Only these keys
-are read; a config file can therefore never make a loader run code. `config` is written at attach: the sizes that the
-stitches were made for, compared with the expert that a later load finds. Where an expert is to be put on *this*
-machine (`device_map`, `max_memory`, `offload_folder`) can be said in a reference too; that is never saved, and not
-taken from a file.
-
-A config that was downloaded is somebody else's word: it may name repositories of the Hub, no path of this machine
-(`HubId`), and at most `MAX_DOWNLOADED` experts.
-"""
+"""`StitchConfig`: what a stitched model is made of, and where its stitches sit."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import warnings
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftType
-from transformers.utils.hub import extract_commit_hash
+
+from .reference import as_reference, without_placement
 
 
 EXPERTS_INTO_HUB = "experts_into_hub"
 HUB_INTO_EXPERTS = "hub_into_experts"
-
-REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "base_revision", "quantization_config", "config")
-PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this machine, so never in a file
-MAX_DOWNLOADED = 64  # each expert is a whole model in memory; the paper has three
-_NAME = re.compile(r"[A-Za-z0-9_]+")
-
-
-class HubId(str):
-    """The `model` or `adapter` of a reference in a downloaded config: followed to the Hub, never to this disk."""
-
-
-def is_on_hub(source: Optional[str]) -> bool:
-    """Whether loaders would look for `source` on the Hub: it has the form of an id, and is no path that exists."""
-    if source is None or os.path.exists(source):
-        return False
-    try:
-        validate_repo_id(source)
-    except HFValidationError:
-        return False
-    return True
-
-
-def check_expert_name(name: Any) -> None:
-    """Raise `ValueError` unless `name` can stand in a tensor's key: letters, digits, `_`, and not `hub`."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(
-            f"Expert name {name!r} is not usable: it becomes part of tensor names, so it must be made of letters, "
-            "digits and '_' only."
-        )
-    if name == "hub":
-        raise ValueError("Expert name 'hub' is taken: it stands for the seed model. Choose another name.")
-
-
-def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[str, Any]:
-    """Normalise one entry of `experts` to a reference dict; raise `ValueError` for what is not one."""
-    check_expert_name(name)
-    if value is None or isinstance(value, (str, os.PathLike)):
-        return {"model": None if value is None else os.fspath(value)}
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"Expert {name!r} is a {type(value).__name__}, expected an id, a path or a dict with the keys "
-            f"{', '.join(REFERENCE_KEYS)}. To use a loaded model, call `model.attach_expert({name!r}, loaded_model)` "
-            "after `get_peft_model`."
-        )
-    known = REFERENCE_KEYS + PLACEMENT_KEYS
-    unknown = sorted(set(value) - set(known))
-    if unknown:
-        raise ValueError(f"Expert {name!r} has the unknown key(s) {unknown}; a reference has only {', '.join(known)}.")
-    reference = {key: os.fspath(part) if isinstance(part, os.PathLike) else part for key, part in value.items()}
-    for key in ("model", "revision", "subfolder", "adapter", "base_revision"):
-        if not isinstance(reference.get(key), (str, type(None))):
-            raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}; expected a string.")
-    for key in ("revision", "subfolder", "base_revision"):  # parts of paths: in the Hub's cache, and below `model`
-        if _leads_out(reference.get(key)):
-            raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}, which leads out of its repository.")
-    quantization = reference.get("quantization_config")
-    if hasattr(quantization, "to_dict"):
-        reference["quantization_config"] = json.loads(quantization.to_json_string(use_diff=False))
-    elif quantization is not None and not (isinstance(quantization, dict) and "quant_method" in quantization):
-        raise ValueError(
-            f"Expert {name!r} has quantization_config={quantization!r}; expected a config of transformers, such as "
-            "BitsAndBytesConfig, or its dict with `quant_method`."
-        )
-    return reference
+OUTPUT_MIXTURE = "output_mixture"  # in traces, beside the kinds of stitches
 
 
 @dataclass
@@ -104,17 +20,20 @@ class StitchConfig(PeftConfig):
     """Configuration of a Branch-Train-Stitch adapter (arXiv 2502.00075).
 
     Args:
-        experts (`dict[str, str | dict]`): The experts by name: a Hub id, a path, or a dict with `model` and
+        experts (`dict[str, str | dict]`): The experts by name: a repo id, a path, or a dict with `model` and
             optionally `revision`, `subfolder`, `adapter` (a LoRA on top of `model`), `quantization_config` (of
             transformers), and for this machine only `device_map`, `max_memory`, `offload_folder`. They are loaded,
             frozen, when the adapter is made. Loaded models are attached later, by `model.attach_expert(name, model)`.
         num_stitches (`int`): K. With L hub layers they sit after layers s, 2s, ..., (K-1)s and L, where s = L // K.
+            0, with `output="mixture"` only: no stitches, gates on the outputs alone.
         layers_to_stitch (`list[int]`, *optional*): 0-based hub layers that get a stitch, instead of `num_stitches`;
             the last must be the hub's last layer.
         pattern (`str`): `"alternating"` (the paper): counted from the end, Experts-into-Hub and Hub-into-Experts take
             turns. `"experts_into_hub"`: every stitch is of that kind; the experts then run without any gradient.
         expert_streams (`str`): What an Experts-into-Hub stitch does to the experts' own states: `"intact"` leaves
             them, `"projected"` replaces them by their projections (eq. 3 to the letter; needs equal widths).
+        output (`str`): `"hub"` (the paper): the hub's head speaks alone. `"mixture"`: the logits are log probabilities
+            of a mixture of all models' distributions, each by its own head, with one gate per token and model.
         gate (`str`): `"channel"` (the paper): one gate value per channel. `"token"`: one per token and model.
         gate_bias (`bool`): Whether the gates have a bias, which starts at zero.
         gate_dropout (`float`): Dropout on the gate logits in training (eq. 3).
@@ -123,6 +42,8 @@ class StitchConfig(PeftConfig):
         init_weights (`bool`): `True`: projections start as the identity and gates at zero. `False`: random (tests).
         modules_to_save (`list[str]`, *optional*): Modules of the hub to train and save besides the stitches.
         target_modules (`str`, *optional*): Filled in by PEFT's machinery; leave it alone.
+        save_embedding_layers (`bool`): Filled in when the adapter is saved: whether that was done with
+            `save_embedding_layers=True`, so that the file holds the hub's embedding layers, which loading replaces.
     """
 
     experts: dict[str, Any] = field(
@@ -139,6 +60,10 @@ class StitchConfig(PeftConfig):
     expert_streams: Literal["intact", "projected"] = field(
         default="intact", metadata={"help": "Whether Experts-into-Hub leaves the experts' states or projects them."}
     )
+    output: Literal["hub", "mixture"] = field(
+        default="hub",
+        metadata={"help": "Whether the hub's head speaks alone, or all models' distributions are mixed."},
+    )
     gate: Literal["channel", "token"] = field(
         default="channel", metadata={"help": "One gate value per channel, or one per token."}
     )
@@ -154,6 +79,10 @@ class StitchConfig(PeftConfig):
     target_modules: Optional[str] = field(
         default=None, metadata={"help": "Set by the tuner from the stitch schedule; not meant to be set by users."}
     )
+    save_embedding_layers: bool = field(
+        default=False,
+        metadata={"help": "Set when saving: whether the file holds the hub's embedding layers, too."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,12 +93,17 @@ class StitchConfig(PeftConfig):
         for option, allowed in (
             ("pattern", ("alternating", EXPERTS_INTO_HUB)),
             ("expert_streams", ("intact", "projected")),
+            ("output", ("hub", "mixture")),
             ("gate", ("channel", "token")),
         ):
             if getattr(self, option) not in allowed:
                 raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {getattr(self, option)!r}.")
-        if not _is_int(self.num_stitches) or self.num_stitches < 1:
-            raise ValueError(f"num_stitches must be a whole number of at least 1, got {self.num_stitches!r}.")
+        least = 0 if self.output == "mixture" else 1
+        if not _is_int(self.num_stitches) or self.num_stitches < least:
+            also = "" if least == 0 else " (0 goes with output='mixture': gates on the outputs alone)"
+            raise ValueError(
+                f"num_stitches must be a whole number of at least {least}{also}, got {self.num_stitches!r}."
+            )
         if self.r is not None and (not _is_int(self.r) or self.r < 1):
             raise ValueError(f"r must be None or a whole number of at least 1, got {self.r!r}.")
         if not 0.0 <= self.gate_dropout < 1.0:
@@ -185,72 +119,10 @@ class StitchConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as it is saved: without the experts' places on this machine."""
         values = super().to_dict()
-        values["experts"] = {name: _without_placement(ref) for name, ref in values["experts"].items()}
+        values["experts"] = {name: without_placement(ref) for name, ref in values["experts"].items()}
+        if not self.save_embedding_layers:
+            del values["save_embedding_layers"]
         return values
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and add the experts to the model card if PEFT has just written one there."""
-        super().save_pretrained(save_directory, **kwargs)
-        from .sharing.model_card import update_model_card  # here, since only saving needs it
-
-        update_model_card(self, save_directory)
-
-
-def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike]) -> dict[str, Any]:
-    """Of the values of an adapter_config.json, keep what its author may say; `_compat` has PEFT call this.
-
-    Raises:
-        ValueError: If it was downloaded, and its seed is a path of this machine, or it has very many experts.
-    """
-    experts = values.get("experts")
-    if not isinstance(experts, dict):
-        return values
-    kept = {name: _without_placement(reference) for name, reference in experts.items()}
-    if kept != experts:
-        warnings.warn(
-            f"{path} says where to put experts ({', '.join(PLACEMENT_KEYS)}); this is ignored. Set it on the loaded "
-            "config instead.",
-            stacklevel=4,
-        )
-    if extract_commit_hash(os.fspath(path), None) is not None:  # it lies in the cache of the Hub
-        vouch = (
-            "If you trust it, make it your own: `hf download <its id> --local-dir <folder>`, edit adapter_config.json "
-            "there if need be, and load the folder."
-        )
-        seed = values.get("base_model_name_or_path")
-        if isinstance(seed, str) and os.path.exists(seed):
-            raise ValueError(
-                f"This downloaded adapter names {str(seed)!r} as its seed, which is a path of this machine. {vouch}"
-            )
-        if _leads_out(values.get("revision")):
-            raise ValueError(f"This downloaded adapter has the seed's revision {values['revision']!r}. {vouch}")
-        if len(kept) > MAX_DOWNLOADED:
-            raise ValueError(
-                f"This downloaded adapter has {len(kept)} experts; at most {MAX_DOWNLOADED} are loaded on somebody "
-                f"else's word. {vouch}"
-            )
-        kept = {name: _as_hub_ids(reference) for name, reference in kept.items()}
-    return {**values, "experts": kept}
-
-
-def _leads_out(path: Optional[str]) -> bool:
-    path = PurePath(path or "")
-    return path.is_absolute() or ".." in path.parts
-
-
-def _as_hub_ids(reference: Any) -> Any:
-    if isinstance(reference, str):
-        return HubId(reference)
-    if not isinstance(reference, dict):
-        return reference
-    sources = {key: HubId(reference[key]) for key in ("model", "adapter") if isinstance(reference.get(key), str)}
-    return {**reference, **sources}
-
-
-def _without_placement(reference: Any) -> Any:
-    if not isinstance(reference, dict):
-        return reference
-    return {key: value for key, value in reference.items() if key not in PLACEMENT_KEYS}
 
 
 def _is_int(value: Any) -> bool:
@@ -271,6 +143,8 @@ def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, str]:
             )
     else:
         stitches = config.num_stitches
+        if stitches == 0:
+            return {}
         if stitches > num_layers:
             raise ValueError(
                 f"num_stitches={stitches} does not fit a hub of {num_layers} layers; use at most {num_layers}."

@@ -1,8 +1,8 @@
 """Between a model's tensors and those of an adapter file.
 
 The file's keys are a contract: `...stitch_layer.gate.<model>.weight`, `...stitch_layer.proj.<expert>.weight` (and
-`.bias`, `.down.weight`, `.up.weight`). In memory the adapter's name stands behind `stitch_layer`, and `for_` before
-the model's.
+`.bias`, `.down.weight`, `.up.weight`), `...stitch_output.gate.<model>.weight` (and `.bias`). In memory the adapter's
+name stands behind `stitch_layer` and `stitch_output`, and `for_` before the model's.
 """
 
 from __future__ import annotations
@@ -10,16 +10,27 @@ from __future__ import annotations
 import re
 from typing import Optional
 
-from peft.utils.other import EMBEDDING_LAYER_NAMES, AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .stitch import PerModel
 
 
 _MODEL_KEY = re.compile(
-    r"^(?P<layer>.*\.stitch_layer)\.(?P<adapter>[^.]+)\.(?P<role>gate|proj)\." + PerModel.PREFIX + r"(?P<rest>.+)$"
+    r"^(?P<layer>.*\.stitch_(?:layer|output))\.(?P<adapter>[^.]+)\.(?P<role>gate|proj)\."
+    + PerModel.PREFIX
+    + r"(?P<rest>.+)$"
 )
 _SHOWN = 10  # problems listed in an error
+_ABOUT_EMBEDDINGS = (
+    "Embedding layers of the hub are taken from a file only if the hub's vocabulary has been resized, which is to be "
+    "done before loading, or if the config says that they were saved on request (`save_embedding_layers`)."
+)
+
+
+def is_stitch_weight(name: str) -> bool:
+    """Whether a parameter of a stitched model, by its name in memory, belongs to a stitch adapter."""
+    return ".stitch_layer." in name or ".stitch_output." in name
 
 
 def stitch_weights(state_dict: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
@@ -38,31 +49,40 @@ def file_key(key: str, adapter: str) -> Optional[str]:
     return f"{match['layer']}.{match['role']}.{match['rest']}"
 
 
-def fit_to_model(model: nn.Module, adapter: str, file: dict[str, Tensor]) -> dict[str, Tensor]:
+def fit_to_model(
+    model: nn.Module, adapter: str, file: dict[str, Tensor], *, with_embeddings: bool = False
+) -> dict[str, Tensor]:
     """Translate the tensors of an adapter file to the keys and dtypes of the model.
+
+    Only the adapter's own tensors are taken: its stitches, its `modules_to_save`, and the hub's embedding layers
+    where PEFT was right to save them.
+
+    Args:
+        model: The model with the adapter, a `PeftModel`.
+        adapter: The adapter's name.
+        file: The tensors of the file; those of `modules_to_save` under their keys in memory, as PEFT hands them over.
+        with_embeddings: Whether the hub's embedding layers were saved on request. Those of a hub whose vocabulary has
+            been resized are always taken, since PEFT saves them unasked.
 
     Raises:
         ValueError: Unless the file has exactly the tensors of this adapter, in their shapes.
     """
     full = model.state_dict()
-    model_key = {file_key(key, adapter): key for key in stitch_weights(full, adapter)}
-    # Besides stitches a file may hold what the user asked PEFT to save: modules_to_save, resized embeddings.
-    auxiliary = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
-    stitches = {
-        key: tensor
-        for key, tensor in file.items()
-        if not (auxiliary and key.startswith(auxiliary))
-        and not (key in full and key.split(".")[-2] in EMBEDDING_LAYER_NAMES)
-    }
-    problems = [f"missing: {key}" for key in model_key if key not in stitches]
-    problems += [f"not part of this adapter: {key}" for key in stitches if key not in model_key]
+    stitches = {file_key(key, adapter): key for key in stitch_weights(full, adapter)}
+    needed = stitches | {key: key for key in _trained_copies(model, adapter)}
+    embeddings = {key: where for key, where in _embedding_layers(model).items() if key in file and key not in needed}
+    with_embeddings = with_embeddings or (bool(embeddings) and _is_resized(model))
+    known = {**embeddings, **needed} if with_embeddings else needed
+    problems = [f"missing: {key}" for key in needed if key not in file]
+    problems += [f"not part of this adapter: {key}" for key in file if key not in known]
     problems += [
-        f"{key} has shape {tuple(tensor.shape)}, expected {tuple(full[model_key[key]].shape)}"
-        for key, tensor in stitches.items()
-        if key in model_key and tensor.shape != full[model_key[key]].shape
+        f"{key} has shape {tuple(tensor.shape)}, expected {tuple(full[known[key]].shape)}"
+        for key, tensor in file.items()
+        if known.get(key) is not None and tensor.shape != full[known[key]].shape
     ]
     if problems:
         more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        more += [_ABOUT_EMBEDDINGS] if embeddings and not with_embeddings else []
         raise ValueError(
             f"The weights do not fit stitch adapter {adapter!r} ({len(problems)} problems):\n  "
             + "\n  ".join(problems[:_SHOWN] + more)
@@ -71,6 +91,45 @@ def fit_to_model(model: nn.Module, adapter: str, file: dict[str, Tensor]) -> dic
         )
     # Cast here: with low_cpu_mem_usage the tensors themselves become the weights.
     return {
-        model_key.get(key, key): tensor.to(full[model_key[key]].dtype) if key in model_key else tensor
+        known[key]: tensor.to(full[known[key]].dtype) if key in stitches or key in embeddings else tensor
         for key, tensor in file.items()
+        if known[key] is not None
     }
+
+
+def _trained_copies(model: nn.Module, adapter: str) -> list[str]:
+    """Keys in memory of the modules that the user asked PEFT to train and save with this adapter."""
+    return [
+        f"{path.removeprefix('_fsdp_wrapped_module.')}.{key}"
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for key in module.adapter_state_dict_load_map(adapter).values()
+    ]
+
+
+def _embedding_layers(model: nn.Module) -> dict[str, Optional[str]]:
+    """Keys that PEFT saves the hub's embedding layers under -> keys in memory.
+
+    Beside an embedding layer that is trained (`modules_to_save`), PEFT saves its trained copy once more, under a key
+    that nothing in memory has: `None`.
+    """
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    keys: dict[str, Optional[str]] = {}
+    for path, module in model.named_modules():
+        if not any(module is layer for layer in layers):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            keys |= {f"{path}.modules_to_save.{key}": None for key in module.original_module.state_dict()}
+            path, module = f"{path}.original_module", module.original_module
+        keys |= {f"{path}.{key}": f"{path}.{key}" for key in module.state_dict()}
+    return keys
+
+
+def _is_resized(model: nn.Module) -> bool:
+    """Whether the hub's vocabulary is not that of its checkpoint: PEFT's own rule for saving embedding layers."""
+    hub = model.get_base_model()
+    try:
+        saved = type(hub.config).from_pretrained(hub.name_or_path)
+    except (OSError, ValueError):  # it came from nowhere, or is out of reach
+        return False
+    return saved.get_text_config().vocab_size != hub.config.get_text_config().vocab_size

@@ -1,41 +1,52 @@
 """`StitchModel`: the tuner that PEFT puts around a hub.
 
-It wraps the stitched layers of the hub in `StitchLayer`s, keeps the experts, and opens a `Run` for every forward.
-The experts live here, beside the hub and keyed by adapter: they move and cast with the model and are never saved
-(attaching.py has how they come and go).
+It wraps the stitched layers of the hub in `StitchLayer`s, keeps the experts, and puts a `HubForward` in the place of
+the forward of the hub's backbone. The experts live here, beside the hub and keyed by adapter: they move and cast with
+the model and are never saved.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 import warnings
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Optional, Union
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ._compat import adapter_is_made_by_this_load, keep_repacked_weights
-from .config import EXPERTS_INTO_HUB, StitchConfig, stitch_schedule
-from .experts.expert_set import Attaching, Experts
+from ._compat.bitsandbytes import keep_repacked_weights
+from .config import StitchConfig, stitch_schedule
+from .experts.attaching import ExpertMaker, add_stitch_weights
+from .experts.expert_set import ActiveExperts, ExpertSet, NamedModules
 from .experts.loading import resolve_reference
 from .export.write import export_composition
+from .forward.composition import Composition
 from .forward.decoder import find_decoder, text_config
-from .forward.layer import StitchLayer
+from .forward.expert import Expert
+from .forward.head import ModelHead
+from .forward.hooks import HubForward
+from .forward.layer import StitchLayer, StitchOutput
+from .forward.mixed_head import MixedHead
 from .forward.placement import place_for_stitch
-from .forward.state import Plan, Run, Runs
-from .forward.thread_local import PerThread
-from .inference.dropping import new_run
-from .inference.generate import Generating
+from .inference import generate as generation
+from .inference.dropping import Dropping, DroppingPolicies
+from .inference.joint_lora import JointLora
+from .inference.threads import parallel_streams
 from .keys import file_key, fit_to_model, stitch_weights
-from .stitch import ExpertsIntoHub, HubIntoExperts, PerModel
+from .mixture import OutputMixture
+from .reference import check_expert_name
+from .stitch import Init, PerModel, check_init, make_stitch
 
 
-class StitchModel(Attaching, Generating, BaseTuner):
+class StitchModel(BaseTuner):
     """Branch-Train-Stitch around a causal language model, made by `get_peft_model(hub, StitchConfig(...))`.
 
     Args:
@@ -61,12 +72,16 @@ class StitchModel(Attaching, Generating, BaseTuner):
         # Called once, by BaseTuner.__init__, before anything else of ours.
         self._decoder = find_decoder(model, "The hub")
         self._hub_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.experts = Experts()
-        self._plans: dict[str, Plan] = {}
-        self._inactive: dict[str, set[str]] = {}  # experts that `set_active_experts` left out, by adapter
-        self._dropping = PerThread()
-        self._droppings = 0  # how many `drop_experts` are on, in any thread: compiled code can see this
-        self._runs = Runs(self._decoder.backbone, self._decoder.layers[0], self._active_plan, self._new_run)
+        self.experts = NamedModules()
+        self._expert_sets: dict[str, ExpertSet] = {}  # by adapter; their modules are in `experts`
+        self._maker = ExpertMaker(model, self._all_experts)
+        self._dropping = DroppingPolicies()
+        self._forward = HubForward(
+            self._decoder.backbone, self._decoder.layers[0], self._active_composition, self._dropping.make_state
+        )
+        self._joint_lora = JointLora(self._decoder, self._forward)
+        self._forward.make_executor = self._joint_lora
+        self._mixed_head: Optional[MixedHead] = None  # made with the first adapter that mixes outputs
         self._stitches_enabled = True
         keep_repacked_weights(self)
 
@@ -77,34 +92,63 @@ class StitchModel(Attaching, Generating, BaseTuner):
         """
         config = self.peft_config[adapter_name]
         self._check_adapter_name(adapter_name)
-        stitch_schedule(config, len(self._decoder.layers))
+        schedule = stitch_schedule(config, len(self._decoder.layers))
         # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
-        owner = next((name for name in self.experts if self.peft_config.get(name) is config), None)
+        owner = next((name for name in self._expert_sets if self.peft_config.get(name) is config), None)
         if owner is not None:
-            experts, references = dict(self.experts[owner].items()), config.experts
+            experts = self._expert_sets[owner].by_name()
+            references = config.experts
         else:
             found = {name: resolve_reference(name, reference) for name, reference in config.experts.items()}
-            made = {name: self._load_expert(name, reference, config) for name, reference in found.items()}
+            made = {name: self._maker.load(name, reference, config) for name, reference in found.items()}
             experts = {name: expert for name, (expert, _) in made.items()}
             references = {name: reference for name, (_, reference) in made.items()}
-        self.experts[adapter_name] = Experts(experts)
+        hub_config, projected = text_config(self.model), config.expert_streams == "projected"
+        mixture = config.output == "mixture"
+        expert_set = ExpertSet(
+            adapter_name, schedule, len(self._decoder.layers), hub_config, projected, mixture, experts
+        )
+        self.experts[adapter_name] = expert_set.modules
+        self._expert_sets[adapter_name] = expert_set
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if mixture:
+                self._add_mixture(adapter_name, config)
         except BaseException:
+            self._drop_trained_copies(adapter_name)
             self._forget(adapter_name)
             self._unfreeze_without_adapters()
             raise
         if references != config.experts:
-            self._set_experts(adapter_name, references)
-        self._make_plan(adapter_name)
-        self._runs.watch()
+            self._note_experts(adapter_name, references)
+        self._forward.install()
+        self._joint_lora.prepare(adapter_name, experts)
+
+    def _add_mixture(self, adapter_name: str, config: StitchConfig) -> None:
+        """Make an adapter's output gates; the first ones put a `MixedHead` in the place of the hub's `forward`."""
+        if self._mixed_head is None:
+            head = ModelHead.of(self.model, "The hub")
+            self._mixed_head = MixedHead(self.model, self._forward, self._active_mixture, head)
+        if not hasattr(self.model, "stitch_output"):
+            self.model.stitch_output = StitchOutput()
+        device, dtype = place_for_stitch(self.model.get_output_embeddings())
+        gates = OutputMixture(
+            text_config(self.model).hidden_size,
+            list(self._expert_sets[adapter_name]),
+            init_weights=config.init_weights,
+            device=device,
+            dtype=dtype,
+        )
+        trained = adapter_name in self.active_adapters and not config.inference_mode
+        self.model.stitch_output[adapter_name] = gates.requires_grad_(trained)
+        self._mixed_head.install()
 
     def _check_adapter_name(self, name: str) -> None:
         # PEFT drops every key with `.<name of another adapter>.` in it when it saves an adapter.
         parts = {"base_model", "stitch_layer", "gate", "proj", "up", "down"}
         for path, _ in self.model.named_parameters():
             parts.update(path.split("."))
-        if (name in parts and name not in self._plans) or name.isdigit() or name.startswith(PerModel.PREFIX):
+        if (name in parts and name not in self._expert_sets) or name.isdigit() or name.startswith(PerModel.PREFIX):
             raise ValueError(
                 f"Adapter name {name!r} is part of tensor names of the hub or the stitches; PEFT would drop those "
                 "tensors when it saves another adapter. Choose another name, which is no number and does not start "
@@ -115,7 +159,9 @@ class StitchModel(Attaching, Generating, BaseTuner):
         # A copy: the caller's config may serve another hub with another schedule.
         schedule = stitch_schedule(peft_config, len(self._decoder.layers))
         prepared = copy.copy(peft_config)
-        prepared.target_modules = rf"{re.escape(self._decoder.path)}\.({'|'.join(map(str, schedule))})"
+        layers = "|".join(map(str, schedule))
+        # Without stitches no layer is wrapped, which PEFT takes for a mistake unless told so.
+        prepared.target_modules = rf"{re.escape(self._decoder.path)}\.({layers})" if schedule else DUMMY_TARGET_MODULES
         return prepared
 
     def _create_and_replace(
@@ -129,12 +175,13 @@ class StitchModel(Attaching, Generating, BaseTuner):
         **_: Any,
     ) -> None:
         index = int(target_name)
-        layer = target if isinstance(target, StitchLayer) else StitchLayer(target, index, self._runs)
-        kind = stitch_schedule(peft_config, len(self._decoder.layers))[index]
+        layer = target if isinstance(target, StitchLayer) else StitchLayer(target, index, self._forward)
         device, dtype = place_for_stitch(layer.base_layer)
-        layer.stitch_layer[adapter_name] = (ExpertsIntoHub if kind == EXPERTS_INTO_HUB else HubIntoExperts)(
+        experts = self._expert_sets[adapter_name]
+        layer.stitch_layer[adapter_name] = make_stitch(
+            experts.schedule[index],
             text_config(self.model).hidden_size,
-            {name: expert.width for name, expert in self.experts[adapter_name].items()},
+            {name: experts[name].width for name in experts},
             gate=peft_config.gate,
             gate_bias=peft_config.gate_bias,
             gate_dropout=peft_config.gate_dropout,
@@ -149,15 +196,6 @@ class StitchModel(Attaching, Generating, BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
-    def _make_plan(self, adapter: str) -> None:
-        config = self.peft_config[adapter]
-        hub_layers = len(self._decoder.layers)
-        names = sorted(set(self.experts[adapter].keys()) - self._inactive.get(adapter, set()))
-        experts = {name: self.experts[adapter][name] for name in names}
-        schedule = stitch_schedule(config, hub_layers)
-        projected = config.expert_streams == "projected"
-        self._plans[adapter] = Plan(schedule, hub_layers, text_config(self.model), experts, projected, adapter)
-
     def set_adapter(self, adapter_name: Union[str, list[str]], inference_mode: bool = False) -> None:
         """Make one adapter the active one. Raises `ValueError` for more than one."""
         if not isinstance(adapter_name, str) and len(adapter_name) > 1:
@@ -168,6 +206,7 @@ class StitchModel(Attaching, Generating, BaseTuner):
         """Delete an adapter, with its experts. Without the last one, the hub is what it was before."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        self._drop_trained_copies(adapter_name)
         if adapter_name in self.active_adapters:
             # Chosen here, for all layers alike: they do not all know all adapters.
             rest = [name for name in self.peft_config if name != adapter_name]
@@ -183,8 +222,11 @@ class StitchModel(Attaching, Generating, BaseTuner):
         self._forget(adapter_name)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if not merge:  # PEFT would leave the trained copies in the hub
+            for adapter in list(self.peft_config):
+                self._drop_trained_copies(adapter)
         hub = super()._unload_and_optionally_merge(merge=merge, **kwargs)
-        for adapter in list(self.experts.keys()):
+        for adapter in list(self._expert_sets):
             self._forget(adapter)
         return hub
 
@@ -196,19 +238,33 @@ class StitchModel(Attaching, Generating, BaseTuner):
                     del layer.stitch_layer[adapter]
                 if not layer.stitch_layer:
                     self._decoder.layers[index] = layer.base_layer
-        experts = list(self.experts[adapter].values()) if adapter in self.experts else []
-        if experts or adapter in self.experts:
+        self._joint_lora.forget(adapter)
+        if adapter in self._expert_sets:
             del self.experts[adapter]
-        for expert in experts:
-            self._release(expert)
-        self._plans.pop(adapter, None)
-        self._inactive.pop(adapter, None)
-        if not self._plans:
-            self._runs.unwatch()
+            for expert in self._expert_sets.pop(adapter).modules.values():
+                self._maker.release(expert)
+        if hasattr(self.model, "stitch_output"):
+            self.model.stitch_output.delete_adapter(adapter)
+            if not self.model.stitch_output:
+                del self.model.stitch_output
+                self._mixed_head.remove()
+                self._mixed_head = None
+        if not self._expert_sets:
+            self._forward.remove()
+
+    def _drop_trained_copies(self, adapter: str) -> None:
+        """Drop an adapter's copies of hub modules (`modules_to_save`); a module without copies is itself again."""
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                rest = [name for name in self.active_adapters if name != adapter]
+                module.delete_adapter(adapter, rest)
+                if not module._get_available_adapters():
+                    parent, _, child = path.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, module.original_module)
 
     def _unfreeze_without_adapters(self) -> None:
         """After a failure: PEFT had frozen the hub already."""
-        if not self._plans:
+        if not self._expert_sets:
             for parameter in self._hub_trainable:
                 parameter.requires_grad_(True)
 
@@ -245,6 +301,111 @@ class StitchModel(Attaching, Generating, BaseTuner):
     def _layers_of(self, adapter: str) -> list[StitchLayer]:
         return [x for x in self._decoder.layers if isinstance(x, StitchLayer) and adapter in x.stitch_layer]
 
+    # ---------------------------------------------------------------- experts come and go
+
+    def attach_expert(
+        self,
+        name: str,
+        model: Union[nn.Module, str, dict[str, Any]],
+        *,
+        revision: Optional[str] = None,
+        init: Init = "zero",
+        **loading: Any,
+    ) -> None:
+        """Add an expert to the active adapter, before or after training.
+
+        Args:
+            name: Letters, digits and `_`; not `hub`, not taken.
+            model: A loaded causal LM (used as it is, no copy), or an id, path or reference dict, which is loaded
+                frozen in the hub's dtype and on its device. An id or path of a LoRA of the hub shares its weights.
+            revision: Branch, tag or commit, for an id.
+            init: Start of the new expert's gates, see `ExpertsIntoHub.add_expert`.
+            **loading: How to load an id or path: `quantization_config`, `subfolder`, `device_map`, `max_memory`,
+                `offload_folder`, as for `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            ValueError: If the name, the model, its tokenizer or `init` does not fit; nothing is changed then.
+        """
+        adapter = self._single_active_adapter()
+        config = self.peft_config[adapter]
+        check_expert_name(name)
+        if name in config.experts:
+            raise ValueError(
+                f"Adapter {adapter!r} has an expert {name!r} already; detach it first, or choose another name."
+            )
+        check_init(init, config.gate_bias)
+        if revision is not None:
+            loading["revision"] = revision
+        expert, reference = self._maker.make(name, model, config, loading)
+        try:
+            add_stitch_weights(self._layers_of(adapter), adapter, name, expert.width, init)
+        except BaseException:
+            self._maker.release(expert)
+            raise
+        if config.output == "mixture":
+            self.model.stitch_output[adapter].add_expert(name, init=init)
+        self._expert_sets[adapter].add(name, expert)
+        self._note_experts(adapter, {**config.experts, name: reference})
+        self._joint_lora.prepare(adapter, self._expert_sets[adapter].by_name())
+
+    def detach_expert(self, name: str) -> nn.Module:
+        """Remove an expert and its stitch weights from the active adapter; return its model.
+
+        The gates' softmax renormalises over the models that stay; nothing else changes.
+
+        Raises:
+            ValueError: If there is no such expert.
+        """
+        adapter = self._single_active_adapter()
+        experts = self._expert_sets[adapter]
+        if name not in experts:
+            raise ValueError(f"Adapter {adapter!r} has no expert {name!r}; it has {sorted(experts)}.")
+        for layer in self._layers_of(adapter):
+            layer.stitch_layer[adapter].remove_expert(name)
+        if self.peft_config[adapter].output == "mixture":
+            self.model.stitch_output[adapter].remove_expert(name)
+        expert = experts.remove(name)
+        references = {other: ref for other, ref in self.peft_config[adapter].experts.items() if other != name}
+        self._note_experts(adapter, references)
+        self._joint_lora.prepare(adapter, experts.by_name())
+        return self._maker.release(expert)
+
+    def set_active_experts(self, names: Optional[Iterable[str]] = None) -> ActiveExperts:
+        """Run the active adapter with some of its experts only, without detaching the others.
+
+        The others cost nothing: they are not run, and every softmax goes over the models that are left. Saving is not
+        affected. Works as a statement, until the next call, or as a context manager that goes back at its end:
+
+            with model.set_active_experts(["code"]):
+                model.generate(...)
+
+        An expert that is attached meanwhile takes part. If the last one that takes part is detached, the others do.
+
+        Args:
+            names: Names of experts of the active adapter, at least one; `None` for all of them.
+
+        Raises:
+            ValueError: If there is no such expert, or `names` is empty (`disable_adapter()` runs the hub alone).
+        """
+        adapter = self._single_active_adapter()
+        experts = self._expert_sets[adapter]
+        known = set(experts)
+        chosen = known if names is None else {names} if isinstance(names, str) else set(names)
+        if not chosen <= known:
+            raise ValueError(f"Adapter {adapter!r} has no expert {sorted(chosen - known)}; it has {sorted(known)}.")
+        if not chosen and names is not None:
+            raise ValueError("At least one expert must be active; use `disable_adapter()` to run the hub alone.")
+        before = experts.left_out
+        experts.leave_out(known - chosen)
+        return ActiveExperts(experts, before)
+
+    def _all_experts(self) -> Iterator[Expert]:
+        return (experts[name] for experts in self._expert_sets.values() for name in experts)
+
+    def _note_experts(self, adapter: str, references: dict[str, Any]) -> None:
+        """Note an adapter's experts in its config (in a copy: callers may hold, and share, the old one)."""
+        self.peft_config[adapter] = dataclasses.replace(self.peft_config[adapter], experts=references)
+
     def export(self, path: Union[str, os.PathLike], **kwargs: Any) -> None:
         """Write the active adapter with its models as one standalone checkpoint.
 
@@ -261,25 +422,117 @@ class StitchModel(Attaching, Generating, BaseTuner):
         adapter = self._single_active_adapter()
         stitches = {layer.index: layer.stitch_layer[adapter] for layer in self._layers_of(adapter)}
         export_composition(
-            path, self.model, self._plans[adapter], stitches, self.peft_config[adapter], adapter, **kwargs
+            path,
+            self.model,
+            self._expert_sets[adapter].composition,
+            stitches,
+            self.peft_config[adapter],
+            adapter,
+            **kwargs,
         )
 
-    # ---------------------------------------------------------------- a forward (see run.py)
+    # ---------------------------------------------------------------- inference
 
-    def _active_plan(self) -> Optional[Plan]:
+    def describe_execution(self) -> str:
+        """Say which experts of the active adapter run with the hub as one batch in inference, and why others do not.
+
+        One line for each expert. LoRA experts of the hub do, mostly; every other expert runs by itself. Training runs
+        all experts by themselves.
+        """
+        return self._joint_lora.describe(self._single_active_adapter())
+
+    def generate(
+        self,
+        *args: Any,
+        max_active_experts: Optional[int] = None,
+        expert_threshold: Optional[float] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate text, as the hub's own `generate` does.
+
+        Args:
+            max_active_experts, expert_threshold: Leave out experts meanwhile, see `drop_experts`.
+
+        Raises:
+            ValueError: For drafts that would have to be taken back from an expert with recurrent states, and for
+                continuous batching; with experts left out, for all that needs more than going on: beams, drafts,
+                other caches than `DynamicCache`, or none.
+        """
+        if max_active_experts is not None or expert_threshold is not None:
+            with self.drop_experts(max_active_experts, expert_threshold):
+                return self.generate(*args, **kwargs)
+        observers, dropping = self._forward.settings.observers, self._dropping.current is not None
+        return generation.generate(self.model, self._active_composition(), observers, dropping, args, kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The hub's `generate_batch` (continuous batching) while the adapter is disabled, else a `ValueError`."""
+        if self._active_composition() is not None:
+            generation.refuse_continuous_batching()
+        return self.model.generate_batch(*args, **kwargs)
+
+    def drop_experts(
+        self, max_active_experts: Optional[int] = None, expert_threshold: Optional[float] = None
+    ) -> AbstractContextManager[None]:
+        """Leave out the experts that a sequence does not listen to, while it is decoded with a cache in this thread.
+
+        Inside of the `with`, forwards over several tokens (prompts) run all experts. Forwards over one token run, for
+        every sequence of the batch by itself, the experts with the largest gates of the last stitch over the last few
+        tokens; the others' gates are zero. An expert whose gate opens again first runs over what it has missed, at
+        once, and is where it would be had it run all along. `generate` takes the same arguments.
+
+        Args:
+            max_active_experts: At most so many experts per sequence and token.
+            expert_threshold: Only experts with a mean gate of at least this, from 0 to 1.
+
+        Raises:
+            ValueError: If neither is given, or a value is out of range. Forwards raise it for caches other than a
+                plain `DynamicCache`, and for masks and positions that are not 2D.
+        """
+        return self._dropping.on(Dropping(max_active_experts, expert_threshold))
+
+    def parallel_streams(self, threads: int = 2, *, stack: bool = False) -> AbstractContextManager[None]:
+        """Run hub and experts side by side, for inference: they need each other at stitches only.
+
+        Inside of the `with`, forwards without gradients (`generate`, `torch.no_grad`) run on several threads. It pays
+        on a CPU where one operation is too small for all cores, as in decoding. Every operation gets its share of
+        PyTorch's threads (`torch.get_num_threads() // threads`), and computes what it computes with that many
+        threads otherwise. Forwards with gradients, and compiled ones, run as ever.
+
+        `stack=True` also has the active adapter's experts of one architecture decode as one batch: forwards over one
+        token per sequence, on a CPU of at most 2 sequences, do one matrix product for all of them. Results are the
+        same but for rounding, as with another batch size. Their weights move into common storage, one matrix after
+        the other, and back at the end; so nothing is in memory twice, but for these moments. Forwards that leave out
+        experts (`drop_experts`), and those with other caches than a plain `DynamicCache`, run without stacks.
+
+        Args:
+            threads: How many models run at a time, mostly the number of cores; at least 2, or 1 with `stack`.
+            stack: Run experts that are alike as one.
+
+        Raises:
+            ValueError: If `threads` is out of range, or there are no two experts to stack; the message says why.
+            RuntimeError: If it is on already.
+        """
+        least = 1 if stack else 2
+        if not isinstance(threads, int) or threads < least:
+            raise ValueError(f"threads must be an integer of at least {least}, got {threads!r}.")
+        stacked_of = self._expert_sets[self._single_active_adapter()].composition if stack else None
+        return parallel_streams(self._forward.settings, threads, stacked_of)
+
+    # ---------------------------------------------------------------- a forward (see forward/hooks.py)
+
+    def _active_composition(self) -> Optional[Composition]:
         """What a forward that starts now runs; `None` for the hub alone."""
         if not self._stitches_enabled or not self.active_adapters:
             return None
-        return self._plans.get(self.active_adapters[0])
+        experts = self._expert_sets.get(self.active_adapters[0])
+        return None if experts is None else experts.composition
 
-    def _new_run(self, *args: Any) -> Run:
-        if self._droppings and torch.compiler.is_compiling():
-            return self._new_run_uncompiled(*args)
-        return new_run(self._dropping.get(), *args)
-
-    @torch.compiler.disable(reason="drop_experts() chooses experts by numbers: what it runs cannot be one graph")
-    def _new_run_uncompiled(self, *args: Any) -> Run:
-        return new_run(self._dropping.get(), *args)
+    def _active_mixture(self) -> Optional[tuple[OutputMixture, bool]]:
+        """The output gates that a forward that starts now uses, and whether there are stitches besides."""
+        composition = self._active_composition()
+        if composition is None or not composition.mixture:
+            return None
+        return self.model.stitch_output[composition.adapter], bool(composition.schedule)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
@@ -287,7 +540,7 @@ class StitchModel(Attaching, Generating, BaseTuner):
             raise ValueError("Stitch adapters cannot be mixed within a batch: `adapter_names` is not supported.")
         yield
 
-    # ---------------------------------------------------------------- adapter files (see files.py)
+    # ---------------------------------------------------------------- adapter files (see keys.py)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -303,15 +556,9 @@ class StitchModel(Attaching, Generating, BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        try:
-            return fit_to_model(model, adapter_name, state_dict)
-        except ValueError:
-            tuner = getattr(model, "base_model", None)
-            if isinstance(tuner, cls) and adapter_is_made_by_this_load():
-                tuner._discard(adapter_name)
-            raise
+        return fit_to_model(model, adapter_name, state_dict, with_embeddings=config.save_embedding_layers)
 
-    def _discard(self, adapter: str) -> None:
+    def _discard_adapter(self, adapter: str) -> None:
         """Undo the making of an adapter whose weights could not be loaded."""
         if len(self.peft_config) == 1:
             self.unload()

@@ -7,7 +7,7 @@ The maths runs in the dtype of the stitch's weights; every result has the dtype 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F
@@ -296,3 +296,8 @@ def check_init(init: str, gate_bias: bool) -> None:
         raise ValueError(f"init must be 'zero', 'hub' or 'closed', got {init!r}.")
     if init != "zero" and not gate_bias:
         raise ValueError(f"init={init!r} sets the new gate's bias, but this adapter has gate_bias=False; use 'zero'.")
+
+
+def make_stitch(kind: str, d_hub: int, d_experts: dict[str, int], **options: Any) -> ExpertsIntoHub | HubIntoExperts:
+    """Make a stitch of a kind, `"experts_into_hub"` or `"hub_into_experts"`; arguments as for its class."""
+    return (ExpertsIntoHub if kind == ExpertsIntoHub.kind else HubIntoExperts)(d_hub, d_experts, **options)

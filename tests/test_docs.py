@@ -164,7 +164,7 @@ def commands(page):
             if program in words[:4] and words[-1] != program:
                 yield program.replace("_", "-"), words[words.index(program) + 1 :]
         yield from (
-            (word, words[i + 1 :]) for i, word in enumerate(words) if re.match(r"(examples|benchmarks)/.*py", word)
+            (word, words[i + 1 :]) for i, word in enumerate(words) if re.match(r"examples/.*py|benchmarks\.", word)
         )
 
 
@@ -173,11 +173,14 @@ def options(words):
 
 
 def known_options(script, monkeypatch, capsys):
-    """What a script's `--help` says it takes."""
+    """What the `--help` of a script, or of a module, says it takes."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
     with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        if script.endswith(".py"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__")
     return set(re.findall(r"--\w+", capsys.readouterr().out))
 
 

@@ -13,8 +13,8 @@ import typer
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from rich.console import Console
-from transformers.utils import cached_file
 
+from .._compat.transformers import find_file
 from ..config import StitchConfig
 
 
@@ -85,7 +85,7 @@ def by_name(values: list[str], option: str = "--expert", source: str = "ID_OR_PA
 
 def stitch_config(adapter: str) -> StitchConfig:
     """Read the config of a stitch adapter. Raise a `ValueError` for anything else."""
-    if cached_file(adapter, CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is None:
+    if find_file(adapter, CONFIG_NAME) is None:
         raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")
     config = PeftConfig.from_pretrained(adapter)
     if config.peft_type != "STITCH":

@@ -9,7 +9,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from .._compat import needs
+from ..gates.extras import needs
 from ..gates.trace import trace_gates
 from .common import Adapter, Dtype, Result, by_name
 from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, load_domains, read_documents

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from .. import plan as make_plan
 from ..config import StitchConfig
+from ..planning.estimate import plan as make_plan
 from .common import Experts, Hub, Result, by_name
 
 

@@ -14,8 +14,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils import CONFIG_NAME, infer_device
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
+from .._compat.transformers import find_file
 from ..forward.decoder import text_config
 from .common import stitch_config
 
@@ -66,7 +66,7 @@ def read_documents(source: str, text_column: str) -> list[str]:
 def load(adapter: str, dtype: str, device: Optional[str]) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load an adapter with its models, in eval mode, and the tokenizer beside it, or else that of its hub."""
     config = stitch_config(adapter)
-    own = cached_file(adapter, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    own = find_file(adapter, "tokenizer_config.json")
     if config.base_model_name_or_path is None:
         raise ValueError(f"{adapter!r} does not say what its hub is; set base_model_name_or_path in {CONFIG_NAME}.")
     source, revision = (adapter, None) if own else (config.base_model_name_or_path, config.revision)

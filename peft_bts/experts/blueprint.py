@@ -14,11 +14,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from ..config import as_reference
-from .loading import check_adapter, read_configs, resolve_reference, share_weights
+from .._compat.transformers import is_mixture
+from ..reference import as_reference
+from .loading import check_adapter, read_configs, resolve_reference
+from .weight_sharing import share_weights
 
 
 ModelLike = Union[nn.Module, PreTrainedConfig, str, os.PathLike, dict[str, Any]]
@@ -84,11 +86,6 @@ def expert_blueprint(name: str, expert: ModelLike, hub: nn.Module, dtype: Option
         return model if adapter is None else _with_adapter(model, adapter)
     except (ValueError, RuntimeError) as error:  # no causal language model; an adapter of other modules
         raise ValueError(f"Expert {name!r} cannot be made from its config: {error}") from error
-
-
-def is_mixture(module: nn.Module) -> bool:
-    """Whether this is a model whose experts' kernels (mixture of experts) can be chosen."""
-    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
 
 
 def _model(config: PreTrainedConfig, dtype: Optional[torch.dtype]) -> nn.Module:

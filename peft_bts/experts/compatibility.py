@@ -16,10 +16,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..config import check_expert_name
 from ..formatting import as_text, table
 from ..forward.decoder import find_decoder, text_config
 from ..forward.layer import StitchLayer
+from ..reference import check_expert_name
 from .blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
 from .loading import how_to_replace
 

@@ -1,8 +1,8 @@
-"""From a reference to an expert: find it, load it, share it."""
+"""From a reference to an expert: find it and load it."""
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +11,19 @@ from typing import Any, Optional
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from .._compat import adapters_where_layers_run, real_weights
-from ..config import PLACEMENT_KEYS, HubId, as_reference, is_on_hub
-from ..forward.layer import StitchLayer
+from .._compat.accelerate import real_weights
+from .._compat.peft import adapters_where_layers_run
+from .._compat.transformers import find_file
 from ..forward.placement import is_dispatched, place_for_stitch
+from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
+from .weight_sharing import share_weights
+
+
+_find = functools.partial(find_file, out_of_reach_is_none=True)  # what loads the file says why it is not there
 
 
 def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
@@ -37,16 +40,16 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
             + how_to_replace(name)
         )
     for key in ("model", "adapter"):
-        if isinstance(reference.get(key), HubId) and not is_on_hub(reference[key]):
+        if isinstance(reference.get(key), RepoId) and not is_repo_id(reference[key]):
             raise ValueError(
                 f"Expert {name!r} of this downloaded adapter refers to {str(reference[key])!r}, a path of this "
-                f"machine; only ids of the Hub are followed from a downloaded file. {how_to_replace(name, key)}"
+                f"machine; only repo ids are followed from a downloaded file. {how_to_replace(name, key)}"
             )
     where = _where(reference)
     with _loading(name, source, where):
-        file = _find(CONFIG_NAME, source, where)
+        file = _find(source, CONFIG_NAME, **where)
         if reference.get("adapter") is None:
-            model_file = _find("config.json", source, where)
+            model_file = _find(source, "config.json", **where)
             if file is not None and model_file is None:
                 reference.update(model=None, adapter=source)
             file = model_file or file
@@ -54,7 +57,7 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
     if reference.get("adapter") and reference.get("model"):
         where = _base_where(reference)
         with _loading(name, reference["model"], where):
-            _pin(reference, "base_revision", _find("config.json", reference["model"], where))
+            _pin(reference, "base_revision", _find(reference["model"], "config.json", **where))
     return reference
 
 
@@ -65,7 +68,12 @@ def _pin(reference: dict[str, Any], key: str, file: Optional[str]) -> None:
 
 
 def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Module:
-    """Load the model that a resolved reference names: frozen, in the hub's dtype, on its device.
+    """Load the model that a resolved reference names, in the hub's dtype and on its device.
+
+    Args:
+        name: The expert's name, for errors.
+        reference: What `resolve_reference` has returned.
+        hub: The hub, whose weights a LoRA without a base of its own shares.
 
     Raises:
         ValueError: If it cannot be loaded.
@@ -74,8 +82,8 @@ def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Modu
     how = {key: reference[key] for key in ("quantization_config", *PLACEMENT_KEYS) if reference.get(key) is not None}
     if how and base is None:
         raise ValueError(
-            f"Expert {name!r} is a LoRA on the hub's own weights, which are where and what they are; {sorted(how)} "
-            "cannot be set for it. Name its base as `model` to load that once more."
+            f"Expert {name!r} is a LoRA on the hub's own weights, which are loaded already; {sorted(how)} cannot be "
+            "set for it. Name its base as `model` to load that once more."
         )
     with _loading(name, adapter or base, where), real_weights():
         if adapter is None:
@@ -85,7 +93,7 @@ def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Modu
 
 
 def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrainedConfig], Optional[PeftConfig]]:
-    """What a resolved reference says of its model, without any weight: the model's config, and its adapter's.
+    """Read the configs that a resolved reference leads to: the model's, and its adapter's. Reads no weights.
 
     Returns:
         The model's config, `None` where that is the hub; the adapter's config, `None` where there is no adapter.
@@ -105,7 +113,7 @@ def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrai
 def check_adapter(config: PeftConfig) -> None:
     """Raise `ValueError` for adapters that cannot be experts: soft prompts, stitches, and X-LoRA.
 
-    X-LoRA's config names further adapters by any path or id, which nobody would have looked at.
+    X-LoRA's config names further adapters, by any path or id, and nobody would have checked those.
     """
     if config.is_prompt_learning or config.peft_type in ("STITCH", "XLORA"):
         kind = config.peft_type.value
@@ -114,7 +122,7 @@ def check_adapter(config: PeftConfig) -> None:
 
 @contextmanager
 def _loading(name: str, source: str, where: dict[str, Any]):
-    """Say which expert it was, where it was looked for, and what to do, if that fails."""
+    """Turn any error inside into a `ValueError` that says which expert failed, where it was, and what to do."""
     try:
         yield
     except Exception as error:  # files of others can make their loaders fail in any way
@@ -133,9 +141,9 @@ def _base_where(reference: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """The reference of a model object: where it says it came from.
+    """Return the reference of a model object: where it says it came from.
 
-    What was changed in memory since then is not in there; save such a model and attach it by its path.
+    Changes in memory since then are not in there; save such a model, and attach it by its path.
     """
     if isinstance(model, PeftModel):  # its own adapter may exist in memory only; the base alone would be another model
         return {"model": None}
@@ -152,51 +160,15 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _cached_commit(source: Optional[str]) -> Optional[str]:
-    """The commit of an id that this machine has loaded last; models themselves do not say what they came from."""
-    path = try_to_load_from_cache(source, "config.json") if is_on_hub(source) else None
+    """The commit of a repository that this machine has loaded last; models do not note the one they came from."""
+    path = try_to_load_from_cache(source, "config.json") if is_repo_id(source) else None
     return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
 def _is_stored_quantized(source: str) -> bool:
-    """Whether a checkpoint itself is quantised, so that loading it takes no further word."""
-    path = _find("config.json", source, {})
+    """Whether a checkpoint itself is quantised, so that loading it takes no `quantization_config`."""
+    path = _find(source, "config.json")
     return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def share_weights(hub: nn.Module, adapter: Optional[str] = None) -> nn.Module:
-    """A second module tree over the hub's own parameters and buffers, without stitches: no memory but its objects.
-
-    A LoRA injected into it costs only the LoRA's weights, and leaves the hub alone.
-
-    Args:
-        adapter: Take the `modules_to_save` of this adapter instead of the original modules.
-    """
-    memo: dict[int, Any] = {id(t): t for t in (*hub.parameters(), *hub.buffers())}
-    for module in hub.modules():
-        # Kept beside the parameters: the scales of quantised weights, and the weights that accelerate has offloaded.
-        owners = (module, getattr(module, "_hf_hook", None), *getattr(getattr(module, "_hf_hook", None), "hooks", ()))
-        for owner in owners:
-            for name in ("quant_state", "state", "weights_map", "tied_params_map"):
-                value = getattr(owner, "__dict__", {}).get(name)
-                memo[id(value)] = value
-        # Hooks are bound to their owners, the tuner with all experts among them; the copy gets none.
-        for hooks in [v for k, v in module.__dict__.items() if k.startswith("_forward_") and k.endswith("hooks")]:
-            memo[id(hooks)] = type(hooks)()
-    twin = copy.deepcopy(hub, memo)
-    twin.__dict__.pop("peft_config", None)
-    twin.__dict__.pop("hf_device_map", None)  # PEFT would have accelerate place the shared weights a second time
-    for path, module in list(twin.named_modules()):
-        if isinstance(module, StitchLayer):
-            _set_module(twin, path, module.base_layer)
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            trained = getattr(module, "modules_to_save", {})
-            _set_module(twin, path, dict(trained).get(adapter, module.original_module))
-    return twin
-
-
-def _set_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
 
 
 def _load_model(source: str, hub: nn.Module, **how: Any) -> nn.Module:
@@ -222,20 +194,8 @@ def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Mod
     return PeftModel.from_pretrained(base, source, **where).to(place_for_stitch(base)[0])
 
 
-def _find(file: str, source: str, where: dict[str, Any]) -> Optional[str]:
-    """Path of a file in a folder or in the Hub's cache, where it is brought if need be; `None` if it has none."""
-    return cached_file(
-        source,
-        file,
-        **where,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
 def how_to_replace(name: str, key: str = "model") -> str:
-    """What to do about an expert that is not there, or is another one; the end of many errors."""
+    """Say what to do about an expert that is missing, or is not the right one; the end of many errors."""
     return (
         "To use another copy of this expert, say where it is and hand the config over:\n"
         "    config = StitchConfig.from_pretrained(adapter)\n"

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..config import StitchConfig
-from ..experts.loading import share_weights
+from ..experts.weight_sharing import share_weights
+from ..forward.composition import Composition
 from ..forward.decoder import find_decoder
-from ..forward.expert import layer_return_sizes
-from ..forward.state import Plan
+from ..forward.head import ModelHead
+from ..forward.recorder import layer_return_sizes
 from ..stitch import HUB, PerModel
-from .model import StitchedConfig, StitchedForCausalLM
+from .config import StitchExportConfig
+from .model import StitchExportForCausalLM
 
 
 def export_composition(
     path: Union[str, os.PathLike],
     hub: nn.Module,
-    plan: Plan,
+    composition: Composition,
     stitches: dict[int, nn.Module],
     config: StitchConfig,
     adapter: str,
@@ -34,7 +36,7 @@ def export_composition(
     Args:
         path: The folder.
         hub: The hub, with or without stitches around its layers.
-        plan: What the adapter runs; only its active experts are exported.
+        composition: What the adapter runs; only its active experts are exported.
         stitches: The adapter's stitches by hub layer.
         config, adapter: The adapter's config and name.
         **kwargs: For `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
@@ -43,30 +45,34 @@ def export_composition(
         ValueError: If a model is quantised.
     """
     models = {HUB: share_weights(hub, adapter)}
-    models |= {name: _plain(expert.model) for name, expert in plan.experts.items()}
+    models |= {name: _plain(expert.model) for name, expert in composition.experts.items()}
     for name, model in models.items():
         if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
             raise ValueError(f"Model {name!r} is quantised; load it in a floating-point dtype to export it.")
     decoders = {name: find_decoder(model, f"Model {name!r}") for name, model in models.items()}
-    weight = stitches[max(stitches)].gate.of(HUB).weight
-    standalone_config = StitchedConfig(
+    mixture = None if not composition.mixture else hub.stitch_output[adapter]
+    weight = (stitches[max(stitches)] if stitches else mixture).gate.of(HUB).weight
+    standalone_config = StitchExportConfig(
         models={name: model.config.to_dict() for name, model in models.items()},
-        schedule=[[layer, kind] for layer, kind in plan.schedule.items()],
+        schedule=[[layer, kind] for layer, kind in composition.schedule.items()],
         stitch={
             "gate": config.gate,
             "gate_bias": config.gate_bias,
             "r": config.r,
-            "projected": plan.projected,
+            "projected": composition.projected,
             "dtype": str(weight.dtype).removeprefix("torch."),
         },
         returns={
             name: layer_return_sizes(decoder, models[name].get_input_embeddings().weight.device)[0]
             for name, decoder in decoders.items()
         },
+        final_modules=None
+        if mixture is None
+        else {name: ModelHead.of(model, f"Model {name!r}").final_names() for name, model in models.items()},
         dtype=models[HUB].dtype,
     )
     with torch.device("meta"):
-        standalone = StitchedForCausalLM(standalone_config)
+        standalone = StitchExportForCausalLM(standalone_config)
     state: dict[str, Tensor] = {}
     first = 0
     for name, decoder in decoders.items():
@@ -78,13 +84,21 @@ def export_composition(
             else:
                 state[f"model.backbones.{PerModel.PREFIX}{name}.{key}"] = tensor
         first += len(decoder.layers)
-    active = {HUB, *plan.experts}
+    active = {HUB, *composition.experts}
     for layer, stitch in stitches.items():
         for key, tensor in stitch.state_dict().items():
             if key.split(".")[1].removeprefix(PerModel.PREFIX) in active:
                 state[f"model.stitches.{layer}.{key}"] = tensor
     head = models[HUB].get_output_embeddings()
     state |= {f"lm_head.{key}": tensor for key, tensor in head.state_dict().items()}
+    if mixture is not None:
+        for key, tensor in mixture.state_dict().items():
+            if key.split(".")[1].removeprefix(PerModel.PREFIX) in active:
+                state[f"output_mixture.{key}"] = tensor
+        for name in composition.experts:
+            # A copy: heads that are tied to embeddings are not tied in the checkpoint.
+            for key, tensor in models[name].get_output_embeddings().state_dict().items():
+                state[f"expert_heads.{PerModel.PREFIX}{name}.{key}"] = tensor.clone()
     standalone.load_state_dict(state, assign=True)  # strict: every weight has a place, every place a weight
     standalone.tie_weights()
     standalone.generation_config = copy.deepcopy(models[HUB].generation_config)

@@ -1,33 +1,127 @@
 """One transformers `Cache` for all models.
 
-`generate()` knows one cache, and reorders, crops, repeats, resets and returns it. So the experts' cache layers are
-appended to the hub's `cache.layers`, once, behind the hub's own: whatever generate does to the cache, it does to
-every model. The experts meanwhile see caches of their own, which hold the very same layer objects.
+`generate()` knows one cache, the hub's, and reorders, crops, repeats, resets and returns it. The experts' caches are
+in there, held by one more layer behind the hub's own (`ExpertCaches`): whatever is done to all layers of the cache,
+that layer does to the experts' caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
+import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .expert import Expert, cached_tokens
-from .thread_local import PerThread
+from .thread_local import ThreadLocal
 
 
-# Attributes of a joined cache, by expert name: the experts' own caches, and which experts they were made for.
-_JOINED, _MADE_FOR = "_stitched_caches", "_stitched_experts"
+if TYPE_CHECKING:
+    from .composition import StitchableExpert
 
-# The same, where experts may be dropped: who has seen which tokens (dropping.py).
-ROSTER = "_stitched_roster"
+
+class ExpertCaches:
+    """The layer behind the hub's own layers in a stitched model's cache: it holds the experts' caches.
+
+    It has what transformers asks of every layer of a cache (`Cache` in `cache_utils.py`, read in 5.18 and 5.23).
+
+    Attributes:
+        by_name: The experts' own caches.
+        made_for: The `key` of each expert that they were made for.
+        is_sliding: As of the hub's last layer. Masks are made for the first layer of a kind, which is the hub's then.
+        catch_up: Where experts may be left out, who has seen what of the sequences (inference/dropping.py). The
+            experts' caches are in there then, and `by_name` is empty.
+    """
+
+    supports_early_init = False
+    is_initialized = True
+    keys = values = None
+
+    def __init__(self, by_name: dict[str, Cache], made_for: dict[str, str], is_sliding: bool) -> None:
+        self.by_name, self.made_for = by_name, made_for
+        self.is_sliding = is_sliding
+        self.catch_up: Any = None
+
+    @property
+    def layers(self) -> list[Any]:
+        """All layers of the experts' caches."""
+        return [layer for cache in self.by_name.values() for layer in cache.layers]
+
+    @property
+    def is_compileable(self) -> bool:
+        return all(cache.is_compileable for cache in self.by_name.values())
+
+    @property
+    def is_croppable(self) -> bool:
+        return all(cache.is_croppable for cache in self.by_name.values())
+
+    @property
+    def record_past(self) -> bool:
+        return any(getattr(layer, "record_past", False) for layer in self.layers)
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = value
+
+    def get_max_length(self) -> int:
+        return max((cache.get_max_length() for cache in self.by_name.values()), default=-1)
+
+    def activate_past_recording(self) -> None:
+        for cache in self.by_name.values():
+            cache.activate_past_recording()
+
+    def offload(self) -> None:
+        """The experts' caches see to that themselves."""
+
+    def prefetch(self) -> None:
+        """The experts' caches see to that themselves."""
+
+    def reset(self) -> None:
+        for cache in self.by_name.values():
+            cache.reset()
+
+    def crop(self, *args: Any) -> None:
+        for cache in self.by_name.values():
+            cache.crop(*args)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for cache in self.by_name.values():
+            cache.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for cache in self.by_name.values():
+            cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for cache in self.by_name.values():
+            cache.batch_select_indices(indices)
+
+
+def held_expert_caches(cache: Optional[Cache]) -> Optional[ExpertCaches]:
+    """The experts' caches in a cache of the hub's; `None` if it has none yet."""
+    last = cache.layers[-1] if cache is not None and cache.layers else None
+    return last if isinstance(last, ExpertCaches) else None
+
+
+def cached_tokens(cache: Optional[Cache]) -> Optional[int]:
+    """Tokens that a cache holds; `None` where that is not known: static caches count in a tensor while compiling."""
+    if cache is None:
+        return 0
+    try:
+        length = cache.get_seq_length()
+    except ValueError:  # linear attention only: no length is kept
+        return None
+    return None if isinstance(length, Tensor) and torch.compiler.is_compiling() else int(length)
 
 
 # Whether tokens will be taken back from the caches made now, as drafts are. transformers tells the hub's layers before
 # an expert's exist, and a hub's layers without windows do not note it.
-_ROLLS_BACK = PerThread()
+_ROLLS_BACK = ThreadLocal()
 
 
 @contextmanager
@@ -41,45 +135,35 @@ def caches_roll_back() -> Iterator[None]:
         _ROLLS_BACK.set(before)
 
 
-def find_cache(args: tuple, kwargs: dict[str, Any]) -> Optional[Cache]:
-    """The cache among a decoder layer's arguments. By type: gpt2 passes it by position, others by several names."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Cache):
-            return value
-    return None
-
-
-def check_cache(cache: Cache, experts: dict[str, Expert]) -> None:
+def check_cache(cache: Cache, experts: Mapping[str, StitchableExpert]) -> None:
     """Raise `ValueError` if what the cache holds cannot be continued with these experts.
 
     Called before anything is computed, so that a refused cache is left as it was.
     """
-    joined: Optional[dict[str, Cache]] = getattr(cache, _JOINED, None)
-    if joined is None:
-        held = cached_tokens(cache)
+    held, theirs = cached_tokens(cache), held_expert_caches(cache)
+    if theirs is None:
         if held:
             raise ValueError(
                 f"The cache holds {held} tokens of the hub alone: it was filled while the adapter was "
                 "disabled, or by another model, and has no expert states. Start with an empty cache."
             )
         return
-    if getattr(cache, _MADE_FOR) != {name: expert.key for name, expert in experts.items()}:
+    if theirs.made_for != {name: expert.key for name, expert in experts.items()}:
         raise ValueError(
-            f"The cache was filled with the experts {sorted(joined)}; now {sorted(experts)} are active, or "
+            f"The cache was filled with the experts {sorted(theirs.made_for)}; now {sorted(experts)} are active, or "
             "other models of these names. Start with an empty cache."
         )
-    held, roster = cached_tokens(cache), getattr(cache, ROSTER, None)
-    for name, own in joined.items():
-        theirs = cached_tokens(own) if roster is None else roster.seen
-        if None not in (held, theirs) and held != theirs:
+    for name in theirs.made_for:
+        seen = cached_tokens(theirs.by_name[name]) if theirs.catch_up is None else theirs.catch_up.seen
+        if None not in (held, seen) and held != seen:
             raise ValueError(
-                f"The cache holds {held} tokens of the hub but {theirs} of expert {name!r}: it was used while the "
+                f"The cache holds {held} tokens of the hub but {seen} of expert {name!r}: it was used while the "
                 "adapter was disabled. Start with an empty cache."
             )
 
 
-def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> dict[str, Cache]:
-    """Return every expert's own cache, appending its layers to the hub's cache if that was not done yet.
+def expert_caches(cache: Cache, hub_layers: int, experts: Mapping[str, StitchableExpert]) -> ExpertCaches:
+    """Return the experts' caches in a cache of the hub's, making them if that was not done yet.
 
     Args:
         cache: The cache of the hub's call.
@@ -89,26 +173,27 @@ def join_caches(cache: Cache, hub_layers: int, experts: dict[str, Expert]) -> di
     Raises:
         ValueError: For a kind of cache that cannot be made for an expert.
     """
-    joined = getattr(cache, _JOINED, None)
-    if joined is not None:
-        return joined
-    joined = {name: cache_like(cache, expert.config, f"expert {name!r}") for name, expert in experts.items()}
-    for own in joined.values():
-        if own.offloading and own.only_non_sliding and all(own.is_sliding):
-            own.offloading = False  # nothing to offload, which transformers takes for an error
-    if getattr(cache, "layer_class_to_replicate", None) is not None:
-        # DynamicCache() makes layers as they come; the hub's must all be there before the experts' are appended.
-        while len(cache.layers) < hub_layers:
-            cache.layers.append(cache.layer_class_to_replicate())
-    for own in joined.values():
-        cache.layers.extend(own.layers)
-    setattr(cache, _JOINED, joined)
-    setattr(cache, _MADE_FOR, {name: expert.key for name, expert in experts.items()})
-    return joined
+    held = held_expert_caches(cache)
+    if held is None:
+        made = {name: cache_like(cache, expert.config, f"expert {name!r}") for name, expert in experts.items()}
+        for own in made.values():
+            if own.offloading and own.only_non_sliding and all(own.is_sliding):
+                own.offloading = False  # nothing to offload, which transformers takes for an error
+        if getattr(cache, "layer_class_to_replicate", None) is not None:
+            # DynamicCache() makes layers as they come; the hub's must all be there before the experts'.
+            while len(cache.layers) < hub_layers:
+                cache.layers.append(cache.layer_class_to_replicate())
+        is_sliding = getattr(cache.layers[-1], "is_sliding", False)
+        held = ExpertCaches(made, {name: expert.key for name, expert in experts.items()}, is_sliding)
+        cache.layers.append(held)
+    if getattr(cache, "offloading", False):
+        # Its last layer brings back the one behind, which is the experts' now, instead of its first.
+        cache.prefetch(0, cache.only_non_sliding)
+    return held
 
 
 def is_plain(cache: Cache) -> bool:
-    """Whether rows can be taken out of a cache and put together: it has keys and values, here, and nothing else."""
+    """Whether rows can be taken out of an expert's cache and put together: it has keys and values, here, no more."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return not getattr(cache, "offloading", False) and all(type(layer) in plain for layer in cache.layers)
 

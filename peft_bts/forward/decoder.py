@@ -23,6 +23,11 @@ class Decoder:
     path: str  # dotted path of that list from the model
 
     @property
+    def backbone_path(self) -> str:
+        """Dotted path of the backbone from the model."""
+        return self.path.rpartition(".")[0]
+
+    @property
     def layers(self) -> nn.ModuleList:
         return getattr(self.backbone, self.list_name)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .._compat import replace_captured_hidden_state
+from .._compat.transformers import replace_captured_hidden_state
+from .hooks import ForwardRunner, checkpoint_function
 from .placement import place_for_stitch
-from .state import Runs, checkpoint_function
 
 
 class StitchLayer(nn.Module, BaseTunerLayer):
@@ -19,7 +19,7 @@ class StitchLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: The hub's decoder layer.
         index: Its 0-based place in the hub.
-        runs: Where the forward under way is found (`Runs` opens and closes it).
+        runner: Where the forward under way is found.
 
     Attributes:
         stitch_layer: The stitches by adapter name. An adapter that has none here passes the layer through.
@@ -27,13 +27,13 @@ class StitchLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("stitch_layer",)
 
-    def __init__(self, base_layer: nn.Module, index: int, runs: Runs) -> None:
+    def __init__(self, base_layer: nn.Module, index: int, runner: ForwardRunner) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.index = index
         self.stitch_layer = nn.ModuleDict()
         self.merged_adapters: list[str] = []  # never any; PEFT asks
-        self._runs = runs
+        self._runner = runner
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -48,28 +48,13 @@ class StitchLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and shape of return value as the wrapped layer's."""
         out = self.base_layer(*args, **kwargs)
-        stitch = self._active_stitch()
+        stitch = self.active_stitch()
         if stitch is None:
             return out
-        hidden = out[0] if isinstance(out, tuple) else out
-        if torch.compiler.is_compiling() and self._runs.current() is None:
-            # Layers are compiled one by one, inside of a forward that is not: tracing cannot see that forward's run.
-            new = torch.compiler.disable(self._cross)(stitch, hidden, args, kwargs)
-        else:
-            new = self._cross(stitch, hidden, args, kwargs)
-        replace_captured_hidden_state(hidden, new)
-        return (new, *out[1:]) if isinstance(out, tuple) else new
+        return behind_layer(self._runner, self.index, self.base_layer, stitch, out)
 
-    def _cross(self, stitch: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        run = self._runs.current()
-        if run is None or run.plan is None:
-            raise RuntimeError(
-                f"Hub layer {self.index} was called by itself. A stitched layer works only inside a forward of the "
-                "whole hub, since the experts run beside it; use `model.disable_adapter()` to call single layers."
-            )
-        return run.cross(self.index, stitch, hidden, args, kwargs, checkpoint_function(self.base_layer))
-
-    def _active_stitch(self) -> Optional[nn.Module]:
+    def active_stitch(self) -> Optional[nn.Module]:
+        """The active adapter's stitch; `None` if it has none here, or adapters are disabled."""
         if self.disable_adapters:
             return None
         for adapter in self.active_adapters:
@@ -81,3 +66,70 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         # PEFT would look for `base_layer.weight`. No dtype: loaded stitches have theirs already, and a round trip
         # through the hub's half precision would lose bits.
         return place_for_stitch(base_layer)[0], None
+
+
+class StitchOutput(nn.ModuleDict, BaseTunerLayer):
+    """The output mixtures of a hub, by adapter name; the hub has it as `stitch_output`.
+
+    `MixedHead` does what they are for. Here PEFT turns them on and off, as it does with layers.
+    """
+
+    adapter_layer_names = ()
+    weight = bias = None  # PEFT would ask a wrapped layer for them, and there is none
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged_adapters: list[str] = []  # never any; PEFT asks
+
+    def set_adapter(self, adapter_names: Union[str, list[str]], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, mixture in self.items():
+            mixture.requires_grad_(name in names and not inference_mode)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if enabled:
+            self.set_adapter(self.active_adapters)
+        else:
+            self.requires_grad_(False)
+        self._disable_adapters = not enabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self:
+            del self[adapter_name]
+
+
+def behind_layer(runner: ForwardRunner, index: int, layer: nn.Module, stitch: nn.Module, out: Any) -> Any:
+    """Apply the stitch behind a hub layer to what the layer has returned.
+
+    Args:
+        runner: Where the forward under way is found.
+        index: The layer's 0-based place in the hub.
+        layer: The layer.
+        stitch: `ExpertsIntoHub` or `HubIntoExperts`.
+        out: What the layer has returned: hidden states (B, T, D), or a tuple that starts with them.
+
+    Returns:
+        The same, with the stitched hidden states.
+
+    Raises:
+        RuntimeError: If the layer was called outside of a forward of the whole hub.
+    """
+    hidden = out[0] if isinstance(out, tuple) else out
+    if torch.compiler.is_compiling() and runner.current() is None:
+        # Layers are compiled one by one, inside a forward that is not: tracing cannot see that forward's state.
+        new = torch.compiler.disable(_stitched)(runner, index, layer, stitch, hidden)
+    else:
+        new = _stitched(runner, index, layer, stitch, hidden)
+    replace_captured_hidden_state(hidden, new)
+    return (new, *out[1:]) if isinstance(out, tuple) else new
+
+
+def _stitched(runner: ForwardRunner, index: int, layer: nn.Module, stitch: nn.Module, hidden: Tensor) -> Tensor:
+    state = runner.current()
+    if state is None:
+        raise RuntimeError(
+            f"Hub layer {index} was called by itself. A stitched layer works only inside a forward of the "
+            "whole hub, since the experts run beside it; use `model.disable_adapter()` to call single layers."
+        )
+    return state.apply_stitch(index, stitch, hidden, checkpoint_function(layer))

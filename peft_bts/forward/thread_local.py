@@ -1,4 +1,4 @@
-"""State of a forward under way, when several threads call one model."""
+"""State of calls under way: one value for each thread, and never part of a copy of the model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from typing import Any
 import torch
 
 
-class PerThread:
-    """A slot with one value per thread, so that threads can share a model.
+class Transient:
+    """Belongs to calls under way: copies and pickles of the model it hangs on start with a fresh one."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), ()
+
+
+class ThreadLocal(Transient):
+    """A slot with one value for each thread, so that threads can share a model.
 
     torch.compile cannot trace thread locals; while it traces, the value is a plain attribute, which it sees through.
-    Copies of a model (deepcopy, pickle) start with an empty slot.
     """
 
     def __init__(self) -> None:
@@ -30,17 +36,3 @@ class PerThread:
             self._traced = value
         else:
             self._local.value = value
-
-    def __reduce__(self):
-        return PerThread, ()
-
-
-class Turnstile:
-    """A lock of one model. Copies of the model have a free one of their own."""
-
-    def __init__(self) -> None:
-        lock = threading.Lock()
-        self.acquire, self.release = lock.acquire, lock.release
-
-    def __reduce__(self):
-        return Turnstile, ()

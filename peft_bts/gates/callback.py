@@ -1,4 +1,4 @@
-"""`GateLogger`: whom the stitches listen to, in a Trainer's logs."""
+"""`GateLogger`: mean gates in a Trainer's logs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from .._compat import first_callback
+from ..config import OUTPUT_MIXTURE
 from .trace import GateTrace, trace_gates
 
 
@@ -18,10 +18,13 @@ class GateLogger(TrainerCallback):
 
         Trainer(model=model, callbacks=[GateLogger()], ...)
 
-    With every `loss` come, for the stitch behind each hub layer (0-based), over the tokens of that step's batches:
+    Wherever it is in the list, a Trainer calls it before its other callbacks, reporters among them. With every `loss`
+    come, for the stitch behind each hub layer (0-based), over the tokens of that step's batches:
 
     - `gate/layer_3/code`: the mean gate of a model;
     - `gate_entropy/layer_3`: the normalised entropy of the gates (`GateTable`), 0 to 1.
+
+    With `output="mixture"` come `gate/output/code` and `gate_entropy/output` besides.
 
     Only steps that are logged are traced (with `logging_strategy="epoch"` every step is, and the last of an epoch is
     logged). In distributed training the values are those of the main process's share of the batch.
@@ -39,7 +42,7 @@ class GateLogger(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         with trace_gates(model):  # an unfit model is an error now, not at the first step that is logged
-            first_callback(self)
+            pass
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -54,7 +57,7 @@ class GateLogger(TrainerCallback):
         trace, self._trace = self._trace, None
         self._values = {}
         for row in trace.table(by="stitch").rows if trace.sequences else []:
-            place = f"layer_{row['layer']}"
+            place = "output" if row["kind"] == OUTPUT_MIXTURE else f"layer_{row['layer']}"
             self._values |= {f"gate/{place}/{name}": gate for name, gate in row["gates"].items()}
             self._values[f"gate_entropy/{place}"] = row["normalised_entropy"]
 

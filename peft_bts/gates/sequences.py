@@ -1,6 +1,6 @@
-"""From forwards to sequences: what a trace keeps of each forward, and how those that continue one another join.
+"""From forwards to sequences: what a trace keeps of each forward, and how forwards join that continue one another.
 
-Forwards that continue one cache make a batch. Columns are counted as in the padded batch, from its first token; what
+Forwards that continue one cache make a batch. Columns are counted as in the padded batch, from its first token. What
 is computed again from some column on (a rejected draft, a cropped cache) replaces what was there.
 """
 
@@ -13,12 +13,15 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..forward.expert import cached_tokens
+from ..forward.cache import cached_tokens
 
 
 @dataclass(frozen=True, order=True)
 class TracedStitch:
-    """A stitch: the 0-based hub layer that it sits behind, its kind, and whose gates it has, in the columns' order."""
+    """A stitch: the 0-based hub layer that it sits behind, its kind, and whose gates it has, in the columns' order.
+
+    The gates of an output mixture stand behind all layers, with the kind `"output_mixture"`.
+    """
 
     layer: int
     kind: str

@@ -6,18 +6,15 @@ import io
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._compat import needs
-from ..config import EXPERTS_INTO_HUB
+from ..config import HUB_INTO_EXPERTS, OUTPUT_MIXTURE
 from ..stitch import HUB
-
-
-if TYPE_CHECKING:
-    from .sequences import GateSequence, TracedStitch
+from .extras import needs
+from .sequences import GateSequence, TracedStitch
 
 
 GROUPS = ("domain", "sequence", "phase", "stitch")
@@ -79,7 +76,7 @@ class GateTable:
             ]
             table.add_row(
                 *("-" if row[key] is None else escape(str(row[key])) for key in keys),
-                f"{row['layer']}, {row['kind'].partition('_')[2].replace('_', ' ')}",
+                _place(row),
                 str(row["tokens"]),
                 *gates,
                 f"{row['entropy']:.3f}",
@@ -116,11 +113,17 @@ def make_table(
     return GateTable(by, rows)
 
 
+def _place(row: dict[str, Any]) -> str:
+    if row["kind"] == OUTPUT_MIXTURE:
+        return "output"
+    return f"{row['layer']}, {row['kind'].partition('_')[2].replace('_', ' ')}"
+
+
 def summary(stitch: TracedStitch, gates: Tensor) -> dict[str, Any]:
     """One row of a table, without its keys, from a stitch's gates (tokens, models); NaN: the model took no part."""
     active = ~gates.isnan()
     filled = gates.nan_to_num(0.0).double()
-    if stitch.kind == EXPERTS_INTO_HUB:
+    if stitch.kind != HUB_INTO_EXPERTS:  # one softmax over all models
         dominant = torch.nn.functional.one_hot(filled.argmax(1), len(stitch.models)).double()
         entropy = torch.special.entr(filled).sum(1)
         largest = active.sum(1).double().log()

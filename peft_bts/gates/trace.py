@@ -1,12 +1,13 @@
-"""Whom the stitches listen to: the gates of every token and model, recorded while a model runs.
+"""`trace_gates`: the gates of every token and model, recorded while a model runs.
 
     with trace_gates(model) as trace:
         with trace.domain("math"):
             model.generate(**inputs)
     print(trace.table())
 
-A forward tells the traces of its model, when its last stitch is done, the gates of its tokens (`Run.gates`). A trace
-joins the forwards that continue one cache into sequences: the prompt and every generated token of a `generate()`.
+When its last stitch is done, a forward tells the traces of its model the gates of its tokens (`Observation.gates`).
+A trace joins the forwards that continue one cache into sequences: the prompt and every generated token of a
+`generate()`.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from peft import PeftModel
 from torch import nn
 
-from ..export.model import StitchedForCausalLM, StitchedModel
+from ..config import OUTPUT_MIXTURE
+from ..export.model import StitchExportForCausalLM, StitchExportModel
+from ..forward.hooks import ForwardSettings
 from ..forward.masks import is_text
-from ..forward.observers import Observers
-from ..forward.state import Run, Runs
+from ..forward.observers import Observation
 from ..model import StitchModel
 from ..stitch import HUB
-from . import plots
+from .page import to_html
+from .plots import plot_domains, plot_tokens
 from .sequences import Batch, Chunk, GateSequence, Generation, TracedStitch
 from .table import GateTable, make_table
 
@@ -43,40 +47,36 @@ _CHANGE_OBSERVERS = threading.Lock()
 def trace_gates(model: nn.Module) -> Iterator[GateTrace]:
     """Record the gates of `model` in every forward and `generate()` inside the `with`, in this thread.
 
-    Recording changes no output. What is recorded of a gate per channel is its mean over the channels. Other threads'
-    calls of the same model are not recorded. Traces may be nested; each records all. Code compiled by `torch.compile`
-    breaks its graph to record, so `fullgraph=True` fails inside of a trace; outside, nothing changes for it.
+    Recording changes no output. Of a gate per channel, the mean over the channels is recorded. Calls of the same model
+    in other threads are not recorded. Traces may be nested, and each records everything. Compiled code breaks its
+    graph to record, so `torch.compile(fullgraph=True)` fails inside of a trace; outside, nothing changes for it.
 
     Args:
         model: A `PeftModel` with a stitch adapter, its tuner (`StitchModel`), or an exported composition
-            (`StitchedForCausalLM`), also wrapped for distributed training or compiled.
+            (`StitchExportForCausalLM`), also wrapped for distributed training or compiled.
 
     Raises:
         TypeError: If there are no stitches in `model`.
     """
-    observed, trace = _observed(model), GateTrace()
+    settings, trace = _settings(model), GateTrace()
     with _CHANGE_OBSERVERS:
-        observed.observers = Observers([*observed.observers, trace])
+        settings.observers = (*settings.observers, trace)
     try:
         yield trace
     finally:
         with _CHANGE_OBSERVERS:
-            rest = Observers(observer for observer in observed.observers if observer is not trace)
-            if rest:
-                observed.observers = rest
-            else:
-                del observed.observers  # back to the class's
+            settings.observers = tuple(observer for observer in settings.observers if observer is not trace)
 
 
-def _observed(model: nn.Module) -> Union[Runs, StitchedModel]:
+def _settings(model: nn.Module) -> ForwardSettings:
     """What holds the observers of a model."""
     inner = model
-    while not isinstance(inner, (PeftModel, StitchModel, StitchedForCausalLM, StitchedModel)):
+    while not isinstance(inner, (PeftModel, StitchModel, StitchExportForCausalLM, StitchExportModel)):
         wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)  # compiled; DDP and the like
         if not isinstance(wrapped, nn.Module):
             raise TypeError(
-                "Gates can be traced in a PeftModel with a stitch adapter, its StitchModel, or a StitchedForCausalLM; "
-                f"got a {type(model).__name__}."
+                "Gates can be traced in a PeftModel with a stitch adapter, its StitchModel, or a "
+                f"StitchExportForCausalLM; got a {type(model).__name__}."
             )
         inner = wrapped
     if isinstance(inner, PeftModel):
@@ -84,16 +84,16 @@ def _observed(model: nn.Module) -> Union[Runs, StitchedModel]:
         if not isinstance(inner, StitchModel):
             raise TypeError(f"This PeftModel has no stitches: its tuner is a {type(inner).__name__}.")
     if isinstance(inner, StitchModel):
-        return inner._runs
-    return inner.model if isinstance(inner, StitchedForCausalLM) else inner
+        return inner._forward.settings
+    return (inner.model if isinstance(inner, StitchExportForCausalLM) else inner)._runner.settings
 
 
 class GateTrace:
     """What `trace_gates` recorded; it can be read during the `with` and after it.
 
-    Stitches are counted as in `stitches`, from the first layer to the last: `stitch=-1` is the one before the head.
-    Beam search is recorded as it was computed: a sequence is a place in the batch of beams, and the tokens that beams
-    on this place were given, not one of the returned texts. Drafted tokens that were rejected are taken back.
+    Stitches are counted from the first layer to the last, as in `stitches`: `stitch=-1` is the one before the head.
+    Beam search is recorded as it was computed: a sequence is a place in the batch of beams with the tokens that were
+    given to the beams in this place, not one of the returned texts. Drafted tokens that were rejected are left out.
 
     Attributes:
         label: The domain of the sequences that begin from now on.
@@ -117,19 +117,20 @@ class GateTrace:
 
     # ---------------------------------------------------------------- recording
 
-    def record(self, run: Run) -> None:
+    def record(self, forward: Observation) -> None:
         """Take in a forward (called by the model)."""
         if threading.get_ident() != self._thread:
             return
-        tokens = run.call.get("input_ids")
+        tokens = forward.call.get("input_ids")
+        kinds = {forward.composition.hub_layers: OUTPUT_MIXTURE, **forward.composition.schedule}
         gates = {
-            (layer, run.plan.schedule[layer]): (tuple(by_model), torch.stack(tuple(by_model.values())))
-            for layer, by_model in run.gates.items()
+            (layer, kinds[layer]): (tuple(by_model), torch.stack(tuple(by_model.values())))
+            for layer, by_model in forward.gates.items()
         }
         *_, rows, columns = next(iter(gates.values()))[1].shape
-        generation, start = self._generation, run.past
-        if run.cache is not None:
-            batch = self._of_cache.get(run.cache)
+        generation, start = self._generation, forward.past
+        if forward.cache is not None:
+            batch = self._of_cache.get(forward.cache)
             if start is None:  # recurrent layers do not count their tokens, nor do compiled steps
                 start = 0 if batch is None else batch.end
             continues = batch is not None and 0 < start <= batch.end
@@ -139,18 +140,18 @@ class GateTrace:
         if not continues or rows != batch.rows:
             batch = Batch(self.label, rows)
             self._batches.append(batch)
-            if run.cache is not None:
-                self._of_cache[run.cache] = batch
+            if forward.cache is not None:
+                self._of_cache[forward.cache] = batch
         batch.cut(start)
         batch.chunks.append(
             Chunk(
                 start,
                 columns,
                 None if tokens is None else tokens.detach().clone(),
-                is_text(run.call.get("attention_mask"), run.plan.hub_config, start, columns),
+                is_text(forward.call.get("attention_mask"), forward.composition.hub_config, start, columns),
                 gates,
                 generation,
-                None if generation is None else generation.prompt_of(batch, run.cache, start + columns),
+                None if generation is None else generation.prompt_of(batch, forward.cache, start + columns),
             )
         )
 
@@ -248,9 +249,9 @@ class GateTrace:
         """
         self._check_not_empty()
         if by == "token":
-            return plots.plot_tokens(self, stitch, tokenizer, sequences)
+            return plot_tokens(self.stitches, self.sequences, stitch, tokenizer, sequences)
         if by == "domain":
-            return plots.plot_domains(self, stitch)
+            return plot_domains(self.stitches[stitch], self.table(by="domain", stitch=stitch))
         raise ValueError(f"Gates can be drawn by 'token' or 'domain', got {by!r}.")
 
     def to_html(self, path: Union[str, os.PathLike, None] = None, *, tokenizer: Any = None) -> str:
@@ -270,7 +271,10 @@ class GateTrace:
             ValueError: If nothing was recorded.
         """
         self._check_not_empty()
-        return plots.to_html(self, path, tokenizer)
+        page = to_html(self.stitches, self.sequences, tokenizer)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
 
     def _check_not_empty(self) -> None:
         if not self._batches:

@@ -10,19 +10,25 @@ runs over all of that at once. It then is where it would be, had it listened all
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from ..config import EXPERTS_INTO_HUB
-from ..forward.cache import ROSTER, is_plain, join_caches
-from ..forward.expert import Stream, cached_tokens
+from ..forward.cache import cached_tokens, expert_caches, held_expert_caches, is_plain
+from ..forward.composition import Composition
 from ..forward.masks import is_text
-from ..forward.state import Plan, Run
+from ..forward.state import FinalStates, ForwardState
+from ..forward.stream import Stream
+from ..forward.thread_local import ThreadLocal, Transient
+from ..mixture import OutputMixture
 from ..stitch import HUB
 
 
@@ -65,23 +71,23 @@ class Dropping:
 
 
 @dataclass
-class Group:
+class RowGroup:
     """Sequences for which an expert has seen equally much."""
 
     rows: Tensor  # which sequences of the batch, (R,)
     cache: Cache  # the expert's, of these rows
     done: int  # how many tokens it holds
 
-    def split(self, wanted: Tensor) -> list[Group]:
+    def split(self, wanted: Tensor) -> list[RowGroup]:
         """Groups of the rows that `wanted` (B,) marks, and of the others; one group where that cannot be done."""
         mine = wanted[self.rows]
         if mine.all() or not mine.any() or not is_plain(self.cache):
             return [self]
-        return [Group(self.rows[part], _rows_of(self.cache, part), self.done) for part in (mine, ~mine)]
+        return [RowGroup(self.rows[part], _rows_of(self.cache, part), self.done) for part in (mine, ~mine)]
 
 
 @dataclass
-class Call:
+class MissedForward:
     """One forward: what an expert that took no part in it needs to make up for it. Callers may reuse their tensors."""
 
     start: int  # tokens that the hub's cache held before
@@ -98,7 +104,7 @@ class Call:
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 
 
-class Roster:
+class CatchUpState:
     """Who has seen what of the sequences in a cache. Belongs to the cache.
 
     Attributes:
@@ -109,19 +115,13 @@ class Roster:
         adapter: Whose stitches the sequences were continued with.
     """
 
-    def __init__(self, cache: Cache, joined: dict[str, Cache], plan: Plan, batch: int, seen: int) -> None:
-        self.names, self.adapter = sorted(joined), plan.adapter
+    def __init__(self, caches: dict[str, Cache], adapter: str, batch: int, seen: int) -> None:
+        self.names, self.adapter = sorted(caches), adapter
         self.seen = seen
         every = torch.arange(batch)
-        self.groups = {name: [Group(every, joined[name], self.seen)] for name in self.names}
-        joined.update(dict.fromkeys(joined))  # groups are split and joined anew: nobody shall hold on to the old ones
-        self.missed: list[Call] = []
+        self.groups = {name: [RowGroup(every, caches[name], self.seen)] for name in self.names}
+        self.missed: list[MissedForward] = []
         self.recent: Optional[Tensor] = None
-        # Groups come and go, so their layers cannot stay among the hub's: what is done to all layers would miss them.
-        del cache.layers[plan.hub_layers :]
-        for change in ("crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "reset"):
-            setattr(cache, change, partial(_refuse, change))
-        setattr(cache, ROSTER, self)
 
     def choose(self, policy: Optional[Dropping], new_tokens: int) -> dict[str, Tensor]:
         """Which sequences every expert is to run for, (B,) and boolean by name. Prompts are for all."""
@@ -138,7 +138,7 @@ class Roster:
         before = () if self.recent is None else (self.recent,)
         self.recent = torch.cat([*before, gates_BTN], dim=1)[:, -RECENT:]
 
-    def close(self, ran: list[Group]) -> None:
+    def close(self, ran: list[RowGroup]) -> None:
         """After a forward: groups that are level again become one, and what all have seen is forgotten."""
         for group in ran:
             group.done = self.seen
@@ -147,23 +147,88 @@ class Roster:
             if len(level) > 1 and all(is_plain(group.cache) for group in level):
                 behind = [group for group in groups if group.done < self.seen]
                 rows = torch.cat([group.rows for group in level])
-                joined = Group(rows, _joined_rows([group.cache for group in level]), self.seen)
+                joined = RowGroup(rows, _joined_rows([group.cache for group in level]), self.seen)
                 self.groups[name] = [joined, *behind]
         least = min(group.done for groups in self.groups.values() for group in groups)
         self.missed = [call for call in self.missed if call.start >= least]
 
 
-def new_run(policy: Optional[Dropping], plan: Optional[Plan], call: dict[str, Any], *args: Any) -> Run:
-    """The `Run` for a call: one that can do without experts, if that is asked for or was for the call's cache."""
-    if plan is None or (policy is None and not hasattr(call.get("past_key_values"), ROSTER)):
-        return Run(plan, call, *args)
-    return DroppingRun(policy, plan, call, *args)
+class CatchUpCache(DynamicCache):
+    """A `DynamicCache` some of whose experts have tokens to catch up on: its sequences can only be continued.
+
+    The experts' caches are split into groups of rows then, which nothing that is done to all layers would reach.
+    """
+
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("crop")
+
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("reorder_cache")
+
+    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("batch_repeat_interleave")
+
+    def batch_select_indices(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("batch_select_indices")
+
+    def reset(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("reset")
+
+    def _refuse(self, change: str) -> NoReturn:
+        raise ValueError(
+            f"{change}() on a cache that was filled while experts could be left out: its sequences can only be "
+            "continued. Beam search, drafts and the like need a cache that was filled without `drop_experts`."
+        )
 
 
-class DroppingRun(Run):
+class DroppingPolicies(Transient):
+    """The policies that are on, one for each thread; makes the states of a model's forwards accordingly."""
+
+    def __init__(self) -> None:
+        self._policy = ThreadLocal()
+        self._lock = threading.Lock()
+        self._number = 0  # how many are on, in any thread: compiled code can see this
+
+    @property
+    def current(self) -> Optional[Dropping]:
+        """The policy that is on in this thread."""
+        return self._policy.get()
+
+    @contextmanager
+    def on(self, policy: Dropping) -> Iterator[None]:
+        """Have this thread's forwards leave out experts by `policy`."""
+        before = self.current
+        with self._lock:
+            self._number += 1
+        self._policy.set(policy)
+        try:
+            yield
+        finally:
+            self._policy.set(before)
+            with self._lock:
+                self._number -= 1
+
+    def make_state(self, composition: Composition, call: dict[str, Any], cache: Optional[Cache], *args: Any) -> Any:
+        """The state of a forward: one that can do without experts, if that is asked for or was for its cache."""
+        if self._number and torch.compiler.is_compiling():
+            return self._make_uncompiled(composition, call, cache, *args)
+        return self._make(composition, call, cache, *args)
+
+    def _make(self, composition: Composition, call: dict[str, Any], cache: Optional[Cache], *args: Any) -> Any:
+        held = held_expert_caches(cache)
+        if self.current is None and (held is None or held.catch_up is None):
+            return ForwardState(composition, call, cache, *args)
+        return DroppingForwardState(self.current, composition, call, cache, *args)
+
+    @torch.compiler.disable(reason="drop_experts() chooses experts by numbers: what it runs cannot be one graph")
+    def _make_uncompiled(self, *args: Any) -> Any:
+        return self._make(*args)
+
+
+class DroppingForwardState(ForwardState):
     """A forward in which an expert runs for some sequences only, or for none (see the top of this file).
 
-    A stream belongs to a group of an expert, `(name, place)`, and has the tokens that this group has missed in front
+    A stream belongs to a group of an expert, `(name, number)`, and has the tokens that this group has missed in front
     of the new ones. Hub-into-Experts stitches tell it what the hub was when those came; Experts-into-Hub stitches
     look at its new tokens alone.
     """
@@ -171,74 +236,85 @@ class DroppingRun(Run):
     def __init__(self, policy: Optional[Dropping], *args: Any) -> None:
         super().__init__(*args)
         self.policy = policy
-        self.past = cached_tokens(self.call.get("past_key_values"))
+        self.past = cached_tokens(self.cache)
+        self.catch_up: Optional[CatchUpState] = None  # stays so without a cache: nothing will be decoded
 
     def check(self) -> None:
         cache, mask, places = (self.call.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
         if self.past is None:
             raise ValueError("Experts cannot be dropped beside a hub whose cache does not count its tokens.")
-        if cache is not None and (type(cache) is not DynamicCache or cache.offloading):
+        if cache is not None and (type(cache) not in (DynamicCache, CatchUpCache) or cache.offloading):
             kind = "an offloaded one" if type(cache) is DynamicCache else f"a {type(cache).__name__}"
             raise ValueError(f"Experts can be dropped with a plain DynamicCache only, and this is {kind}.")
         if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
             raise ValueError("Experts can be dropped with 2D attention masks only, or none: one entry per token.")
         if places is not None and places.dim() != 2:
             raise ValueError(f"Experts can be dropped with 2D position_ids only, got {places.dim()} dimensions.")
-        roster = getattr(cache, ROSTER, None)
-        if roster is not None and roster.missed:
-            self._check_goes_on(roster)
+        held = held_expert_caches(self.cache)
+        if held is not None and held.catch_up is not None and held.catch_up.missed:
+            self._check_goes_on(held.catch_up)
         super().check()
 
-    def _check_goes_on(self, roster: Roster) -> None:
-        if roster.adapter != self.plan.adapter:
+    def _check_goes_on(self, catch_up: CatchUpState) -> None:
+        if catch_up.adapter != self.composition.adapter:
             raise ValueError(
-                f"Experts have yet to make up for what they missed under the adapter {roster.adapter!r}, and now "
-                f"{self.plan.adapter!r} is active. Start with an empty cache."
+                f"Experts have yet to make up for what they missed under the adapter {catch_up.adapter!r}, and now "
+                f"{self.composition.adapter!r} is active. Start with an empty cache."
             )
         as_embeds = self.call.get("input_ids") is None
-        if any(("input_ids" not in call.tokens) != as_embeds for call in roster.missed):
+        if any(("input_ids" not in call.tokens) != as_embeds for call in catch_up.missed):
             now, before = ("inputs_embeds", "input_ids") if as_embeds else ("input_ids", "inputs_embeds")
             raise ValueError(
                 f"Experts have yet to make up for tokens that came as {before}; go on with them, not {now}."
             )
 
-    def _start(self, cache: Optional[Cache]) -> dict[Any, Stream]:
-        self.roster = None
-        if cache is None:
-            return super()._start(cache)  # nothing will be decoded
+    def _expert_caches(self) -> dict[str, Cache]:
+        if self.cache is None:
+            return {}
+        held = expert_caches(self.cache, self.composition.hub_layers, self.composition.experts)
+        if held.catch_up is None:
+            tokens = self.call["inputs_embeds"] if self.call.get("input_ids") is None else self.call["input_ids"]
+            held.catch_up = CatchUpState(held.by_name, self.composition.adapter, len(tokens), self.past)
+            held.by_name = {}  # groups are split and joined anew: nobody shall hold on to the old caches
+            self.cache.__class__ = CatchUpCache
+        self.catch_up = held.catch_up
+        return {}
+
+    @property
+    def plain_rows(self) -> bool:
+        return self.catch_up is None
+
+    def begin_streams(self, without: Sequence[str] = ()) -> dict[Hashable, Stream]:
+        if self.catch_up is None:
+            return super().begin_streams(without)
         tokens = {
             name: value.detach().clone()
             for name in _PER_TOKEN
             if isinstance(value := self.call.get(name), Tensor) and value.dim() > 1
         }
         given = tokens.get("input_ids", tokens.get("inputs_embeds"))
-        batch, self.new = given.shape[:2]
-        self.roster = getattr(cache, ROSTER, None)
-        if self.roster is None:
-            joined = join_caches(cache, self.plan.hub_layers, self.plan.experts)
-            self.roster = Roster(cache, joined, self.plan, batch, self.past)
-        roster = self.roster
-        roster.adapter = self.plan.adapter
-        wanted = roster.choose(self.policy, self.new)
-        roster.missed.append(Call(roster.seen, tokens, {}))
-        roster.seen += self.new
+        catch_up, self.new = self.catch_up, given.shape[1]
+        catch_up.adapter = self.composition.adapter
+        wanted = catch_up.choose(self.policy, self.new)
+        catch_up.missed.append(MissedForward(catch_up.seen, tokens, {}))
+        catch_up.seen += self.new
         streams, self.running, self.present = {}, {}, {}
-        for name in roster.names:
-            groups = [part for group in roster.groups[name] for part in group.split(wanted[name])]
-            roster.groups[name] = groups
+        for name in catch_up.names:
+            groups = [part for group in catch_up.groups[name] for part in group.split(wanted[name])]
+            catch_up.groups[name] = groups
             self.present[name] = wanted[name].to(given.device)
-            for place, group in enumerate(groups):
+            for number, group in enumerate(groups):
                 # Others than plain caches (recurrent states) cannot make up for what they missed: they run on unheard.
                 if wanted[name][group.rows].any() or not is_plain(group.cache):
-                    key = (name, place)
-                    self.running[key] = group
-                    streams[key] = self.plan.experts[name](self._call_for(group), group.cache, self.plan.hub_config)
+                    expert, call = self.composition.experts[name], self._call_for(group)
+                    self.running[name, number] = group
+                    streams[name, number] = expert(call, group.cache, self.composition.hub_config)
         return streams
 
-    def _since(self, group: Group) -> list[Call]:
-        return [call for call in self.roster.missed if call.start >= group.done]
+    def _since(self, group: RowGroup) -> list[MissedForward]:
+        return [call for call in self.catch_up.missed if call.start >= group.done]
 
-    def _call_for(self, group: Group) -> dict[str, Any]:
+    def _call_for(self, group: RowGroup) -> dict[str, Any]:
         """The hub's call as this group is to see it: its rows, with all it has missed."""
         calls, rows = self._since(group), group.rows
         if len(calls) == 1:
@@ -257,66 +333,81 @@ class DroppingRun(Run):
             new["attention_mask"] = mask[rows.to(mask.device)]
         return {**self.call, **new}
 
-    def _apply(
+    def _mix(
         self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
     ) -> tuple[Tensor, dict[Any, Tensor]]:
-        if self.roster is None:
-            return super()._apply(layer, stitch, hub_BTD, states)
+        if self.catch_up is None:
+            return super()._mix(layer, stitch, hub_BTD, states)
         if stitch.kind != EXPERTS_INTO_HUB:
             return hub_BTD, self._into_experts(layer, stitch, hub_BTD, states)
-        observe = partial(self._note_gates, layer) if self.observers else None
-        given = {}
-        for (name, place), state in states.items():
-            rows = self.running[name, place].rows.to(hub_BTD.device)
-            if name not in given:
-                given[name] = state.new_zeros(len(hub_BTD), self.new, state.shape[-1], device=hub_BTD.device)
-            given[name][rows] = state[:, -self.new :].to(hub_BTD.device)
-        if layer == self.plan.hub_layers - 1:
-            gates_BTMD = stitch.gates(hub_BTD.to(next(stitch.parameters()).dtype), self.roster.names)
-            text_BT = is_text(self.call.get("attention_mask"), self.plan.hub_config, self.past, self.new)
-            self.roster.note(gates_BTMD.mean(dim=-1)[..., 1:], text_BT)
+        observe = None if self.observation is None else partial(self.observation.note_gates, layer)
+        given = self._of_all_rows(states, hub_BTD.device)
+        if layer == self.composition.hub_layers - 1:
+            gates_BTMD = stitch.gates(hub_BTD.to(next(stitch.parameters()).dtype), self.catch_up.names)
+            self._note_recent(gates_BTMD.mean(dim=-1)[..., 1:])
         present = {name: self.present[name] for name in given}
         new_hub_BTD, _ = stitch(hub_BTD, given, observe, present)
-        if not self.plan.projected:
+        if not self.composition.projected:
             return new_hub_BTD, states
         return new_hub_BTD, {key: stitch.project(key[0], state.to(hub_BTD.device)) for key, state in states.items()}
+
+    def _of_all_rows(self, states: dict[Any, Tensor], device: Optional[torch.device] = None) -> dict[str, Tensor]:
+        """States of the new tokens by expert that ran for some sequence, (B, T, D_i); zero for the others."""
+        batch = sum(len(group.rows) for group in self.catch_up.groups[self.catch_up.names[0]])
+        given: dict[str, Tensor] = {}
+        for (name, number), state in states.items():
+            where = state.device if device is None else device
+            if name not in given:
+                given[name] = state.new_zeros(batch, self.new, state.shape[-1], device=where)
+            given[name][self.running[name, number].rows.to(where)] = state[:, -self.new :].to(where)
+        return given
+
+    def _note_recent(self, gates_BTN: Tensor) -> None:
+        """Remember the experts' gates, for the choice at the next token."""
+        text_BT = is_text(self.call.get("attention_mask"), self.composition.hub_config, self.past, self.new)
+        self.catch_up.note(gates_BTN, text_BT)
 
     def _into_experts(
         self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
     ) -> dict[Any, Tensor]:
-        self.roster.missed[-1].hub[layer] = hub_BTD.detach()
+        self.catch_up.missed[-1].hub[layer] = hub_BTD.detach()
         new_states = {}
         for key, state in states.items():
             group, name = self.running[key], key[0]
             rows = group.rows.to(hub_BTD.device)
             missed = [call.hub[layer][rows] for call in self._since(group)[:-1]]
             hub = torch.cat([*missed, hub_BTD[rows]], dim=1)
-            observe = partial(self._note_rows, layer, rows, len(hub_BTD)) if self.observers else None
+            observe = None if self.observation is None else partial(self._note_rows, layer, rows, len(hub_BTD))
             new_states[key] = stitch(hub, {name: state.to(hub.device)}, observe)[name]
         return new_states
 
     def _note_rows(self, layer: int, rows: Tensor, batch: int, gates: dict[str, Tensor]) -> None:
         for name, gate in gates.items():
             mean = gate[:, -self.new :].detach().float().mean(dim=-1)
-            noted = self.gates.setdefault(layer, {}).setdefault(name, mean.new_zeros(batch, self.new))
+            noted = self.observation.gates.setdefault(layer, {}).setdefault(name, mean.new_zeros(batch, self.new))
             noted[rows] = mean
 
-    def _end(self) -> None:
-        if self.roster is not None:
-            self.roster.close(list(self.running.values()))
-            if self.observers:
-                closed = torch.zeros_like(self.gates[self.plan.hub_layers - 1][HUB])
-                for layer in self.plan.schedule:
-                    gates = self.gates.setdefault(layer, {})
-                    gates.update({name: closed for name in self.roster.names if name not in gates})
-        super()._end()
+    def final_states(self) -> FinalStates:
+        if self.catch_up is None:
+            return super().final_states()
+        last = self.composition.boundary(self.composition.hub_layers - 1)
+        return FinalStates(self._of_all_rows(self.executor.advance(last)), self.present)
 
+    def see_output(self, hub_BTD: Tensor, mixture: OutputMixture) -> None:
+        if self.catch_up is not None and not self.composition.schedule:
+            log_gates_BTM = mixture.log_gates(hub_BTD, self.catch_up.names)
+            self._note_recent(log_gates_BTM.exp()[..., 1:])
 
-def _refuse(change: str, *args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        f"{change}() on a cache that was filled while experts could be left out: its sequences can only be continued. "
-        "Beam search, drafts and the like need a cache that was filled without `drop_experts`."
-    )
+    def finish(self) -> None:
+        if self.catch_up is not None:
+            self.catch_up.close(list(self.running.values()))
+            if self.observation is not None:
+                observed = self.observation.gates
+                closed = torch.zeros_like(observed[self.composition.hub_layers - 1][HUB])
+                for layer in self.composition.schedule:
+                    gates = observed.setdefault(layer, {})
+                    gates.update({name: closed for name in self.catch_up.names if name not in gates})
+        super().finish()
 
 
 def _with_layers(cache: Cache, layers: list[Any]) -> Cache:

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
-from ..forward.expert import StandIn, with_modules
+from ..forward.recorder import StandIn, with_modules
 
 
 # Sequences, on a CPU, up to which one operation for all experts is faster than one for each (benchmarks/speed.py).
 MOST_SEQUENCES = 2
 
 
-class NotAlike(ValueError):
-    """Why experts cannot run as one."""
+class NotStackable(ValueError):
+    """Says why experts cannot run as one."""
 
 
 @dataclass
-class Place:
+class ParameterView:
     """A parameter of an expert, and the part of a stack that it is to be a view of."""
 
     module: nn.Module
@@ -56,16 +56,16 @@ class StackedLinear(nn.Module):
         self.bias_N1O: Optional[Tensor] = None
 
     @torch.inference_mode(False)  # weights made in that mode could not take part in training any more
-    def stack(self) -> list[Place]:
+    def stack(self) -> list[ParameterView]:
         """Copy the weights into stacks, and return where each of the experts' parameters is there."""
         self.weight = torch.stack([layer.weight.data for layer in self.layers])
         self.weight_NOI = self.weight.transpose(1, 2) if isinstance(self.layers[0], Conv1D) else self.weight
-        places = [Place(layer, "weight", layer.weight, part) for layer, part in zip(self.layers, self.weight)]
+        views = [ParameterView(layer, "weight", layer.weight, part) for layer, part in zip(self.layers, self.weight)]
         if self.layers[0].bias is not None:
             bias = torch.stack([layer.bias.data for layer in self.layers])
             self.bias_N1O = bias[:, None]
-            places += [Place(layer, "bias", layer.bias, part) for layer, part in zip(self.layers, bias)]
-        return places
+            views += [ParameterView(layer, "bias", layer.bias, part) for layer, part in zip(self.layers, bias)]
+        return views
 
     def forward(self, x: Tensor) -> Tensor:
         x_NTI = x.reshape(len(self.layers), -1, x.shape[-1])
@@ -126,16 +126,16 @@ def as_one(modules: Sequence[nn.Module]) -> nn.Module:
     """A module over the batch of all, in the place of the same module of every expert."""
     first = modules[0]
     if any(type(module) is not type(first) or module._modules.keys() != first._modules.keys() for module in modules):
-        raise NotAlike("their layers are built of different modules")
+        raise NotStackable("their layers are built of different modules")
     if all(module is first for module in modules):
         return first
     has_tensors = any(value is not None for value in (*first._parameters.values(), *first._buffers.values()))
     if not has_tensors:
         if any(settings(module) != settings(first) for module in modules):
-            raise NotAlike(f"their {type(first).__name__} differ in a setting")
+            raise NotStackable(f"their {type(first).__name__} differ in a setting")
         return with_modules(first, {name: as_one([m._modules[name] for m in modules]) for name in first._modules})
     if any(len(list(part.parameters())) for part in first.children()):
-        raise NotAlike(f"their {type(first).__name__} has weights beside those of its parts")
+        raise NotStackable(f"their {type(first).__name__} has weights beside those of its parts")
     if type(first) in (nn.Linear, Conv1D) and type(first.weight.data) is Tensor:
         weights = {id(module.weight) for module in modules}
         if len(weights) == 1 and len({id(module.bias) for module in modules}) == 1:

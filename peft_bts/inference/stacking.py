@@ -9,7 +9,7 @@ expert. The experts' own parameters become views of the stacks, so nothing is in
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from ..forward.cache import is_plain
-from ..forward.expert import Expert, Stream
+from ..forward.expert import Expert
 from ..forward.placement import is_dispatched
-from .joint_layers import MOST_SEQUENCES, JointCacheLayer, NotAlike, Place, StackedLinear, as_one, settings
+from ..forward.stream import LayerCall, Stream
+from .joint_layers import MOST_SEQUENCES, JointCacheLayer, NotStackable, ParameterView, StackedLinear, as_one, settings
 
 
 # Of configs: what does not tell what layers do.
@@ -38,7 +39,7 @@ class Stack:
         experts: Two or more that are alike (`_check_alike`), by name.
 
     Raises:
-        NotAlike: If they cannot; nothing has been changed then.
+        NotStackable: If they cannot; nothing has been changed then.
     """
 
     def __init__(self, experts: dict[str, Expert]) -> None:
@@ -49,17 +50,17 @@ class Stack:
         self._built = [(module._modules, dict(module._modules)) for module in modules if module._modules]
         tuners = [module for module in modules if isinstance(module, BaseTunerLayer)]
         self._tuners = [(module, copy.deepcopy(settings(module))) for module in tuners]
-        self._places: list[Place] = []
+        self._views: list[ParameterView] = []
         try:
             for layer in self.layers:
                 for module in layer.modules():
                     if isinstance(module, StackedLinear):
-                        places = module.stack()
-                        self._places += places
-                        for place in places:
-                            place.parameter.data = place.part
+                        views = module.stack()
+                        self._views += views
+                        for view in views:
+                            view.parameter.data = view.part
             if not self._is_whole():
-                raise NotAlike("some of their layers share weights")
+                raise NotStackable("some of their layers share weights")
             self._check_results()
         except BaseException:
             self.release()
@@ -67,19 +68,21 @@ class Stack:
 
     def release(self) -> None:
         """Give every expert weights of its own again."""
-        for place in self._places:
-            place.leave()
-        self._places, self.layers = [], []
+        for view in self._views:
+            view.leave()
+        self._views, self.layers = [], []
 
     def _is_whole(self) -> bool:
         """Whether the experts are as they were put together: a move or a cast gives them other weights."""
         return (
-            all(place.is_taken() for place in self._places)
+            all(view.is_taken() for view in self._views)
             and all(now == then for now, then in self._built)
             and all(settings(module) == then for module, then in self._tuners)
         )
 
-    def join(self, streams: dict[str, Any], experts: dict[str, Expert], caches: dict[str, Cache]) -> dict[str, Any]:
+    def join(
+        self, streams: dict[Hashable, Stream], experts: Mapping[str, Any], caches: Mapping[str, Cache]
+    ) -> dict[Hashable, Stream]:
         """The streams of these experts as one, if this forward can run so; else as they are, in a forward of its own.
 
         Args:
@@ -87,8 +90,8 @@ class Stack:
             experts: Of the forward.
             caches: Of the experts, by name; none without a cache.
         """
-        if any(experts.get(name) is not expert for name, expert in self.experts.items()):
-            return streams
+        if any(experts.get(name) is not expert or name not in streams for name, expert in self.experts.items()):
+            return streams  # other experts take part, or (dropping.py) streams of some sequences only
         layers = self.layers  # another thread may be at `release`
         mine = [streams[name] for name in self.experts]
         batch, new_tokens = mine[0].state.shape[:2]
@@ -99,7 +102,7 @@ class Stack:
             return streams
         try:
             joint = _joint_stream(layers, mine, own)
-        except NotAlike:
+        except NotStackable:
             return streams
         return {**streams, **{name: _Lane(joint, i) for i, name in enumerate(self.experts)}}
 
@@ -111,7 +114,7 @@ class Stack:
         tokens = some.view(2, 3).split([2, 1], dim=1)
         caches = [DynamicCache(config=expert.config) for expert in experts]
         if not all(is_plain(cache) for cache in caches):
-            raise NotAlike("they keep other things than keys and values in their caches")
+            raise NotStackable("they keep other things than keys and values in their caches")
         config = experts[0].config
         for ids in tokens:
             streams = [expert({"input_ids": ids}, cache, config) for expert, cache in zip(experts, caches)]
@@ -124,13 +127,13 @@ class Stack:
             try:
                 joint.advance(done)
             except Exception as error:
-                raise NotAlike(f"layer {done - 1} of a batch of all fails: {error}") from error
+                raise NotStackable(f"layer {done - 1} of a batch of all fails: {error}") from error
             for part, stream in zip(joint.parts, streams):
                 alone = stream.advance(done)
                 error = (part - alone).double().norm() / alone.double().norm()
                 digits = torch.finfo(alone.dtype).eps
                 if not error <= (8 if digits > 1e-4 else 64) * digits:
-                    raise NotAlike(f"layer {done - 1} of a batch of all gives other results")
+                    raise NotStackable(f"layer {done - 1} of a batch of all gives other results")
 
 
 class _JointStream(Stream):
@@ -140,8 +143,8 @@ class _JointStream(Stream):
         parts: The experts' hidden states, each (B, T, D).
     """
 
-    def __init__(self, layers: Sequence[nn.Module], tape: list[tuple], parts: list[Tensor]) -> None:
-        super().__init__(layers, tape)
+    def __init__(self, layers: Sequence[nn.Module], calls: list[LayerCall], parts: list[Tensor]) -> None:
+        super().__init__(layers, calls)
         self.parts = parts
 
     def advance(self, layers_done: int, checkpoint: Optional[Callable] = None) -> Tensor:
@@ -179,15 +182,8 @@ class _Lane:
         return self.state
 
 
-class Stacks(list):
-    """The stacks of one model. Copies of the model have none."""
-
-    def __reduce__(self):
-        return Stacks, ()
-
-
 @contextmanager
-def stacked(experts: dict[str, Expert]) -> Iterator[Stacks]:
+def stacked(experts: dict[str, Expert]) -> Iterator[list[Stack]]:
     """Stacks of those experts that are alike, as few as possible, for a while.
 
     Raises:
@@ -196,21 +192,21 @@ def stacked(experts: dict[str, Expert]) -> Iterator[Stacks]:
     reasons: list[str] = []
     left = dict(sorted(experts.items()))
     with ExitStack() as entered:
-        stacks = Stacks()
+        stacks: list[Stack] = []
         while left:
             first = next(iter(left))
             alike = {first: left.pop(first)}
             for name, expert in list(left.items()):
                 try:
                     _check_alike({**alike, name: expert})
-                except NotAlike as error:
+                except NotStackable as error:
                     reasons.append(f"{first!r} and {name!r}: {error}")
                 else:
                     alike[name] = left.pop(name)
             if len(alike) > 1:
                 try:
                     stack = Stack(alike)
-                except NotAlike as error:
+                except NotStackable as error:
                     reasons.append(f"{', '.join(map(repr, alike))}: {error}")
                 else:
                     entered.callback(stack.release)
@@ -224,25 +220,25 @@ def stacked(experts: dict[str, Expert]) -> Iterator[Stacks]:
 def _check_alike(experts: dict[str, Expert]) -> None:
     first, *others = experts.values()
     if any(is_dispatched(expert.model) for expert in experts.values()):
-        raise NotAlike("accelerate has spread one over devices")
+        raise NotStackable("accelerate has spread one over devices")
     for other in others:
         if other.model is first.model:
-            raise NotAlike("they are the same model")
+            raise NotStackable("they are the same model")
         if type(first.model) is not type(other.model) or _architecture(first) != _architecture(other):
-            raise NotAlike("their architectures or configs differ")
+            raise NotStackable("their architectures or configs differ")
     places = [
         [(name, p.shape, p.dtype, p.device) for name, p in expert.layers.named_parameters()]
         for expert in experts.values()
     ]
     if any(place != places[0] for place in places[1:]):
-        raise NotAlike("their weights differ in name, shape, dtype or device")
+        raise NotStackable("their weights differ in name, shape, dtype or device")
     weights = {id(p): p for expert in experts.values() for p in expert.layers.parameters() if p.numel()}.values()
     if any(p.is_inference() for p in weights):
-        raise NotAlike("their weights were made in inference mode")
+        raise NotStackable("their weights were made in inference mode")
     if len({p.data_ptr() for p in weights}) < len(weights):
-        raise NotAlike("some of their weights share memory")
+        raise NotStackable("some of their weights share memory")
     if len({place[3] for place in places[0]}) > 1:
-        raise NotAlike("their layers are on several devices")
+        raise NotStackable("their layers are on several devices")
 
 
 def _architecture(expert: Expert) -> dict[str, Any]:
@@ -255,25 +251,25 @@ def _joint_stream(layers: Sequence[nn.Module], streams: Sequence[Stream], caches
         cache = Cache(layers=[JointCacheLayer(parts) for parts in zip(*(cache.layers for cache in caches))])
     parts = [stream.state for stream in streams]
     batch, number = len(parts[0]), len(parts)
-    tape = [
-        (parts[0], *(_for_all(value, batch, number, cache) for value in (args, kwargs)))
-        for _, args, kwargs in streams[0].tape
+    calls = [
+        LayerCall(parts[0], *(for_all(value, batch, number, cache) for value in (args, kwargs)))
+        for _, args, kwargs in streams[0].calls
     ]
-    return _JointStream(layers, tape, parts)
+    return _JointStream(layers, calls, parts)
 
 
-def _for_all(value: Any, batch: int, number: int, cache: Optional[Cache]) -> Any:
+def for_all(value: Any, batch: int, number: int, cache: Optional[Cache]) -> Any:
     """What a layer of one expert is called with, for the batch of all. Their configs are the same, so this is too."""
     if isinstance(value, Cache):
         return cache
     if isinstance(value, (tuple, list)):
-        return type(value)(_for_all(each, batch, number, cache) for each in value)
+        return type(value)(for_all(each, batch, number, cache) for each in value)
     if isinstance(value, dict):
-        return {name: _for_all(each, batch, number, cache) for name, each in value.items()}
+        return {name: for_all(each, batch, number, cache) for name, each in value.items()}
     if not isinstance(value, Tensor) or value.dim() < 2:
         return value
     if len(value) == batch:
         return value.repeat(number, *[1] * (value.dim() - 1))
     if len(value) == 1:
         return value
-    raise NotAlike(f"their layers take a tensor of shape {tuple(value.shape)} beside hidden states")
+    raise NotStackable(f"their layers take a tensor of shape {tuple(value.shape)} beside hidden states")

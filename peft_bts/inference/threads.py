@@ -1,4 +1,4 @@
-"""Experts that run ahead on threads of their own: between two stitches, no model needs another.
+"""`parallel_streams`: experts on threads of their own, since between two stitches no model needs another.
 
 On a CPU, decoding is many small steps, and a thread per model takes them faster than all threads together take one
 after the other. Every layer computes just what it would compute otherwise; only who runs it, and when, is different.
@@ -6,32 +6,61 @@ after the other. Every layer computes just what it would compute otherwise; only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Optional
 
 import torch
+from torch import Tensor
+
+from ..forward.composition import Composition
+from ..forward.executor import Boundary, Executor, SequentialExecutor
+from ..forward.hooks import ForwardSettings
+from ..forward.state import ForwardState
+from ..forward.stream import Stream
+from .stacking import Stack, stacked
 
 
 Work = Callable[[], object]
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
-class Ahead:
-    """Work of one forward that other threads do meanwhile."""
+class ThreadedExecutor(SequentialExecutor):
+    """Runs streams ahead on other threads, as soon as their states are final."""
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, streams: dict[Hashable, Stream], pool: ThreadPoolExecutor) -> None:
+        super().__init__(streams)
         self._pool = pool
         self._begun: list[tuple[Future, Work]] = []
 
-    def begin(self, work: Work) -> None:
-        """Have this done."""
+    def look_ahead(self, boundary: Boundary) -> None:
+        # Streams of one model take turns: layers that are offloaded, or repacked, change while they run.
+        by_model: dict[int, list[Work]] = {}
+        for stream in self.streams.values():
+            by_model.setdefault(id(stream.layers), []).append(partial(stream.advance, boundary(stream)))
+        for works in by_model.values():
+            self._begin(partial(_in_turn, works))
+
+    def advance(self, boundary: Boundary, checkpoint: Optional[Callable] = None) -> dict[Hashable, Tensor]:
+        self._finish()
+        return super().advance(boundary, checkpoint)
+
+    def close(self) -> None:
+        # Nothing is left, unless there was an error; further errors are dropped, for the forward has failed already.
+        for future, _ in self._begun:
+            future.cancel()
+        wait([future for future, _ in self._begun])
+        self._begun = []
+
+    def _begin(self, work: Work) -> None:
         try:
             self._begun.append((self._pool.submit(_as_in_this_thread(work)), work))
         except RuntimeError:  # another thread has left `parallel_streams` meanwhile
             work()
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Return when all is done. What no thread has taken up by then, this one does."""
         begun, self._begun = self._begun, []
         try:
@@ -44,15 +73,52 @@ class Ahead:
             if not future.cancelled():
                 future.result()
 
-    def abandon(self) -> None:
-        """Return when nobody does anything any more; errors are dropped, for the forward has failed already."""
-        for future, _ in self._begun:
-            future.cancel()
-        wait([future for future, _ in self._begun])
-        self._begun = []
+
+@contextmanager
+def parallel_streams(settings: ForwardSettings, threads: int, stacked_of: Optional[Composition]) -> Iterator[None]:
+    """Run the forwards of a model on threads for a while, and decode experts that are alike as one.
+
+    Args:
+        settings: The model's.
+        threads: How many streams run at a time, the hub's among them.
+        stacked_of: The composition whose experts are to be stacked; `None` for none.
+
+    Raises:
+        ValueError: If there are no two experts to stack.
+        RuntimeError: If it is on already.
+    """
+    if not settings.lock.acquire(blocking=False):
+        raise RuntimeError("parallel_streams() is on already.")
+    with ExitStack() as entered:
+        entered.callback(settings.lock.release)
+        stacks: Sequence[Stack] = ()
+        if stacked_of is not None:
+            stacks = entered.enter_context(stacked(dict(stacked_of.experts)))
+        pool = entered.enter_context(_stream_threads(threads)) if threads > 1 else None
+        before = settings.make_executor
+        settings.make_executor = _SideBySide(pool, stacks)
+        try:
+            yield
+        finally:
+            settings.make_executor = before
 
 
-def may_run_otherwise() -> bool:
+class _SideBySide:
+    """Makes the executors of forwards (a `MakeExecutor`), on threads and over stacks where there are any."""
+
+    def __init__(self, pool: Optional[ThreadPoolExecutor], stacks: Sequence[Stack]) -> None:
+        self.pool, self.stacks = pool, stacks
+
+    def __call__(self, state: ForwardState) -> Executor:
+        streams = state.begin_streams()
+        if not _may_run_otherwise():
+            return SequentialExecutor(streams)
+        for stack in self.stacks:
+            streams = stack.join(streams, state.composition.experts, state.caches)
+        return SequentialExecutor(streams) if self.pool is None else ThreadedExecutor(streams, self.pool)
+
+
+def _may_run_otherwise() -> bool:
     """Whether threads and stacks compute what the experts would: graphs, tracers and modes stay with one thread."""
     return not (
         torch.is_grad_enabled()
@@ -78,19 +144,17 @@ def _as_in_this_thread(work: Work) -> Work:
     return run
 
 
-class _Threads(ThreadPoolExecutor):
-    """Threads of one model. Copies of the model have none."""
-
-    def __reduce__(self):
-        return type(None), ()
+def _in_turn(works: list[Work]) -> None:
+    for work in works:
+        work()
 
 
 @contextmanager
-def stream_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
+def _stream_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Threads beside this one, `threads` with it, that share PyTorch's threads for single operations among them."""
     before = torch.get_num_threads()
     each = max(1, before // threads)
-    with _Threads(threads - 1, "expert", initializer=torch.set_num_threads, initargs=(each,)) as pool:
+    with ThreadPoolExecutor(threads - 1, "expert", initializer=torch.set_num_threads, initargs=(each,)) as pool:
         torch.set_num_threads(each)
         try:
             yield pool

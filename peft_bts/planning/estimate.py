@@ -20,10 +20,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Cache
 
+from .._compat.transformers import is_mixture
 from ..config import StitchConfig
-from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, is_mixture, no_weights
+from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
 from ..formatting import as_text, human, table
+from ..forward.cache import held_expert_caches
 from ..forward.decoder import find_decoder
+from ..keys import is_stitch_weight
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def _parts(model: PeftModel, tokens: Tensor) -> tuple[Part, dict[str, Part], Par
         return Part(sum(weight.numel() for weight in weights), trained, flops / tokens.numel())
 
     experts = model.base_model.experts[model.active_adapter]
-    stitch_weights = new(weight for name, weight in model.named_parameters() if ".stitch_layer." in name)
+    stitch_weights = new(weight for name, weight in model.named_parameters() if is_stitch_weight(name))
     hub_weights = new(model.get_base_model().parameters())
     with model.disable_adapter():
         hub_flops = _flops(model, tokens)
@@ -260,7 +263,8 @@ def _memory(model: PeftModel, tokens: Tensor) -> Memory:
 def _cache_bytes(cache: Cache) -> tuple[int, int]:
     """Bytes that a cache holds, and those among them whose number does not depend on how many tokens it holds."""
     held = {"keys": 0, "values": 0, "conv_states": 0, "recurrent_states": 0}
-    for layer in cache.layers:
+    experts = held_expert_caches(cache)
+    for layer in [*cache.layers, *(() if experts is None else experts.layers)]:
         for kind in held:
             states = getattr(layer, kind, None)
             for state in states.values() if isinstance(states, dict) else [states]:

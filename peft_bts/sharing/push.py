@@ -1,4 +1,4 @@
-"""Sharing through the Hub: what others cannot load, and `push_experts`, which uploads it."""
+"""Sharing through the Hugging Face Hub: what others cannot load, and `push_experts`, which uploads it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 
-from ..config import StitchConfig, is_on_hub
-from ..experts.loading import resolve_reference, share_weights
+from .._compat.bitsandbytes import saves_repacked_weights
+from ..config import StitchConfig
+from ..experts.loading import resolve_reference
+from ..experts.weight_sharing import share_weights
 from ..forward.expert import Expert
 from ..model import StitchModel
+from ..reference import is_repo_id
 from ..stitch import HUB
 
 
@@ -37,12 +40,14 @@ def push_experts(
 
     `model.push_to_hub(...)` then uploads an adapter that others can load. Experts that were loaded from a folder are
     uploaded as they lie there, with their tokenizer, in their own dtype; loaded models that were attached are saved
-    as they are. Of a LoRA expert only the LoRA is uploaded. If an upload fails, those before it are done; call again.
+    as they are. Of a LoRA expert only the LoRA is uploaded. If an upload fails, the ones before it are done and noted;
+    call again for the rest.
 
     Args:
         model: The stitched model.
-        repo_id: Where to: an id with `{name}` in it for the expert's name, `"org/seed-{name}"`, or ids by name.
-        seed: Id for the seed, if that exists only here.
+        repo_id: Where to upload to: an id that has `{name}` for the expert's name, such as `"org/seed-{name}"`, or a
+            dict of ids by expert.
+        seed: Where to upload the seed to, if it exists only here.
         private, token, commit_message: As for `push_to_hub`.
 
     Returns:
@@ -58,7 +63,7 @@ def push_experts(
     config, experts, hub = tuner.peft_config[adapter], tuner.experts[adapter], tuner.model
     ids = _ids([name for name in sorted(experts.keys()) if _is_local(config.experts[name])], repo_id)
     uploads = {name: _Upload.of_expert(name, experts[name], config.experts[name], hub) for name in ids}
-    if not is_on_hub(_seed(model, config)):
+    if not is_repo_id(_seed(model, config)):
         if seed is None:
             raise ValueError(f"{_seed_problem(model, config)}; say where to upload it: seed='org/name'.")
         uploads, ids = (
@@ -77,7 +82,7 @@ def push_experts(
                 other.base_model_name_or_path, other.revision = ids[name], commit
         else:
             reference = {**upload.reference_to(ids[name], commit), "config": config.experts[name]["config"]}
-            tuner._set_experts(adapter, {**tuner.peft_config[adapter].experts, name: reference})
+            tuner._note_experts(adapter, {**tuner.peft_config[adapter].experts, name: reference})
             if experts[name].source is not None:
                 experts[name].source = {key: value for key, value in reference.items() if key != "config"}
     return ids
@@ -85,14 +90,14 @@ def push_experts(
 
 @dataclass
 class _Upload:
-    """A model that is to be uploaded: from the folder that it lies in, if it does, or else as it is in memory.
+    """A model that is to be uploaded: from its folder if it has one, or else as it is in memory.
 
     Attributes:
         what: What to call it in errors.
         model: The model; for a LoRA, the one with the LoRA.
         folder: Where it was loaded from.
         base: For a LoRA, what its base is, by id or path; `None` for the hub itself.
-        rest: What else its reference says, and is to say further on.
+        rest: What else its reference says, and will go on saying.
     """
 
     what: str
@@ -121,14 +126,13 @@ class _Upload:
 
     def check(self) -> None:
         """Raise `ValueError` if it cannot be uploaded, or not so that others can load it."""
-        if self.base is not None and not is_on_hub(self.base):
+        if self.base is not None and not is_repo_id(self.base):
             raise ValueError(
                 f"{self.what} is a LoRA on {self.base!r}, which exists only here. Upload that model yourself, then "
                 'attach the expert with its id: {"model": id, "adapter": the LoRA}.'
             )
         quantizer = getattr(self.model, "hf_quantizer", None)
-        # bitsandbytes 0.50 repacks 4-bit weights for a CPU when they first run, and then saves them wrong.
-        repacked = getattr(self.model, "is_loaded_in_4bit", False) and self.model.device.type == "cpu"
+        repacked = saves_repacked_weights(self.model)
         if quantizer is not None and not self._has_folder and (repacked or not quantizer.is_serializable()):
             kind = self.model.config.quantization_config.quant_method
             raise ValueError(
@@ -158,10 +162,10 @@ class _Upload:
 
 
 def check_others_can_load(model: PeftModel) -> None:
-    """Pin what is not pinned yet in adapters that are to be pushed.
+    """Before a push: check that others can load the adapters, and pin references to commits that are not pinned yet.
 
     Raises:
-        ValueError: If they refer to what exists only here, or is not there.
+        ValueError: If an adapter refers to a model that exists only on this machine, or nowhere.
     """
     for adapter, config in list(model.peft_config.items()):
         problems = [
@@ -169,13 +173,13 @@ def check_others_can_load(model: PeftModel) -> None:
             for name, reference in sorted(config.experts.items())
             if _is_local(reference)
         ]
-        if not is_on_hub(_seed(model, config)):
+        if not is_repo_id(_seed(model, config)):
             problems.insert(0, _seed_problem(model, config))
         if problems:
             raise ValueError(
                 f"Others could not load this adapter, since it refers to what exists only here: {'; '.join(problems)}."
                 "\nUpload that first, `peft_bts.push_experts(model, 'org/{name}')`, or load the adapter with a config "
-                "that names ids. To keep a copy of your own on the Hub all the same: `model.save_pretrained(folder)`, "
+                "that names ids. To upload a copy for yourself all the same: `model.save_pretrained(folder)`, then "
                 "`hf upload <id> <folder>`."
             )
         pinned = {
@@ -183,12 +187,12 @@ def check_others_can_load(model: PeftModel) -> None:
             for name, reference in config.experts.items()
         }
         if pinned != config.experts:
-            model.base_model._set_experts(adapter, pinned)
+            model.base_model._note_experts(adapter, pinned)
 
 
 def _is_local(reference: dict[str, Any]) -> bool:
     sources = [reference[key] for key in ("model", "adapter") if reference.get(key) is not None]
-    return not sources or not all(map(is_on_hub, sources))
+    return not sources or not all(map(is_repo_id, sources))
 
 
 def _source(reference: dict[str, Any]) -> Optional[str]:

@@ -132,20 +132,26 @@ def test_disable_adapter_is_the_seed(root, experts):
     assert len(trainable(model)) == len(stitches(model))
 
 
-def test_unload_gives_the_seed_back(root):
+@pytest.mark.parametrize("end", ["unload", "delete_adapter"])
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"], ["down_proj"]], ids=str)
+def test_the_seed_is_given_back(root, end, modules_to_save):
     """The very object, bitwise, without a hook, and ready to be stitched again."""
     seed = load(root, "seed")
     expected, before = logits(seed), state(seed)
+    options = {"modules_to_save": modules_to_save}
     torch.manual_seed(0)
-    model = get_peft_model(seed, config(root))
+    model = get_peft_model(seed, config(root, **options))
     stitched = logits(model)
     train(model)
-    assert model.unload() is seed
+    if end == "unload":
+        assert model.unload() is seed
+    else:
+        model.delete_adapter("default")
     assert_untouched(seed)
     assert_same(state(seed), before)
     assert torch.equal(logits(seed), expected)
     torch.manual_seed(0)
-    assert torch.equal(logits(get_peft_model(seed, config(root))), stitched)
+    assert torch.equal(logits(get_peft_model(seed, config(root, **options))), stitched)
 
 
 def test_a_config_belongs_to_its_caller(root):

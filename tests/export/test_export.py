@@ -15,7 +15,7 @@ from transformers import (
     StaticCache,
 )
 
-from peft_bts import StitchConfig, StitchedForCausalLM, StitchedModel
+from peft_bts import StitchConfig, StitchExportForCausalLM, StitchExportModel
 from tests.helpers.zoo import ARCHITECTURES, tiny_model
 
 
@@ -165,7 +165,7 @@ def test_shape_for_serving_engines(tmp_path):
     alone = exported(model, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
-    assert isinstance(base, StitchedModel) and isinstance(alone, StitchedForCausalLM)
+    assert isinstance(base, StitchExportModel) and isinstance(alone, StitchExportForCausalLM)
     assert config.num_hidden_layers == 4 + 3 + 4 == len(base.layers) == len(config.layer_types)
     assert base.is_backend_compatible() if hasattr(base, "is_backend_compatible") else base._supports_attention_backend
     indices = [module.layer_idx for layer in base.layers for module in layer.modules() if hasattr(module, "layer_idx")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from tests.helpers.models import FAMILIES, IDS, LEFT, MASKS, assert_near, fresh, logits, stitch
+from tests.helpers.models import FAMILIES, IDS, LEFT, MASKS, assert_near, cache_layers, fresh, logits, stitch
 from tests.helpers.zoo import ARCHITECTURES
 
 
@@ -261,7 +261,7 @@ def test_crop_reset_and_repeat():
 def snapshot(cache):
     return [
         {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in vars(layer).items()}
-        for layer in cache.layers
+        for layer in cache_layers(cache)
     ]
 
 

@@ -1,11 +1,17 @@
 """A forward's state ends with the forward: calls that are refused, stopped or nested leave nothing behind."""
 
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from peft import get_peft_model
 
-from peft_bts import StitchLayer
+from peft_bts import StitchLayer, trace_gates
 from tests.helpers.bad_input import config, refused, stitched
+from tests.helpers.gradients import backward
 from tests.helpers.models import FAMILIES, IDS, LEFT, assert_near, expected_logits, fresh, logits, pristine, stitch
 from tests.helpers.reference import decoder_layers
 
@@ -136,6 +142,106 @@ def test_interruptions_leave_nothing():
         layer(torch.zeros(1, 3, 32), position_embeddings=(torch.ones(1, 3, 8), torch.zeros(1, 3, 8)))
 
 
+@pytest.mark.parametrize(
+    "place", ["embedding", "third hub layer", "expert's first layer", "expert's last layer", "head"]
+)
+@pytest.mark.parametrize("error", [Halt, KeyboardInterrupt])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_interrupted_while_experts_run_on_threads(threads, error, place):
+    """Neither the threads nor what they had begun spoil the next forward; nor is one of them left behind."""
+    model, _, modules = places()
+    before, running = logits(model, attention_mask=LEFT), threading.active_count()
+
+    def stop(module, args):
+        raise error
+
+    with model.parallel_streams(threads):
+        for _ in range(2):
+            hook = modules[place].register_forward_pre_hook(stop)
+            with pytest.raises(error):
+                logits(model)
+            hook.remove()
+            assert torch.equal(logits(model, attention_mask=LEFT), before)
+    assert torch.equal(logits(model, attention_mask=LEFT), before)
+    assert threading.active_count() == running
+
+
+@pytest.mark.parametrize("end", ["it returns", "an error", "Ctrl-C"])
+def test_states_are_let_go_of(end):
+    """When a forward is over, by whatever end, none of its hidden states stays in memory."""
+    model, expert, modules = places()
+    states = []
+    for layer in (*decoder_layers(model.get_base_model())[1], *decoder_layers(expert)[1]):
+        layer.register_forward_hook(
+            lambda layer, args, output: states.append(weakref.ref(output if torch.is_tensor(output) else output[0]))
+        )
+
+    def stop(module, args):
+        raise {"an error": Halt, "Ctrl-C": KeyboardInterrupt}[end]
+
+    if end == "it returns":
+        logits(model)
+    else:
+        hook = modules["head"].register_forward_pre_hook(stop)
+        with pytest.raises((Halt, KeyboardInterrupt)):
+            logits(model)
+        hook.remove()
+        hook = modules["third hub layer"].register_forward_pre_hook(stop)
+        with pytest.raises((Halt, KeyboardInterrupt)):
+            logits(model)
+        hook.remove()
+        logits(model)  # torch skips hooks after Ctrl-C: it is the next forward that clears up
+    gc.collect()
+    assert len(states) > 6 and not [state for state in states if state() is not None]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+@pytest.mark.parametrize("error", [Halt, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["inside a hub layer", "expert's last layer"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_interrupted_backward(place, error, use_reentrant):
+    """With gradient checkpointing the backward pass runs layers again: stopped there, the next step is still right."""
+    model, _, modules = places()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    expected = backward(model)
+
+    def stop(module, args):
+        raise error
+
+    for _ in range(2):
+        loss = model(input_ids=IDS).logits.square().mean()
+        hook = modules[place].register_forward_pre_hook(stop)
+        with pytest.raises(error):
+            loss.backward()
+        hook.remove()
+        del loss
+        actual = backward(model)
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_interrupted_forward_in_a_trace():
+    """A trace has the gates of the forwards that came to an end, and of no other."""
+    model, _, modules = places()
+
+    def stop(module, args):
+        raise KeyboardInterrupt
+
+    with trace_gates(model) as expected:
+        logits(model)
+    with trace_gates(model) as trace:
+        for place in ("third hub layer", "expert's last layer"):
+            hook = modules[place].register_forward_pre_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                logits(model)
+            hook.remove()
+        logits(model)
+    assert len(trace.sequences) == len(expected.sequences) == len(IDS)
+    for one, other in zip(trace.sequences, expected.sequences):
+        assert all(torch.equal(gates, others) for gates, others in zip(one.gates, other.gates, strict=True))
+
+
 # -------------------------------------------------------------------------------------------- forwards within forwards
 
 
@@ -205,3 +311,91 @@ def test_interrupted_forward_within_a_forward():
 
     outer = decoder_layers(hub)[1][2].register_forward_pre_hook(nest)
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("place", ["third hub layer", "expert's first layer", "stitch"])
+def test_three_forwards_deep(place):
+    """Each of the nested forwards is right, though the innermost one is stopped and the middle one swallows that."""
+    model, _, modules = places()
+    inputs = [IDS, IDS[:1, :7], IDS[1:, 3:]]
+    expected, depth, results = [logits(model, ids) for ids in inputs], 0, {}
+
+    def nest(module, args):
+        nonlocal depth
+        if depth == 2:
+            raise KeyboardInterrupt
+        depth += 1
+        try:
+            with torch.no_grad():
+                results[depth] = logits(model, inputs[depth])
+        except KeyboardInterrupt:
+            assert depth == 2
+        finally:
+            depth -= 1
+
+    hook = modules[place].register_forward_pre_hook(nest)
+    assert torch.equal(logits(model), expected[0])
+    hook.remove()
+    assert list(results) == [1] and torch.equal(results[1], expected[1])
+    assert torch.equal(logits(model, inputs[2]), expected[2])
+
+
+def test_generate_within_generate():
+    """At every step of a generation another one runs, with a cache of its own; the tokens of both are as alone."""
+    model, _, modules = places()
+    options, inner = {"max_new_tokens": 4, "do_sample": False}, []
+    alone = model.generate(input_ids=IDS, attention_mask=LEFT, **options)
+    inner_alone = model.generate(input_ids=IDS[:1, :5], **options)
+
+    def nest(module, args):
+        hook.remove()
+        inner.append(model.generate(input_ids=IDS[:1, :5], **options))
+        watch()
+
+    def watch():
+        nonlocal hook
+        hook = modules["third hub layer"].register_forward_pre_hook(nest)
+
+    hook = modules["third hub layer"].register_forward_pre_hook(nest)
+    assert torch.equal(model.generate(input_ids=IDS, attention_mask=LEFT, **options), alone)
+    hook.remove()
+    assert len(inner) == 4 and all(torch.equal(tokens, inner_alone) for tokens in inner)
+
+
+def test_another_thread_in_the_middle_of_a_forward():
+    """A thread that a hook starts runs forwards of its own; the one under way here is none of its business."""
+    model, _, modules = places()
+    before, before_there = logits(model), logits(model, IDS[:1, :7])
+    layer = next(module for module in model.modules() if isinstance(module, StitchLayer))
+    x, call = torch.zeros(1, 3, 32), {"position_embeddings": (torch.ones(1, 3, 8), torch.zeros(1, 3, 8))}
+
+    def there():
+        with torch.no_grad(), pytest.raises(RuntimeError, match="called by itself"):
+            layer(x, **call)
+        return logits(model, IDS[:1, :7])
+
+    def start(module, args):
+        hook.remove()
+        with ThreadPoolExecutor(1) as pool:
+            results.append(pool.submit(there).result(timeout=60))
+
+    results = []
+    for place in PLACES:
+        hook = modules[place].register_forward_pre_hook(start)
+        assert torch.equal(logits(model), before)
+    assert len(results) == len(PLACES) and all(torch.equal(result, before_there) for result in results)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_the_backbone_by_itself(arch):
+    """Called without its head, as to get embeddings of texts, the backbone gives the stitched states."""
+    model = stitch(fresh(arch), {"a": fresh("llama", seed=1)}, num_stitches=2)
+    base, head_reads = model.get_base_model(), []
+    hook = base.get_output_embeddings().register_forward_pre_hook(lambda head, args: head_reads.append(args[0]))
+    logits(model)
+    hook.remove()
+    with torch.no_grad():
+        states = base.base_model(input_ids=IDS).last_hidden_state
+        plain = pristine(arch).base_model(input_ids=IDS).last_hidden_state
+    assert torch.equal(states, head_reads[0])
+    assert states.shape == plain.shape and not torch.allclose(states, plain, atol=1e-2)

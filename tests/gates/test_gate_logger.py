@@ -70,6 +70,28 @@ def test_values_in_history_and_tensorboard(tmp_path, monkeypatch):
         assert [event.value for event in written] == pytest.approx([value] * 3, abs=1e-5)
 
 
+class Reporter(TrainerCallback):
+    """Notes what it was given to report."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.seen.append(gates_in(logs))
+
+
+def test_every_callback_sees_the_gates(tmp_path):
+    """Also those that were added before it; the order among the others stays."""
+    reporter = Reporter()
+    trainer = train(tmp_path, [reporter, GateLogger()], max_steps=2)
+    assert len(reporter.seen[0]) > 8 and not reporter.seen[1]  # a step, and the summary
+    ordered = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert ordered == ["GateLogger", "DefaultFlowCallback", "Reporter", *ordered[3:]]
+    trainer.add_callback(GateLogger())
+    ordered = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert ordered[:3] == ["GateLogger", "GateLogger", "DefaultFlowCallback"]
+
+
 class WhenTraced(TrainerCallback):
     """Notes at which steps the model is traced while it computes."""
 
@@ -77,7 +99,7 @@ class WhenTraced(TrainerCallback):
         self.steps = []
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        if model.base_model._runs.observers:
+        if model.base_model._forward.settings.observers:
             self.steps.append(state.global_step + 1)
 
 
@@ -96,7 +118,7 @@ def test_only_logged_steps_are_traced(tmp_path, options, traced, logged):
     trainer = train(tmp_path, [GateLogger(), when], **options)
     assert when.steps == traced
     assert [logs["step"] for logs in trainer.state.log_history if gates_in(logs)] == logged
-    assert not trainer.model.base_model._runs.observers
+    assert not trainer.model.base_model._forward.settings.observers
 
 
 class Fails(TrainerCallback):

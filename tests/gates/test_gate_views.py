@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from peft_bts import trace_gates
-from peft_bts.gates.plots import token_texts
+from peft_bts.gates.labels import token_texts
 from tests.helpers.models import IDS, LEFT, fresh, logits, stitch
 
 

@@ -187,7 +187,7 @@ def hooks_and_state(model):
         (name, dict(module._forward_hooks), dict(module._forward_pre_hooks), sorted(vars(module)))
         for name, module in model.named_modules()
     ]
-    return hooks, dict(vars(model.base_model._runs))
+    return hooks, dict(vars(model.base_model._forward))
 
 
 def test_nothing_is_left_behind():
@@ -214,7 +214,7 @@ def test_a_copy_is_not_traced():
     with trace_gates(model) as trace:
         logits(copy.deepcopy(model))
         assert not trace.sequences
-    assert not copy.deepcopy(model).base_model._runs.observers
+    assert not copy.deepcopy(model).base_model._forward.settings.observers
 
 
 def test_other_threads_are_not_recorded():
@@ -289,7 +289,7 @@ def test_exported_composition(tmp_path):
     for sequence, other in zip(trace.sequences, expected.sequences, strict=True):
         assert (sequence.token_ids, sequence.generated) == (other.token_ids, other.generated)
         torch.testing.assert_close(sequence.gates, other.gates)
-    assert not alone.model.observers and "observers" not in vars(alone.model)
+    assert not alone.model._runner.settings.observers
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m.base_model, torch.nn.DataParallel], ids=["tuner", "wrapped"])

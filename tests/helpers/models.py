@@ -73,6 +73,11 @@ def expected_logits(model, hub, experts, input_ids=IDS, **kwargs):
         return reference_forward(hub, experts, tensors, config, input_ids, **kwargs)
 
 
+def cache_layers(cache):
+    """The layers of the hub's and of all experts' caches: those of the experts are held by one more layer."""
+    return [one for layer in cache.layers for one in getattr(layer, "layers", [layer])]
+
+
 @torch.no_grad()
 def logits(model, input_ids=IDS, **kwargs):
     return model(input_ids=input_ids, **kwargs).logits

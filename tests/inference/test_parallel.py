@@ -92,6 +92,30 @@ def test_an_error_leaves_the_model_as_it_was():
         assert torch.equal(logits(model), want)
 
 
+def test_after_an_error_no_thread_goes_on():
+    """What threads have begun is waited for: nobody computes, or writes to a cache, when the caller has the error."""
+    model, begun, ended = three(), [], []
+    first = threading.Event()
+
+    def begin(*_):
+        begun.append(threading.get_ident())
+        first.set()
+        time.sleep(0.2)
+
+    def fail(*_):
+        assert first.wait(60)
+        raise ValueError("no luck")
+
+    layer = model.base_model.experts["default"]["lang"].layers[1]
+    layer.register_forward_pre_hook(begin)
+    layer.register_forward_hook(lambda *_: ended.append(threading.get_ident()))
+    model.base_model.model.model.layers[1].register_forward_pre_hook(fail)
+    with model.parallel_streams(4):
+        with pytest.raises(ValueError, match="no luck"):
+            logits(model)
+        assert len(begun) == 1 and begun == ended != [threading.get_ident()]
+
+
 def test_many_callers():
     model = three()
     inputs = [torch.randint(3, 64, (1, 10), generator=torch.Generator().manual_seed(i)) for i in range(6)]

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from peft_bts import StitchConfig
 from tests.helpers.generation import NAMES, decode
-from tests.helpers.models import IDS, LEFT, assert_near, fresh, logits, randomize, stitch
+from tests.helpers.models import IDS, LEFT, assert_near, cache_layers, fresh, logits, randomize, stitch
 
 
 STACKABLE = ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"]
@@ -106,7 +106,7 @@ def test_many_tokens():
                     model(input_ids=ids[:, 18:21], past_key_values=caches[1])
                 if i == 30:
                     caches[1] = copy.deepcopy(caches[1])
-    for one, other in zip(caches[0].layers, caches[1].layers):
+    for one, other in zip(cache_layers(caches[0]), cache_layers(caches[1]), strict=True):
         assert_near(one.keys, other.keys, 1e-12)
 
 
@@ -125,7 +125,7 @@ def test_experts_of_several_architectures():
     model = stitch(fresh("llama").double(), experts, autocast_adapter_dtype=False)
     want = decode(model)
     with model.parallel_streams(stack=True):
-        (stack,) = model.base_model._runs.stacks
+        (stack,) = model.base_model._forward.settings.make_executor.stacks
         assert list(stack.experts) == ["b", "c", "d"]
         assert_near(decode(model), want, 1e-12)
 
@@ -322,7 +322,7 @@ def test_lora_experts_share_the_weights_of_the_seed(tmp_path):
     model = randomize(get_peft_model(from_folder(tmp_path / "seed"), config, autocast_adapter_dtype=False)).eval()
     want, size = decode(model), storages(model)
     with model.parallel_streams(stack=True):
-        (stack,) = model.base_model._runs.stacks
+        (stack,) = model.base_model._forward.settings.make_executor.stacks
         assert list(stack.experts) == ["code", "lang"]  # "math" has another rank
         assert_near(decode(model), want, 1e-12)
         assert storages(model) == size

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_bts import StitchConfig, plan
-from tests.helpers.models import IDS, RIGHT, fresh, stitch
+from tests.helpers.models import IDS, RIGHT, cache_layers, fresh, stitch
 from tests.helpers.zoo import ARCHITECTURES, UNSUPPORTED, tiny_config
 
 
@@ -32,7 +32,7 @@ def cache_bytes(model, *inputs):
         for ids in inputs:
             cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
     states = []
-    for layer in cache.layers:
+    for layer in cache_layers(cache):
         for kind in ("keys", "values", "conv_states", "recurrent_states"):
             held = getattr(layer, kind, None)
             states += list(held.values()) if isinstance(held, dict) else [held]

@@ -1,0 +1,254 @@
+"""What is done about PEFT's insides (0.21.2).
+
+PEFT keeps its methods in an enum, `PeftType`, that has no door for methods from outside. This file adds the member
+`STITCH`; it can shrink to nothing the day PEFT knows the method itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Optional
+
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel, PeftType
+from peft.config import PeftConfigMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import nn
+
+
+# The hub onto which `PeftModel.from_pretrained` is loading a new adapter.
+_HUB_BEING_LOADED_ONTO: ContextVar[Optional[nn.Module]] = ContextVar("hub_being_loaded_onto", default=None)
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Return `PeftType[name]`, adding the member if PEFT has none.
+
+    Follows what `enum` itself does for a member of a `str` enum (Python 3.9 to 3.13), then makes it visible under
+    all three lookups: by name, by value, in iteration.
+
+    Could go if `register_peft_method` took methods that are not in the enum.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)  # `PeftType.NAME`; EnumMeta refuses plain setattr
+    return member
+
+
+def check_config_files(check: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
+    """Have `check(values, path)` look through what PEFT has read from the config file of a stitch adapter.
+
+    `PeftConfig.from_pretrained` reads the file before it knows the class, so a method of the class is not enough.
+
+    Could go if it found the class first, and had that read the file.
+    """
+    read = PeftConfigMixin.from_json_file.__func__
+
+    @functools.wraps(read)
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        values = read(cls, path_json_file, **kwargs)
+        return check(values, path_json_file) if values.get("peft_type") == "STITCH" else values
+
+    PeftConfigMixin.from_json_file = classmethod(from_json_file)
+
+
+def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> None:
+    """Have `update(model, folder, tags)` called whenever PEFT has written the model card of a stitched model.
+
+    `save_pretrained` writes it, and `Trainer.create_model_card` writes it anew. `tags` are those that were there
+    before, which PEFT drops.
+
+    Could go if `create_or_update_model_card` asked the tuner for a section, and kept the tags.
+    """
+    write = PeftModel.create_or_update_model_card
+
+    @functools.wraps(write)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        if self.peft_type != "STITCH":
+            return write(self, output_dir)
+        before = os.path.join(output_dir, "README.md")
+        tags = list(ModelCard.load(before).data.tags or []) if os.path.isfile(before) else []
+        write(self, output_dir)
+        update(self, output_dir, tags)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+
+
+def after_saving(update: Callable[[PeftModel, str, str], None]) -> None:
+    """Have `update(model, adapter, folder)` called for every stitch adapter that `save_pretrained` has saved.
+
+    Also notes in the config whether the user has asked for the embedding layers, which PEFT does not.
+
+    Could go with `after_model_card`, and if PEFT's configs said what is in the file.
+    """
+    save = PeftModel.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        if self.peft_type != "STITCH":
+            return save(self, *args, **kwargs)
+        call = inspect.signature(save).bind(self, *args, **kwargs)
+        call.apply_defaults()
+        folder, adapters = call.arguments["save_directory"], call.arguments["selected_adapters"]
+        for config in self.peft_config.values():
+            config.save_embedding_layers = call.arguments["save_embedding_layers"] is True
+        save(self, *args, **kwargs)
+        if call.arguments["is_main_process"]:
+            for adapter in self.peft_config if adapters is None else adapters:
+                update(self, adapter, folder if adapter == "default" else os.path.join(folder, adapter))
+
+    PeftModel.save_pretrained = save_pretrained
+
+
+def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, str, str], None]) -> None:
+    """For stitched models, have `push_to_hub` call `before(model)` first, and `card(model, folder, repo_id)` last.
+
+    `push_to_hub` writes the card of the repository, or an empty template, over the one that `save_pretrained` has
+    just made, and uploads the folder then.
+
+    Could go if it updated the card that it pushes, and asked the tuner first.
+    """
+    push, upload = PeftModel.push_to_hub, PeftModel._upload_modified_files
+
+    @functools.wraps(push)
+    def push_to_hub(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type == "STITCH":
+            before(self)
+        return push(self, *args, **kwargs)
+
+    @functools.wraps(upload)
+    def _upload_modified_files(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type == "STITCH":
+            card(self, working_dir, repo_id)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    PeftModel.push_to_hub = push_to_hub
+    PeftModel._upload_modified_files = _upload_modified_files
+
+
+def keep_offloaded_hubs() -> None:
+    """Leave the hooks of an offloaded hub alone when a stitch adapter is loaded onto it.
+
+    Where it sees `hf_device_map`, PEFT takes the hooks off and has accelerate place the weights once more, under the
+    names that they have without adapters, together with the adapter and so with all experts. Stitches wrap whole
+    layers, whose hooks stay where they are, so there is nothing to be done.
+
+    Could go if a tuner could tell PEFT that it leaves the layers' hooks as they are.
+    """
+    load_model, load = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
+
+    @functools.wraps(load_model)
+    def from_pretrained(cls, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> PeftModel:
+        stitched = False
+        places = (getattr(model, "hf_device_map", None) or {}).values()
+        if "cpu" in places or "disk" in places:  # else PEFT leaves the hooks alone
+            config = inspect.signature(load_model).bind(cls, model, model_id, *args, **kwargs).arguments.get("config")
+            where = {k: kwargs[k] for k in ("subfolder", "revision", "cache_dir", "token") if k in kwargs}
+            kind = PeftConfig._get_peft_type(model_id, **where) if config is None else config.peft_type
+            stitched = kind == "STITCH"
+        with _without_device_map(model) if stitched else nullcontext():
+            return load_model(cls, model, model_id, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        with _without_device_map(self.get_base_model()) if self.peft_type == "STITCH" else nullcontext():
+            return load(self, *args, **kwargs)
+
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+    PeftModel.load_adapter = load_adapter
+
+
+@contextmanager
+def _without_device_map(hub: nn.Module):
+    device_map = vars(hub).pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if device_map is not None:
+            hub.hf_device_map = device_map
+
+
+def undo_failed_loads(undo: Callable[[nn.Module, str], None]) -> None:
+    """Have `undo(tuner, adapter)` called when the weights of a stitch adapter could not be loaded that was new.
+
+    PEFT makes an adapter before it reads the weights, and leaves it there, untrained, whatever happens to them. An
+    adapter that was there before stays. Errors become `ValueError`s that name the file.
+
+    Could go if `load_adapter` and `from_pretrained` deleted what they have made.
+    """
+    load_model, load = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
+
+    @functools.wraps(load_model)
+    def from_pretrained(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
+        token = _HUB_BEING_LOADED_ONTO.set(model)
+        try:
+            return load_model(cls, model, *args, **kwargs)  # which calls `load_adapter` of what it has made
+        finally:
+            _HUB_BEING_LOADED_ONTO.reset(token)
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if self.peft_type != "STITCH":
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        new = adapter_name not in self.peft_config or self.get_base_model() is _HUB_BEING_LOADED_ONTO.get()
+        try:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        except BaseException as error:
+            if adapter_name not in self.peft_config:  # it could not even be made: the error is not about weights
+                raise
+            if new:
+                undo(self.base_model, adapter_name)
+            if not isinstance(error, Exception) or (isinstance(error, OSError) and not os.path.isdir(model_id)):
+                raise  # interrupted; no network
+            place, reason = _place_of_weights(model_id, **kwargs), str(error) or type(error).__name__
+            if isinstance(error, KeyError):
+                reason = f"tensor {reason} is missing."
+            elif os.path.isdir(model_id) and not os.path.isfile(place):
+                reason = "there is no such file."
+            raise ValueError(f"Adapter {adapter_name!r} could not be loaded from {place!r}: {reason}") from error
+
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+    PeftModel.load_adapter = load_adapter
+
+
+def _place_of_weights(model_id: str, subfolder: Optional[str] = None, revision: Optional[str] = None, **_: Any) -> str:
+    """Where PEFT looks for the weights of an adapter: a file, or what it was asked to download."""
+    if not os.path.isdir(model_id):
+        return os.fspath(model_id) + (f" at revision {revision}" if revision else "")
+    files = [os.path.join(model_id, subfolder or "", name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    return next(filter(os.path.isfile, files), files[0])
+
+
+@contextmanager
+def adapters_where_layers_run(device_of: Callable[[nn.Module], torch.device]):
+    """Have PEFT load adapters to `device_of(layer)` where an offloaded layer holds meta tensors.
+
+    It would move them to the meta device as well, for accelerate to place them anew with all weights.
+
+    Could go if the method that is replaced here asked the layer's accelerate hook.
+    """
+    ask = BaseTunerLayer._get_base_layer_device_and_dtype
+
+    def device_and_dtype(self: BaseTunerLayer, base_layer: nn.Module) -> tuple:
+        device, dtype = ask(self, base_layer)
+        return (device_of(base_layer) if device is not None and device.type == "meta" else device), dtype
+
+    BaseTunerLayer._get_base_layer_device_and_dtype = device_and_dtype
+    try:
+        yield
+    finally:
+        BaseTunerLayer._get_base_layer_device_and_dtype = ask

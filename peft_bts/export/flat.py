@@ -1,0 +1,71 @@
+"""One flat list of layers for all models of an exported composition, and one flat cache with a layer for each.
+
+Serving engines expect that: every attention layer has the number of its place in the list. The models' own backbones
+count their own layers; what is here stands between the two ways of counting.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from torch import nn
+from transformers import Cache
+
+from ..forward.cache import cache_like, cached_tokens
+
+
+class FlatLayers(list):
+    """The layers of a cache that has one for every decoder layer of a composition."""
+
+
+class LayerRange(Sequence):
+    """One model's stretch of the flat list: its layers by its own count, and its view of the flat cache."""
+
+    def __init__(self, layers: nn.ModuleList, first: int, num_layers: int, config: Any) -> None:
+        self._layers, self.first, self.num_layers, self.config = layers, first, num_layers, config
+
+    def __getitem__(self, index: int) -> FlatCall:
+        return FlatCall(self._layers[self.first + index])
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+    def view(self, cache: Optional[Cache]) -> Optional[Cache]:
+        """The cache as this model's backbone knows it: lengths are asked for by its own count of layers."""
+        if cache is None:
+            return None
+        view = copy.copy(cache)
+        view.layers = cache.layers[self.first : self.first + self.num_layers]
+        view.flat = cache
+        return view
+
+
+class FlatCall:
+    """A layer that is called with the flat cache instead of its model's view: it counts by the flat list."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(value.flat if isinstance(value, Cache) else value for value in args)
+        kwargs = {name: value.flat if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        return self.layer(*args, **kwargs)
+
+
+def flatten_cache(cache: Cache, ranges: dict[str, LayerRange]) -> None:
+    """Give an empty cache a layer for every decoder layer, each of the kind that its own model wants.
+
+    Raises:
+        ValueError: If it holds tokens already, of another model.
+    """
+    if isinstance(cache.layers, FlatLayers):
+        return
+    if cached_tokens(cache):
+        raise ValueError("The cache holds tokens of another model. Start with an empty cache.")
+    own = [cache_like(cache, part.config, f"model {name!r}") for name, part in ranges.items()]
+    cache.layers = FlatLayers(layer for part in own for layer in part.layers)

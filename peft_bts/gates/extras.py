@@ -1,0 +1,19 @@
+"""Libraries of the `viz` extra, which tables and figures of gates need."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+def needs(module: str) -> ModuleType:
+    """Import a module of the `viz` extra.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise ModuleNotFoundError(f"This needs {package}: pip install peft_bts[viz]", name=package) from error

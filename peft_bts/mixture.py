@@ -1,0 +1,122 @@
+"""The output mixture: what the models say, weighted by gates, as a plain torch module.
+
+        p(x)  = sum over models of g_m p_m(x)
+        g     = softmax over models of (W h_0 + b)
+
+h_0 is the hub's state that its own head reads. The paper (arXiv 2502.00075) mixes hidden states and lets the hub's
+head speak alone; this mixes distributions, and goes with stitches or without.
+
+Shapes: N tokens, D the hub's width, M models (the hub first, then the experts by name), V the hub's vocabulary.
+Names end in them.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .stitch import HUB, Init, PerModel, check_init
+
+
+class OutputMixture(nn.Module):
+    """Gates over the models' distributions: one value per token and model.
+
+    Weights: `gate` of the hub and of every expert, (1, D), with a bias (1). They start at zero: all models alike.
+
+    Args:
+        d_hub: Width D of the hub.
+        experts: The experts' names.
+        init_weights: `True`: zero. `False`: random (tests).
+        device, dtype: Of the weights.
+    """
+
+    def __init__(
+        self,
+        d_hub: int,
+        experts: list[str],
+        *,
+        init_weights: bool = True,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.d_hub, self.init_weights = d_hub, init_weights
+        self.gate = PerModel()
+        for name in [HUB, *sorted(experts)]:
+            self.gate.set(name, self._new_gate(device, dtype))
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts that have a gate, sorted."""
+        return sorted(name for name in self.gate.names() if name != HUB)
+
+    @torch.no_grad()
+    def add_expert(self, name: str, *, init: Init = "zero") -> None:
+        """Make the gate of a new expert; `init` as for `ExpertsIntoHub.add_expert`."""
+        check_init(init, gate_bias=True)
+        hub = self.gate.of(HUB)
+        gate = self._new_gate(hub.weight.device, hub.weight.dtype)
+        if init == "closed":
+            gate.bias.fill_(-6.0)
+        elif init == "hub":
+            gate.weight.copy_(hub.weight)
+            gate.bias.copy_(hub.bias - 2.0)
+        self.gate.set(name, gate.requires_grad_(hub.weight.requires_grad))
+
+    def remove_expert(self, name: str) -> None:
+        """Drop an expert's gate. The softmax renormalises over the rest by itself."""
+        self.gate.remove(name)
+
+    def log_gates(self, hub_ND: Tensor, names: list[str], present: Optional[dict[str, Tensor]] = None) -> Tensor:
+        """Logarithms of the gates of the hub and the named experts, (..., N, M), in the dtype of the weights.
+
+        Args:
+            hub_ND: What the hub's head reads, (..., N, D).
+            names: The experts that take part.
+            present: Which tokens each of them takes part in, boolean (..., N) by name; `None`: all.
+        """
+        gates = [self.gate.of(name) for name in (HUB, *names)]
+        h = hub_ND.to(gates[0].weight.dtype)
+        logits_NM = torch.cat([gate(h) for gate in gates], dim=-1)
+        if present is not None:
+            everywhere = torch.ones_like(logits_NM[..., 0], dtype=torch.bool)
+            present_NM = torch.stack([everywhere, *(present[name].to(h.device) for name in names)], dim=-1)
+            logits_NM = logits_NM.masked_fill(~present_NM, -torch.inf)
+        return logits_NM.log_softmax(dim=-1)
+
+    def _new_gate(self, device: Optional[torch.device], dtype: Optional[torch.dtype]) -> nn.Linear:
+        gate = nn.Linear(self.d_hub, 1, device=device, dtype=dtype)
+        if self.init_weights:
+            nn.init.zeros_(gate.weight)
+            nn.init.zeros_(gate.bias)
+        return gate
+
+
+def log_probs(logits_NV: Tensor, vocab: int) -> Tensor:
+    """A model's log probabilities over the part of its vocabulary that it has in common with the hub, (N, vocab).
+
+    Vocabularies differ by padding only. What the model has beyond the hub's is left out before the softmax; what the
+    hub has beyond the model's has probability zero.
+    """
+    logits_NV = logits_NV[..., :vocab]
+    if logits_NV.dtype.itemsize < 4:
+        logits_NV = logits_NV.float()
+    missing = vocab - logits_NV.shape[-1]
+    logp_NV = logits_NV.log_softmax(dim=-1)
+    return F.pad(logp_NV, (0, missing), value=-torch.inf) if missing else logp_NV
+
+
+def mix(log_gates_NM: Tensor, logps: list[Tensor]) -> Tensor:
+    """Log probabilities of the mixture, (N, V), from the gates' logarithms and each model's log probabilities.
+
+    The hub's come first. Sums run in that order, two at a time, so that no (N, M, V) tensor is ever made.
+    """
+    mixed_NV: Optional[Tensor] = None
+    for log_gate_N, logp_NV in zip(log_gates_NM.unbind(dim=-1), logps):
+        term_NV = log_gate_N[..., None].to(logp_NV.dtype) + logp_NV
+        mixed_NV = term_NV if mixed_NV is None else torch.logaddexp(mixed_NV, term_NV)
+    assert mixed_NV is not None
+    return mixed_NV
