@@ -1,4 +1,4 @@
-"""`peft-bts eval`: what do the stitches gain? Hub, experts and stitched model on the same held-out text."""
+"""`peft-bts eval`: what the stitches gain, measured on the hub, the experts and the stitched model alike."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ def eval(
     adapter: Adapter,
     data: Annotated[
         list[str],
-        typer.Option("--data", metavar="NAME=FILE", help="A domain's text or jsonl file; repeat for more."),
+        typer.Option(
+            "--data",
+            metavar="NAME=FILE",
+            help="A domain and its text or jsonl file. Repeat the option for every domain.",
+        ),
     ],
     text_column: TextColumn = "text",
     max_tokens: MaxTokens = None,
@@ -31,7 +35,7 @@ def eval(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> Result:
-    """Loss per token and perplexity on texts, by domain: of the hub, of each expert alone, and of all stitched."""
+    """Measure loss per token and perplexity of the hub, of every expert, and of the stitched model, by domain."""
     files = by_name(data, "--data", "FILE")
     documents = {name: read_documents(file, text_column) for name, file in files.items()}
     model, _, length, domains = load_domains(adapter, documents, dtype, device, sequence_length, max_tokens)
@@ -73,7 +77,7 @@ def eval(
 
 @torch.no_grad()
 def loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bar: tqdm) -> float:
-    """Mean negative log-likelihood, in nats, of every token that has one before it in its row."""
+    """Compute the mean negative log-likelihood, in nats, of all tokens but the first of every row."""
     total, count = 0.0, 0
     for ids, mask in batches:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -100,6 +104,6 @@ def _tables(result: dict[str, Any]) -> list[Any]:
     return [
         table("Loss per token and perplexity", ["model", *columns], rows),
         table("Data", ["domain", "file", "documents", "bytes", "rows", "predicted tokens"], sizes, left=2),
-        "loss: in nats, over all tokens but the first of every row. ppl: exp(loss). hub, experts: each alone.\n"
-        f"Documents are cut into rows of {result['sequence_length']} tokens, each predicted from its own start.",
+        "loss: in nats, mean over all tokens but the first of every row. ppl: exp(loss). hub, experts: each alone.\n"
+        f"Documents are cut into rows of {result['sequence_length']} tokens. No row sees another.",
     ]
