@@ -13,6 +13,7 @@ from .documents import Document, Item
 
 LANGUAGES = {"french": "fr", "german": "de"}
 _NAMES = {"french": "French", "german": "German"}
+PLACEHOLDER = re.compile(r"%\(\w+\)\w|\{\w*\}|%\w")
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ def read_messages(files: Iterable[tuple[str, bytes]], language: str, source: str
 
 
 def plain(text: str) -> str:
-    """Without the marks of keyboard shortcuts ("_Mark all", "Abo_ve"), in one spelling of spaces and apostrophes."""
+    """In one spelling of spaces and apostrophes, and without the mark of a keyboard shortcut in front of a word."""
     text = re.sub(r"\s+", " ", text).strip().replace("\u2019", "'")  # \s: French puts narrow spaces before ":"
-    return re.sub(r"(?<![\w%({])_(?=\w)|(?<=[a-z])_(?=[a-z]+\W*$)", "", text) if text.count("_") == 1 else text
+    return re.sub(r"(?<![\w%({])_(?=\w)", "", text)
 
 
 def usable(english: str, translation: str) -> bool:
-    """Whether both are short text in words: no markup, no identifiers, and really translated."""
+    """Whether both are short text in words: no markup, no identifiers, no shortcut within a word, and translated."""
     letters = sum(map(str.isalpha, english))
     return (
         english.isascii()
@@ -69,13 +70,13 @@ def usable(english: str, translation: str) -> bool:
         and 4 <= len(english) <= 160
         and len(translation) <= 200
         and letters > 0.6 * len(english)
-        and not re.search(r"[<>]|https?:|^\w+_\w+$", english)
+        and not re.search(r"[<>_]|https?:", PLACEHOLDER.sub("", english + translation))
     )
 
 
 def key(english: str) -> str:
     """What makes two messages one: the same words, whatever their case, signs and placeholders."""
-    return " ".join(re.findall(r"[a-z]+", re.sub(r"%\(\w+\)\w|\{\w*\}|%\w", " ", english.lower())))
+    return " ".join(re.findall(r"[a-z]+", PLACEHOLDER.sub(" ", english.lower())))
 
 
 def asked(english: str, language: str) -> str:

@@ -46,13 +46,19 @@ LEVELS = {
 SHARES = {"1": 0.3, "2": 0.3, "3": 0.1, "4": 0.2, "5": 0.1}
 
 
-def draw_step(rng: random.Random, level: str, split: str, first: int | None = None) -> Step:
-    """A fact of a level and split; no result is negative. `first`: what a second step goes on from."""
+def draw_step(rng: random.Random, level: str, split: str) -> Step:
+    """A fact of a level and split; no result is negative."""
     while True:
         sign, of_a, of_b = rng.choice(LEVELS[level])
-        step = (rng.randint(*of_a) if first is None else first, sign, rng.randint(*of_b))
+        step = (rng.randint(*of_a), sign, rng.randint(*of_b))
         if result(step) >= 0 and split_of(step) == split:
             return step
+
+
+def second_steps(first: Step, sign: str, split: str) -> list[Step]:
+    """Easy facts of the same split that go on from a step's result; often there are none."""
+    steps = [(result(first), sign, b) for b in range(1, 10)]
+    return [step for step in steps if result(step) >= 0 and split_of(step) == split]
 
 
 def draw_level(rng: random.Random) -> str:
@@ -117,21 +123,19 @@ def draw_sum(rng: random.Random, split: str) -> Item:
 def draw_story(rng: random.Random, split: str, language: str = "english") -> Item:
     """A problem in words; the answer writes every step as an equation. In French its numbers are words too."""
     level = draw_level(rng)
-    first = draw_step(rng, level, split)
-    story = rng.choice([story for story in STORIES if story.signs[0] == first[1] and (level < "4" or story.signs[1:] == "")])
-    steps = [first]
-    if story.signs[1:]:
-        second = draw_step(rng, "1", split, first=result(first))
-        while second[1] != story.signs[1]:
-            second = draw_step(rng, "1", split, first=result(first))
-        steps.append(second)
-        level = f"{level}, two steps"
-    numbers = [first[0], *(step[2] for step in steps)]
-    shown = numbers if language == "english" else [in_words(number, language) for number in numbers]
+    steps = [draw_step(rng, level, split)]
+    story = rng.choice([story for story in STORIES if story.signs[0] == steps[0][1]])
+    if len(story.signs) == 2:
+        further = second_steps(steps[0], story.signs[1], split)
+        if not further:
+            return draw_story(rng, split, language)
+        steps.append(rng.choice(further))
+        level += ", two steps"
+    numbers = [steps[0][0], *(step[2] for step in steps)]
     things = rng.choice(list(THINGS))
-    text = getattr(story, language).format(
-        name=rng.choice(NAMES), things=things if language == "english" else THINGS[things][0], **dict(zip("abc", shown))
-    )
+    if language == "french":
+        numbers, things = [in_words(number, "french") for number in numbers], THINGS[things][0]
+    text = getattr(story, language).format(name=rng.choice(NAMES), things=things, **dict(zip("abc", numbers)))
     ask = {"english": "\nAnswer:", "french": "\nRéponse :"}[language]
     return Item(text + ask, " " + ", ".join(map(equation, steps)), level)
 

@@ -1,0 +1,1 @@
+"""A testbed that can tell methods apart."""

@@ -1,0 +1,270 @@
+"""From the archives of all sources to the corpora."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from . import catalogues, pages, problems, programs, tasks
+from .catalogues import LANGUAGES, Message
+from .corpora import MIXED, Corpora, Sizes
+from .documents import SPLITS, Document, Item
+from .sources import read_files
+from .splits import found_in, keep_new, split_of
+
+
+Found = dict[str, list[Document]]  # by split
+Counts = dict[str, dict[str, int]]
+
+# What of the sources is read: regular expressions that match names of files from their start.
+PAGES = {"django": r"docs/.*\.txt$"}
+PYTHON = {
+    "django": r"django/(?!.*(locale|migrations)/).*\.py$",
+    "wagtail": r"wagtail/(?!.*(locale|migrations)/).*\.py$",
+}
+JAVASCRIPT = {
+    "django": r"django/contrib/admin/static/.*\.js$",
+    "horizon": r".*\.js$",
+    "django-cms": r"cms/(static/cms/js|tests)/.*\.js$",
+    "nbclassic": r"nbclassic/static/((notebook|base|tree|auth|edit|services)/js|components/codemirror)/.*\.js$",
+}
+DOCSTRINGS = {"sympy": r"sympy/.*\.py$", "mpmath": r"mpmath/.*\.py$"}
+CATALOGUES = ["django", "wagtail", "horizon", "django-cms", "django-oscar", "pretix", "spyder", "gramps", "mayan-edms",
+              "weblate"]  # fmt: skip
+
+
+def build(paths: dict[str, Path], sizes: Sizes) -> Corpora:
+    """Everything, from archives by the name of their source. It takes some minutes."""
+    counts: Counts = {}
+    found = {
+        "prose": keep_new_documents(read_prose(paths), "prose", counts),
+        "python": keep_new_documents(read_programs(paths, PYTHON, "python"), "python", counts),
+        "javascript": keep_new_documents(read_programs(paths, JAVASCRIPT, "javascript"), "javascript", counts),
+    }
+    messages = read_messages(paths, counts)
+    for language in LANGUAGES:
+        found[language] = translations(messages, language, sizes)
+    found["maths"] = {split: draw_problems(split, sizes) for split in SPLITS}
+
+    items = make_items(found, messages, sizes)
+    training = [one.text for by_split in found.values() for one in by_split["train"]]
+    training += [item.text for item in items["train"][tasks.CROSS]]
+    leave_out_known(items, "\n".join(training), counts)
+    mixed = make_mixed(paths, found, messages, counts)
+
+    documents = {"train": {domain: by_split["train"] for domain, by_split in found.items()}}
+    for split, count in sizes.documents.items():
+        documents[split] = {domain: tasks.take(by_split[split], count) for domain, by_split in found.items()}
+    for split, count in sizes.items.items():
+        items[split] = {task: tasks.take(part, count) for task, part in items[split].items()}
+    mixed["switches"] = switches(documents["test"])
+    return Corpora(documents, items, {kind: tasks.take(mixed[kind], sizes.documents["test"]) for kind in MIXED}, counts)
+
+
+# --- Documents of one domain ----------------------------------------------------------------------------------------
+
+
+def read_text(paths: dict[str, Path], patterns: dict[str, str], desc: str) -> Iterator[tuple[str, str]]:
+    """Files as (name with its source in front, text); one that is no UTF-8 is left out."""
+    for source, pattern in patterns.items():
+        for name, content in tqdm(read_files(paths[source], pattern), desc=f"read {desc}", unit="file", leave=False):
+            try:
+                yield f"{source}/{name}", content.decode("utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def read_prose(paths: dict[str, Path]) -> Found:
+    found: Found = {split: [] for split in SPLITS}
+    for name, page in read_text(paths, PAGES, "prose"):
+        found[split_of(name)] += pages.prose(page, name)
+    return found
+
+
+def read_programs(paths: dict[str, Path], patterns: dict[str, str], language: str) -> Found:
+    found: Found = {split: [] for split in SPLITS}
+    for name, text in read_text(paths, patterns, language):
+        found[split_of(name)] += programs.program(text, language, name)
+    return found
+
+
+def keep_new_documents(found: Found, desc: str, counts: Counts) -> Found:
+    kept = keep_new({split: [one.text for one in documents] for split, documents in found.items()}, desc)
+    counts[desc] = {
+        split: {"found": len(found[split]), "kept": len(places)} for split, places in kept.items() if found[split]
+    }
+    return {split: [found[split][place] for place in places] for split, places in kept.items()}
+
+
+def draw_problems(split: str, sizes: Sizes) -> list[Document]:
+    """Sums and word problems, as many of each."""
+    rng = random.Random(f"maths, {split}")
+    half = (sizes.documents.get(split) or sizes.problems) // 2
+    items = problems.draw_many(lambda: problems.draw_sum(rng, split), half)
+    items += problems.draw_many(lambda: problems.draw_story(rng, split), half)
+    rng.shuffle(items)
+    return list(map(problems.document, items))
+
+
+# --- Translations ---------------------------------------------------------------------------------------------------
+
+
+def read_messages(paths: dict[str, Path], counts: Counts) -> dict[str, list[Message]]:
+    """All messages by split; a message is in one split with all its translations, whatever package has it."""
+    found: dict[str, list[Message]] = {split: [] for split in SPLITS}
+    for language in LANGUAGES:
+        for source in tqdm(CATALOGUES, desc=f"read {language}", unit="package", leave=False):
+            files = read_files(paths[source], catalogues.catalogue_pattern(language))
+            for message in catalogues.read_messages(files, language, source):
+                name = catalogues.key(message.english)
+                found[split_of(name)].append(message)
+    # Of a few words, any new message is a part of an old one.
+    for split in SPLITS[1:]:
+        found[split] = [message for message in found[split] if len(message.english.split()) > 2]
+    english = {split: list(dict.fromkeys(message.english for message in part)) for split, part in found.items()}
+    kept = keep_new(english, "messages", letters=True)
+    new = {split: {english[split][place] for place in places} for split, places in kept.items()}
+    known = "\n".join(text for message in found["train"] for text in (message.english, message.translation))
+    for split in SPLITS[1:]:
+        texts = [text for message in found[split] for text in (message.english, message.translation)]
+        old = found_in(texts, known)
+        new[split] -= {message.english for message in found[split] if {message.english, message.translation} & old}
+    counts["messages"] = {
+        split: {"found": len(english[split]), "kept": len(new[split])} for split in SPLITS
+    }
+    return {
+        split: [message for message in part if split == "train" or message.english in new[split]]
+        for split, part in found.items()
+    }
+
+
+def translations(messages: dict[str, list[Message]], language: str, sizes: Sizes) -> Found:
+    """A language's documents; those for training with generated sentences among them, for its words for numbers."""
+    rng = random.Random(language)
+    found = {}
+    for split, part in messages.items():
+        different = dict.fromkeys(catalogues.document(one) for one in part if one.language == language)
+        found[split] = list(different)
+        if split == "train":
+            share = sizes.sentences
+            count = round(len(different) * share / (1 - share))
+            found[split] += problems.draw_many(lambda: problems.draw_sentence(rng, language), count)
+        rng.shuffle(found[split])
+    return found
+
+
+# --- Items ----------------------------------------------------------------------------------------------------------
+
+
+def make_items(found: dict[str, Found], messages: dict[str, list[Message]], sizes: Sizes) -> dict[str, dict]:
+    """items[split][task], more than are wanted: those that training text holds will be left out.
+
+    Examples are of training text: prompts show them solved. The cross task has items to be trained on, too.
+    """
+    items: dict[str, dict[str, list[Item]]] = {}
+    for split in sizes.items:
+        of, wanted = "train" if split == "examples" else split, 2 * sizes.items[split]
+        rng = random.Random(f"items, {split}")
+        items[split] = {
+            "prose": [item for one in found["prose"][of] for item in tasks.recalled_words(one, rng)],
+            "python": [item for one in found["python"][of] for item in tasks.names(one, rng)],
+            "javascript": [item for one in found["javascript"][of] for item in tasks.names(one, rng)],
+            "sums": problems.draw_many(lambda: problems.draw_sum(rng, of), wanted),
+            "stories": problems.draw_many(lambda: problems.draw_story(rng, of), wanted),
+        }
+        for language in LANGUAGES:
+            chosen = {catalogues.item(one): None for one in messages[of] if one.language == language and short(one)}
+            items[split][language] = list(chosen)
+        items[split] = {task: list(dict.fromkeys(part)) for task, part in items[split].items()}
+        for part in items[split].values():
+            rng.shuffle(part)
+    rng = random.Random("cross")
+    of_split = {"train": sizes.cross, "validation": 2 * sizes.items["validation"], "test": 2 * sizes.items["test"]}
+    crossed = {
+        split: problems.draw_many(lambda: problems.draw_story(rng, split, "french"), count)
+        for split, count in of_split.items()
+    }
+    items["train"] = {tasks.CROSS: crossed["train"]}
+    items["examples"][tasks.CROSS] = crossed["train"][: sizes.items["examples"]]
+    for split in SPLITS[1:]:
+        items[split][tasks.CROSS] = crossed[split]
+    return items
+
+
+def short(message: Message) -> bool:
+    """Whether five such translations fit a block of 256 tokens."""
+    return len(message.english) <= 60 and len(message.translation) <= 80
+
+
+def leave_out_known(items: dict[str, dict], training: str, counts: Counts) -> None:
+    """Take out of the items for tests and validation what training text of any domain holds, to the letter.
+
+    That is the question with its answer; of translations also the English alone, since programs hold their messages.
+    """
+    def strings(task: str, item: Item) -> list[str]:
+        if task in LANGUAGES:
+            return [item.prompt.partition("\n")[0].removeprefix("English: "), item.answer]
+        return [item.text]
+
+    held_out = [(split, task, item) for split in SPLITS[1:] for task, part in items[split].items() for item in part]
+    print(f"Looking for {len(held_out):,} questions in {len(training):,} characters of training text.")
+    known = found_in((string for _, task, item in held_out for string in strings(task, item)), training)
+    for split in SPLITS[1:]:
+        for task, part in items[split].items():
+            new = [item for item in part if not known.intersection(strings(task, item))]
+            counts.setdefault(f"items, {task}", {})[split] = {"found": len(part), "kept": len(new)}
+            items[split][task] = new
+
+
+# --- Mixed documents ------------------------------------------------------------------------------------------------
+
+
+def make_mixed(
+    paths: dict[str, Path], found: dict[str, Found], messages: dict[str, list[Message]], counts: Counts
+) -> dict[str, list[Document]]:
+    """Natural text of several domains; of files, messages and packages that no training data is of."""
+    windows = [
+        one
+        for name, page in read_text(paths, PAGES, "pages")
+        if split_of(name) == "test"
+        for one in pages.mixed(page, name)
+    ]
+    docstrings = [
+        one
+        for name, text in read_text(paths, DOCSTRINGS, "docstrings")
+        for one in programs.docstrings_with_sums(text, name)
+    ]
+    training = found["prose"]["train"] + found["python"]["train"]
+    mixed = {}
+    for kind, documents in {"pages": windows, "docstrings": docstrings}.items():
+        both = {"train": training, "validation": [], "test": documents}
+        kept = keep_new_documents(both, kind, counts)
+        del counts[kind]["train"]
+        mixed[kind] = kept["test"]
+    mixed["catalogues"] = catalogues.three_languages(messages["test"])
+    return mixed
+
+
+def switches(documents: dict[str, list[Document]], count: int = 400) -> list[Document]:
+    """The first half of a document of one domain and the second half of another's; all ordered pairs alike."""
+    pairs = [(first, second) for first in documents for second in documents if first != second]
+    made = []
+    for i in range(count):
+        first, second = (documents[domain] for domain in pairs[i % len(pairs)])
+        begin, end = first[i % len(first)], second[(7 * i + 3) % len(second)]
+        made.append(Document((*half(begin, True), *half(end, False)), f"{begin.source} | {end.source}"))
+    return made
+
+
+def half(document: Document, first: bool) -> list[tuple[str, str]]:
+    """Half of a document's text: up to its middle, or from there on, at a line's end where there is one near."""
+    middle = document.text.find("\n", len(document.text) // 2) + 1 or len(document.text) // 2
+    parts, place = [], 0
+    for kind, text in document.parts:
+        cut = min(max(middle - place, 0), len(text))
+        kept = text[:cut] if first else text[cut:]
+        if kept:
+            parts.append((kind, kept))
+        place += len(text)
+    return parts
