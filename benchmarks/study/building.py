@@ -33,6 +33,9 @@ DOCSTRINGS = {"sympy": r"sympy/.*\.py$", "mpmath": r"mpmath/.*\.py$"}
 CATALOGUES = ["django", "wagtail", "horizon", "django-cms", "django-oscar", "pretix", "spyder", "gramps", "mayan-edms",
               "weblate"]  # fmt: skip
 
+# Percent of files or messages for tests and for validation: as many as 1,000 questions and 100 mixed pages take.
+HELD_OUT = {"pages": (20, 6), "programs": (10, 5), "messages": (16, 5)}
+
 
 def build(paths: dict[str, Path], sizes: Sizes) -> Corpora:
     """Everything, from archives by the name of their source. It takes some minutes."""
@@ -58,7 +61,7 @@ def build(paths: dict[str, Path], sizes: Sizes) -> Corpora:
         documents[split] = {domain: tasks.take(by_split[split], count) for domain, by_split in found.items()}
     for split, count in sizes.items.items():
         items[split] = {task: tasks.take(part, count) for task, part in items[split].items()}
-    mixed["switches"] = switches(documents["test"])
+    mixed["switches"] = switches(documents["test"], sizes.documents["test"])
     return Corpora(documents, items, {kind: tasks.take(mixed[kind], sizes.documents["test"]) for kind in MIXED}, counts)
 
 
@@ -78,14 +81,14 @@ def read_text(paths: dict[str, Path], patterns: dict[str, str], desc: str) -> It
 def read_prose(paths: dict[str, Path]) -> Found:
     found: Found = {split: [] for split in SPLITS}
     for name, page in read_text(paths, PAGES, "prose"):
-        found[split_of(name)] += pages.prose(page, name)
+        found[split_of(name, *HELD_OUT["pages"])] += pages.prose(page, name)
     return found
 
 
 def read_programs(paths: dict[str, Path], patterns: dict[str, str], language: str) -> Found:
     found: Found = {split: [] for split in SPLITS}
     for name, text in read_text(paths, patterns, language):
-        found[split_of(name)] += programs.program(text, language, name)
+        found[split_of(name, *HELD_OUT["programs"])] += programs.program(text, language, name)
     return found
 
 
@@ -117,11 +120,10 @@ def read_messages(paths: dict[str, Path], counts: Counts) -> dict[str, list[Mess
         for source in tqdm(CATALOGUES, desc=f"read {language}", unit="package", leave=False):
             files = read_files(paths[source], catalogues.catalogue_pattern(language))
             for message in catalogues.read_messages(files, language, source):
+                # Messages of one or two words are not held out: any of them is a part of an older one.
+                long = len(message.english.split()) > 2
                 name = catalogues.key(message.english)
-                found[split_of(name)].append(message)
-    # Of a few words, any new message is a part of an old one.
-    for split in SPLITS[1:]:
-        found[split] = [message for message in found[split] if len(message.english.split()) > 2]
+                found[split_of(name, *HELD_OUT["messages"]) if long else "train"].append(message)
     english = {split: list(dict.fromkeys(message.english for message in part)) for split, part in found.items()}
     kept = keep_new(english, "messages", letters=True)
     new = {split: {english[split][place] for place in places} for split, places in kept.items()}
@@ -130,9 +132,7 @@ def read_messages(paths: dict[str, Path], counts: Counts) -> dict[str, list[Mess
         texts = [text for message in found[split] for text in (message.english, message.translation)]
         old = found_in(texts, known)
         new[split] -= {message.english for message in found[split] if {message.english, message.translation} & old}
-    counts["messages"] = {
-        split: {"found": len(english[split]), "kept": len(new[split])} for split in SPLITS
-    }
+    counts["messages"] = {split: {"found": len(english[split]), "kept": len(new[split])} for split in SPLITS}
     return {
         split: [message for message in part if split == "train" or message.english in new[split]]
         for split, part in found.items()
@@ -167,7 +167,7 @@ def make_items(found: dict[str, Found], messages: dict[str, list[Message]], size
         of, wanted = "train" if split == "examples" else split, 2 * sizes.items[split]
         rng = random.Random(f"items, {split}")
         items[split] = {
-            "prose": [item for one in found["prose"][of] for item in tasks.recalled_words(one, rng)],
+            "prose": [item for one in found["prose"][of] for item in tasks.recalled_words(one, rng, most=3)],
             "python": [item for one in found["python"][of] for item in tasks.names(one, rng)],
             "javascript": [item for one in found["javascript"][of] for item in tasks.names(one, rng)],
             "sums": problems.draw_many(lambda: problems.draw_sum(rng, of), wanted),
@@ -200,15 +200,15 @@ def short(message: Message) -> bool:
 def leave_out_known(items: dict[str, dict], training: str, counts: Counts) -> None:
     """Take out of the items for tests and validation what training text of any domain holds, to the letter.
 
-    That is the question with its answer; of translations also the English alone, since programs hold their messages.
+    That is the question with its answer; of translations the English alone, too, since programs hold their messages.
     """
+
     def strings(task: str, item: Item) -> list[str]:
         if task in LANGUAGES:
             return [item.prompt.partition("\n")[0].removeprefix("English: "), item.answer]
         return [item.text]
 
     held_out = [(split, task, item) for split in SPLITS[1:] for task, part in items[split].items() for item in part]
-    print(f"Looking for {len(held_out):,} questions in {len(training):,} characters of training text.")
     known = found_in((string for _, task, item in held_out for string in strings(task, item)), training)
     for split in SPLITS[1:]:
         for task, part in items[split].items():
@@ -227,7 +227,7 @@ def make_mixed(
     windows = [
         one
         for name, page in read_text(paths, PAGES, "pages")
-        if split_of(name) == "test"
+        if split_of(name, *HELD_OUT["pages"]) == "test"
         for one in pages.mixed(page, name)
     ]
     docstrings = [
@@ -246,7 +246,7 @@ def make_mixed(
     return mixed
 
 
-def switches(documents: dict[str, list[Document]], count: int = 400) -> list[Document]:
+def switches(documents: dict[str, list[Document]], count: int) -> list[Document]:
     """The first half of a document of one domain and the second half of another's; all ordered pairs alike."""
     pairs = [(first, second) for first in documents for second in documents if first != second]
     made = []

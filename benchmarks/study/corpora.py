@@ -38,7 +38,8 @@ class Corpora:
     documents: ByKind
     items: ByKind
     mixed: dict[str, list[Document]]
-    counts: dict[str, dict[str, int]]
+    counts: dict[str, dict[str, dict[str, int]]]
+    key: str = ""  # of the sources, the sizes and the code that it comes from
 
 
 def load_corpora(cache: Path, sizes: Sizes = Sizes()) -> Corpora:  # noqa: B008 (frozen)
@@ -46,7 +47,8 @@ def load_corpora(cache: Path, sizes: Sizes = Sizes()) -> Corpora:  # noqa: B008 
 
     The kept file depends on the sources, on `sizes` and on the code that makes it: a change of any makes another file.
     """
-    path = cache / f"corpora-{_key(sizes)}.json.gz"
+    key = _key(sizes)
+    path = cache / f"corpora-{key}.json.gz"
     if not path.exists():
         from .building import build  # reads much that is not needed where the file is there
 
@@ -56,7 +58,7 @@ def load_corpora(cache: Path, sizes: Sizes = Sizes()) -> Corpora:  # noqa: B008 
             json.dump(asdict(corpora), file, ensure_ascii=False)
         unfinished.replace(path)
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        return _from_json(json.load(file))
+        return _from_json(json.load(file), key)
 
 
 def _key(sizes: Sizes) -> str:
@@ -66,7 +68,7 @@ def _key(sizes: Sizes) -> str:
     return total.hexdigest()[:12]
 
 
-def _from_json(plain: dict) -> Corpora:
+def _from_json(plain: dict, key: str) -> Corpora:
     def document(fields: dict) -> Document:
         return Document(tuple(map(tuple, fields["parts"])), fields["source"])
 
@@ -75,5 +77,5 @@ def _from_json(plain: dict) -> Corpora:
 
     return Corpora(
         read(plain["documents"], document), read(plain["items"], lambda fields: Item(**fields)),
-        {kind: list(map(document, found)) for kind, found in plain["mixed"].items()}, plain["counts"],
+        {kind: list(map(document, found)) for kind, found in plain["mixed"].items()}, plain["counts"], key,
     )  # fmt: skip

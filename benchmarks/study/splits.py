@@ -13,7 +13,7 @@ STRETCH = 32  # words and signs in a row, verbatim, that a held-out document may
 LIKENESS = 0.5  # of two documents' shingles, the share in common (Jaccard, estimated) that makes them near duplicates
 
 
-def split_of(name: str, test: int = 10, validation: int = 5) -> str:
+def split_of(name: str, test: int, validation: int) -> str:
     """The split of a file or message, from its name alone: `test` and `validation` are percentages."""
     place = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
     return "test" if place < test else "validation" if place < test + validation else "train"
@@ -107,7 +107,7 @@ def found_in(strings: Iterable[str], text: str) -> set[str]:
     for string in strings:
         by_tail.setdefault(string[-tail:], []).append(string)
     found = set()
-    for end in range(tail, len(text) + 1):
+    for end in tqdm(range(tail, len(text) + 1), desc="look for test strings", unit_scale=True, mininterval=1, leave=False):
         for string in by_tail.get(text[end - tail : end], ()):
             if text.endswith(string, 0, end):
                 found.add(string)
