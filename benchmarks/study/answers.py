@@ -37,7 +37,9 @@ class BTMStream:
     def __call__(self, tokens: Tensor) -> Tensor:
         log_p = torch.stack([stream.all(tokens) for stream in self.streams])  # M, B, T, V
         # What predicted these tokens: of the first one, the call before. Nothing predicts the very first one.
-        before = log_p[:, :, :-1] if self.last is None else torch.cat([self.last.unsqueeze(2), log_p[:, :, :-1]], dim=2)
+        before = (
+            log_p[:, :, :-1] if self.last is None else torch.cat([self.last.unsqueeze(2), log_p[:, :, :-1]], dim=2)
+        )
         seen = tokens[:, tokens.shape[1] - before.shape[2] :].expand(len(log_p), -1, -1).unsqueeze(-1)
         news = before.gather(-1, seen).squeeze(-1).sum(-1, keepdim=True)
         self.evidence = news if self.evidence is None else self.evidence + news

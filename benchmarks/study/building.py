@@ -62,7 +62,9 @@ def build(paths: dict[str, Path], sizes: Sizes) -> Corpora:
     for split, count in sizes.items.items():
         items[split] = {task: tasks.take(part, count) for task, part in items[split].items()}
     mixed["switches"] = switches(documents["test"], sizes.documents["test"])
-    return Corpora(documents, items, {kind: tasks.take(mixed[kind], sizes.documents["test"]) for kind in MIXED}, counts)
+    return Corpora(
+        documents, items, {kind: tasks.take(mixed[kind], sizes.documents["test"]) for kind in MIXED}, counts
+    )
 
 
 # --- Documents of one domain ----------------------------------------------------------------------------------------

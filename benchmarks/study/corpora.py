@@ -16,6 +16,7 @@ MIXED = ["pages", "catalogues", "docstrings", "switches"]  # tests only
 
 ByKind = dict[str, dict[str, list]]  # [split][domain or task]
 
+
 @dataclass(frozen=True)
 class Sizes:
     """How much is kept for tests and validation, and how much is generated for training."""
@@ -42,7 +43,7 @@ class Corpora:
     key: str = ""  # of the sources, the sizes and the code that it comes from
 
 
-def load_corpora(cache: Path, sizes: Sizes = Sizes()) -> Corpora:  # noqa: B008 (frozen)
+def load_corpora(cache: Path, sizes: Sizes = Sizes()) -> Corpora:
     """The corpora from `cache`, or made anew: downloaded into `cache`/sources, cut, split and kept.
 
     The kept file depends on the sources, on `sizes` and on the code that makes it: a change of any makes another file.
@@ -73,7 +74,9 @@ def _from_json(plain: dict, key: str) -> Corpora:
         return Document(tuple(map(tuple, fields["parts"])), fields["source"])
 
     def read(by_kind: dict, make: Callable) -> ByKind:
-        return {split: {kind: list(map(make, found)) for kind, found in part.items()} for split, part in by_kind.items()}
+        return {
+            split: {kind: list(map(make, found)) for kind, found in part.items()} for split, part in by_kind.items()
+        }
 
     return Corpora(
         read(plain["documents"], document), read(plain["items"], lambda fields: Item(**fields)),

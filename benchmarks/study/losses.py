@@ -32,7 +32,9 @@ def score(predict: Predictor, sequences: Sequences, desc: str, batch: int = 64) 
     """The losses of anything that predicts tokens. Sequences of like lengths go together, padded on the right."""
     nats, hits = np.zeros(len(sequences.tokens), np.float32), np.zeros(len(sequences.tokens), bool)
     lengths = np.diff(sequences.starts)
-    for rows in tqdm(np.array_split(lengths.argsort(kind="stable"), -(-len(lengths) // batch)), desc=desc, leave=False):
+    for rows in tqdm(
+        np.array_split(lengths.argsort(kind="stable"), -(-len(lengths) // batch)), desc=desc, leave=False
+    ):
         tokens = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
         for place, row in enumerate(rows):
             tokens[place, : lengths[row]] = torch.from_numpy(

@@ -146,7 +146,11 @@ def draw_sentence(rng: random.Random, language: str) -> Document:
     number, name, things = rng.randint(2, 999), rng.choice(NAMES), rng.choice(list(THINGS))
     theirs = THINGS[things][list(SENTENCES).index(language)]
     here = ("English", "english", english.format(name=name, a=number, things=things))
-    there = (language.capitalize(), language, translation.format(name=name, a=in_words(number, language), things=theirs))
+    there = (
+        language.capitalize(),
+        language,
+        translation.format(name=name, a=in_words(number, language), things=theirs),
+    )
     (label, kind, text), (other_label, other_kind, other) = rng.sample([here, there], 2)
     return Document(((kind, f"{label}: {text}\n{other_label}:"), (other_kind, f" {other}")), "generated")
 

@@ -107,7 +107,9 @@ def found_in(strings: Iterable[str], text: str) -> set[str]:
     for string in strings:
         by_tail.setdefault(string[-tail:], []).append(string)
     found = set()
-    for end in tqdm(range(tail, len(text) + 1), desc="look for test strings", unit_scale=True, mininterval=1, leave=False):
+    for end in tqdm(
+        range(tail, len(text) + 1), desc="look for test strings", unit_scale=True, mininterval=1, leave=False
+    ):
         for string in by_tail.get(text[end - tail : end], ()):
             if text.endswith(string, 0, end):
                 found.add(string)

@@ -1,4 +1,4 @@
-"""Questions about text that nobody made up: the next name in a program, a word of prose; and questions with examples.
+"""Questions about text that nobody made up: the next name in a program, a word of prose.
 
 The generated tasks are in problems.py, translation is in catalogues.py.
 """
@@ -34,8 +34,9 @@ CROSS = "french_stories"  # word problems in French, which need two experts
 EXAMPLES = 4
 
 _SHORTEST, _LONGEST = 60, 160  # characters of a question; with four examples, five of them fit a block of 256 tokens
-_JAVASCRIPT = set("""break case catch class const continue debugger default delete else export extends false finally
-function import instanceof null return super switch this throw true typeof undefined void while with yield""".split())
+_JAVASCRIPT = set(
+    ["break", "case", "catch", "class", "const", "continue", "debugger", "default", "delete", "else", "export", "extends", "false", "finally", "function", "import", "instanceof", "null", "return", "super", "switch", "this", "throw", "true", "typeof", "undefined", "void", "while", "with", "yield"]
+)
 
 
 def names(document: Document, rng: random.Random, most: int = 2) -> list[Item]:
@@ -66,11 +67,6 @@ def _recalled(document: Document, rng: random.Random, pattern: str, boring: set[
             if len(items) == most:
                 break
     return items
-
-
-def with_examples(item: Item, examples: Sequence[Item], rng: random.Random, count: int = EXAMPLES) -> list[Item]:
-    """`count` solved examples, and then the item: documents that follow one another."""
-    return [*rng.sample(list(examples), count), item]
 
 
 def take(things: Sequence, count: int) -> list:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .corpora import DOMAINS, Corpora
 from .documents import GIVEN, Document, Item
-from .tasks import with_examples
+from .tasks import EXAMPLES
 
 
 END = "<|end|>"  # opens every document, which also ends the one before
@@ -108,7 +108,9 @@ def make_blocks(
     labels: list[int] = []
     end = tokenizer.eos_token_id
     order = random.Random(seed).sample(documents, len(documents))
-    for start in tqdm(range(0, len(order), 512), desc=f"tokenize {desc}", unit="document", unit_scale=512, leave=False):
+    for start in tqdm(
+        range(0, len(order), 512), desc=f"tokenize {desc}", unit="document", unit_scale=512, leave=False
+    ):
         batch = order[start : start + 512]
         encoded = iter(encode(tokenizer, [part for document in batch for part in document.parts]))
         for number, document in enumerate(batch):
@@ -213,15 +215,17 @@ def item_sequences(
 
     def encoded(item: Item) -> tuple[list[int], list[int]]:
         (_, asked), (_, said) = encode(tokenizer, [("", item.prompt), ("", item.answer)])
-        return end + asked, said + end if item.ends else said
+        return end + asked, said
 
     for item in items:
         asked, said = encoded(item)
+        said = said + end if item.ends else said
         for _ in range(20):  # until they fit
-            shown = [ids for one in with_examples(item, examples, rng)[:-1] for part in encoded(one) for ids in part] if examples else []
-            if len(shown) + len(asked) + len(said) <= length:
+            shown = [encoded(one) for one in rng.sample(list(examples), EXAMPLES)] if examples else []
+            given = [token for one in shown for part in one for token in part] + asked
+            if len(given) + len(said) <= length:
                 break
         else:
-            raise ValueError(f"four examples and this item take more than {length} tokens: {item}")
-        rows.append(([(GIVEN, shown + asked), ("answer", said)], len(shown) + len(asked)))
+            raise ValueError(f"four examples and this item always took more than {length} tokens: {item}")
+        rows.append(([(GIVEN, given), ("answer", said)], len(given)))
     return _sequences(tokenizer, rows)
