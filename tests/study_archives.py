@@ -1,6 +1,7 @@
 """Tiny archives in the place of the study's sources: a few pages, programs and catalogues, made from nothing."""
 
 import io
+import itertools
 import random
 import tarfile
 import zipfile
@@ -8,7 +9,9 @@ import zipfile
 import polib
 
 
-WORDS = [first + last for first in ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu"] for last in ["rin", "tas", "vel", "mok", "sid"]]
+WORDS = [first + last for first, last in itertools.product(
+    ("ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu"), ("rin", "tas", "vel", "mok", "sid")
+)]  # fmt: skip
 FRENCH = {word: word[::-1] + "é" for word in WORDS}
 GERMAN = {word: word[::-1] + "ü" for word in WORDS}
 

@@ -1,4 +1,4 @@
-"""How sure a figure is: intervals by drawing again which sets of models, and which documents or items, there were.
+"""How sure a figure is: intervals by drawing again the sets of models, and the documents or items.
 
 A figure is a ratio of sums, averaged over domains: bits over bytes for text, scores over items for tasks. Everything
 is paired: two methods are compared within each set and on the same documents.
@@ -57,7 +57,7 @@ def interval(
 def paired(
     ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], sizes: dict[str, np.ndarray], **options
 ) -> Interval:
-    """The interval of the difference of two methods, ours less theirs; negative favours ours where amounts are bits."""
+    """The interval of ours less theirs; negative figures favour ours where amounts are bits."""
     if ours.keys() != theirs.keys():
         raise ValueError(f"the methods were measured on different domains, {[*ours]} and {[*theirs]}")
     return interval({domain: ours[domain] - theirs[domain] for domain in ours}, sizes, **options)

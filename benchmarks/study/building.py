@@ -9,7 +9,7 @@ from tqdm import tqdm
 from . import catalogues, pages, problems, programs, tasks
 from .catalogues import LANGUAGES, Message
 from .corpora import MIXED, Corpora, Sizes
-from .documents import SPLITS, Document, Item
+from .documents import SPLITS, Document
 from .sources import read_files
 from .splits import found_in, keep_new, split_of
 
@@ -45,7 +45,8 @@ def build(paths: dict[str, Path], sizes: Sizes) -> Corpora:
         "python": keep_new_documents(read_programs(paths, PYTHON, "python"), "python", counts),
         "javascript": keep_new_documents(read_programs(paths, JAVASCRIPT, "javascript"), "javascript", counts),
     }
-    messages = read_messages(paths, counts)
+    programs_and_pages = "\n".join(one.text for by_split in found.values() for one in by_split["train"])
+    messages = read_messages(paths, programs_and_pages, counts)
     for language in LANGUAGES:
         found[language] = translations(messages, language, sizes)
     found["maths"] = {split: draw_problems(split, sizes) for split in SPLITS}
@@ -106,8 +107,8 @@ def draw_problems(split: str, sizes: Sizes) -> list[Document]:
     """Sums and word problems, as many of each."""
     rng = random.Random(f"maths, {split}")
     half = (sizes.documents.get(split) or sizes.problems) // 2
-    items = problems.draw_many(lambda: problems.draw_sum(rng, split), half)
-    items += problems.draw_many(lambda: problems.draw_story(rng, split), half)
+    items = problems.draw_many(half, problems.draw_sum, rng, split)
+    items += problems.draw_many(half, problems.draw_story, rng, split)
     rng.shuffle(items)
     return list(map(problems.document, items))
 
@@ -115,25 +116,33 @@ def draw_problems(split: str, sizes: Sizes) -> list[Document]:
 # --- Translations ---------------------------------------------------------------------------------------------------
 
 
-def read_messages(paths: dict[str, Path], counts: Counts) -> dict[str, list[Message]]:
-    """All messages by split; a message is in one split with all its translations, whatever package has it."""
+def read_messages(paths: dict[str, Path], others: str, counts: Counts) -> dict[str, list[Message]]:
+    """All messages by split; a message is in one split with all its translations, whatever package has it.
+
+    Held-out messages are not near duplicates of others, and neither they nor their translations are a part of any
+    message for training, or of `others`, the other training text: packages' sources hold their messages in English.
+    """
     found: dict[str, list[Message]] = {split: [] for split in SPLITS}
     for language in LANGUAGES:
         for source in tqdm(CATALOGUES, desc=f"read {language}", unit="package", leave=False):
             files = read_files(paths[source], catalogues.catalogue_pattern(language))
             for message in catalogues.read_messages(files, language, source):
-                # Messages of one or two words are not held out: any of them is a part of an older one.
+                # Messages of one or two words are not held out: any of them is a part of another one.
                 long = len(message.english.split()) > 2
                 name = catalogues.key(message.english)
                 found[split_of(name, *HELD_OUT["messages"]) if long else "train"].append(message)
     english = {split: list(dict.fromkeys(message.english for message in part)) for split, part in found.items()}
     kept = keep_new(english, "messages", letters=True)
     new = {split: {english[split][place] for place in places} for split, places in kept.items()}
-    known = "\n".join(text for message in found["train"] for text in (message.english, message.translation))
+
+    training = [text for message in found["train"] for text in (message.english, message.translation)]
+    held_out = [message for split in SPLITS[1:] for message in found[split]]
+    known = found_in(
+        (text for message in held_out for text in (message.english, message.translation)),
+        "\n".join([others, *training]),
+    )
     for split in SPLITS[1:]:
-        texts = [text for message in found[split] for text in (message.english, message.translation)]
-        old = found_in(texts, known)
-        new[split] -= {message.english for message in found[split] if {message.english, message.translation} & old}
+        new[split] -= {one.english for one in found[split] if one.english in known or one.translation in known}
     counts["messages"] = {split: {"found": len(english[split]), "kept": len(new[split])} for split in SPLITS}
     return {
         split: [message for message in part if split == "train" or message.english in new[split]]
@@ -151,7 +160,7 @@ def translations(messages: dict[str, list[Message]], language: str, sizes: Sizes
         if split == "train":
             share = sizes.sentences
             count = round(len(different) * share / (1 - share))
-            found[split] += problems.draw_many(lambda: problems.draw_sentence(rng, language), count)
+            found[split] += problems.draw_many(count, problems.draw_sentence, rng, language)
         rng.shuffle(found[split])
     return found
 
@@ -164,33 +173,25 @@ def make_items(found: dict[str, Found], messages: dict[str, list[Message]], size
 
     Examples are of training text: prompts show them solved. The cross task has items to be trained on, too.
     """
-    items: dict[str, dict[str, list[Item]]] = {}
-    for split in sizes.items:
-        of, wanted = "train" if split == "examples" else split, 2 * sizes.items[split]
+    items = {}
+    for split, count in sizes.items.items():
+        of = "train" if split == "examples" else split
         rng = random.Random(f"items, {split}")
-        items[split] = {
-            "prose": [item for one in found["prose"][of] for item in tasks.recalled_words(one, rng, most=3)],
+        made = {
+            "prose": [item for one in found["prose"][of] for item in tasks.recalled_words(one, rng)],
             "python": [item for one in found["python"][of] for item in tasks.names(one, rng)],
             "javascript": [item for one in found["javascript"][of] for item in tasks.names(one, rng)],
-            "sums": problems.draw_many(lambda: problems.draw_sum(rng, of), wanted),
-            "stories": problems.draw_many(lambda: problems.draw_story(rng, of), wanted),
+            "sums": problems.draw_many(2 * count, problems.draw_sum, rng, of),
+            "stories": problems.draw_many(2 * count, problems.draw_story, rng, of),
+            tasks.CROSS: problems.draw_many(2 * count, problems.draw_story, rng, of, "french"),
         }
         for language in LANGUAGES:
-            chosen = {catalogues.item(one): None for one in messages[of] if one.language == language and short(one)}
-            items[split][language] = list(chosen)
-        items[split] = {task: list(dict.fromkeys(part)) for task, part in items[split].items()}
+            made[language] = [catalogues.item(one) for one in messages[of] if one.language == language and short(one)]
+        items[split] = {task: list(dict.fromkeys(part)) for task, part in made.items()}
         for part in items[split].values():
             rng.shuffle(part)
-    rng = random.Random("cross")
-    of_split = {"train": sizes.cross, "validation": 2 * sizes.items["validation"], "test": 2 * sizes.items["test"]}
-    crossed = {
-        split: problems.draw_many(lambda: problems.draw_story(rng, split, "french"), count)
-        for split, count in of_split.items()
-    }
-    items["train"] = {tasks.CROSS: crossed["train"]}
-    items["examples"][tasks.CROSS] = crossed["train"][: sizes.items["examples"]]
-    for split in SPLITS[1:]:
-        items[split][tasks.CROSS] = crossed[split]
+    rng = random.Random("items, train")
+    items["train"] = {tasks.CROSS: problems.draw_many(sizes.cross, problems.draw_story, rng, "train", "french")}
     return items
 
 
@@ -200,23 +201,13 @@ def short(message: Message) -> bool:
 
 
 def leave_out_known(items: dict[str, dict], training: str, counts: Counts) -> None:
-    """Take out of the items for tests and validation what training text of any domain holds, to the letter.
-
-    That is the question with its answer; of translations the English alone, too, since programs hold their messages.
-    """
-
-    def strings(task: str, item: Item) -> list[str]:
-        if task in LANGUAGES:
-            return [item.prompt.partition("\n")[0].removeprefix("English: "), item.answer]
-        return [item.text]
-
-    held_out = [(split, task, item) for split in SPLITS[1:] for task, part in items[split].items() for item in part]
-    known = found_in((string for _, task, item in held_out for string in strings(task, item)), training)
+    """Take out of the items for validation and tests what training text of any domain holds, to the letter."""
+    held_out = (item.text for split in SPLITS[1:] for part in items[split].values() for item in part)
+    known = found_in(held_out, training)
     for split in SPLITS[1:]:
         for task, part in items[split].items():
-            new = [item for item in part if not known.intersection(strings(task, item))]
-            counts.setdefault(f"items, {task}", {})[split] = {"found": len(part), "kept": len(new)}
-            items[split][task] = new
+            items[split][task] = [item for item in part if item.text not in known]
+            counts.setdefault(f"items, {task}", {})[split] = {"found": len(part), "kept": len(items[split][task])}
 
 
 # --- Mixed documents ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A fact, 34+25=59, belongs to one split for ever: no model is trained on one that
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from num2words import num2words
@@ -160,10 +161,9 @@ def document(item: Item) -> Document:
     return Document(((GIVEN, item.prompt), ("maths", item.answer)), "generated")
 
 
-def draw_many(draw, count: int) -> list:
-    """`count` different ones, in the order they were drawn."""
+def draw_many(count: int, draw: Callable, *arguments) -> list:
+    """`count` different results of `draw(*arguments)`, in the order they came."""
     found: dict = {}
     while len(found) < count:
-        one = draw()
-        found.setdefault(one, None)
+        found.setdefault(draw(*arguments), None)
     return list(found)

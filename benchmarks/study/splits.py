@@ -75,7 +75,7 @@ class Stretches:
 
 
 def keep_new(texts: dict[str, Sequence[str]], desc: str, letters: bool = False) -> dict[str, list[int]]:
-    """Of each split's texts, the places of those that nothing in the splits before it is like: train, validation, test.
+    """Of each split's texts, the places of those that nothing in the splits before it is like.
 
     Training texts are all kept, once each. A test text is dropped if it is a near duplicate of a training or
     validation text or shares a verbatim stretch with one.

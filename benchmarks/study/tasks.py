@@ -34,9 +34,10 @@ CROSS = "french_stories"  # word problems in French, which need two experts
 EXAMPLES = 4
 
 _SHORTEST, _LONGEST = 60, 160  # characters of a question; with four examples, five of them fit a block of 256 tokens
-_JAVASCRIPT = set(
-    ["break", "case", "catch", "class", "const", "continue", "debugger", "default", "delete", "else", "export", "extends", "false", "finally", "function", "import", "instanceof", "null", "return", "super", "switch", "this", "throw", "true", "typeof", "undefined", "void", "while", "with", "yield"]
-)
+_JAVASCRIPT = {*re.findall(r"\w+", """
+    break case catch class const continue debugger default delete else export extends false finally function import
+    instanceof null return super switch this throw true typeof undefined void while with yield
+""")}  # fmt: skip
 
 
 def names(document: Document, rng: random.Random, most: int = 2) -> list[Item]:
@@ -44,7 +45,7 @@ def names(document: Document, rng: random.Random, most: int = 2) -> list[Item]:
     return _recalled(document, rng, r"[A-Za-z_][A-Za-z0-9_]{3,}", {*keyword.kwlist, *_JAVASCRIPT}, most)
 
 
-def recalled_words(document: Document, rng: random.Random, most: int = 2) -> list[Item]:
+def recalled_words(document: Document, rng: random.Random, most: int = 3) -> list[Item]:
     """Places of prose at which a word follows that was there just before."""
     return _recalled(document, rng, r"[a-z]{5,}(?![\w`])", set(), most)
 

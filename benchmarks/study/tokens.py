@@ -1,4 +1,4 @@
-"""From text to tokens: a BPE tokenizer, blocks to train on, and sequences to be scored, with the bytes of each token."""
+"""From text to tokens: a BPE tokenizer, blocks to train on, and sequences to be scored."""
 
 import random
 from collections.abc import Sequence
