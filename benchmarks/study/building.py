@@ -40,11 +40,17 @@ HELD_OUT = {"pages": (20, 6), "programs": (10, 5), "messages": (16, 5)}
 def build(paths: dict[str, Path], sizes: Sizes) -> Corpora:
     """Everything, from archives by the name of their source. It takes some minutes."""
     counts: Counts = {}
-    found = {
-        "prose": keep_new_documents(read_prose(paths), "prose", counts),
-        "python": keep_new_documents(read_programs(paths, PYTHON, "python"), "python", counts),
-        "javascript": keep_new_documents(read_programs(paths, JAVASCRIPT, "javascript"), "javascript", counts),
-    }
+    found = keep_new_documents(
+        {
+            "prose": read_prose(paths),
+            "python": read_programs(paths, PYTHON, "python"),
+            "javascript": read_programs(paths, JAVASCRIPT, "javascript"),
+            "pages": {"test": read_pages(paths)},
+            "docstrings": {"test": read_docstrings(paths)},
+        },
+        counts,
+    )
+    mixed = {kind: found.pop(kind)["test"] for kind in ("pages", "docstrings")}
     programs_and_pages = "\n".join(one.text for by_split in found.values() for one in by_split["train"])
     messages = read_messages(paths, programs_and_pages, counts)
     for language in LANGUAGES:
@@ -55,13 +61,13 @@ def build(paths: dict[str, Path], sizes: Sizes) -> Corpora:
     training = [one.text for by_split in found.values() for one in by_split["train"]]
     training += [item.text for item in items["train"][tasks.CROSS]]
     leave_out_known(items, "\n".join(training), counts)
-    mixed = make_mixed(paths, found, messages, counts)
 
     documents = {"train": {domain: by_split["train"] for domain, by_split in found.items()}}
     for split, count in sizes.documents.items():
         documents[split] = {domain: tasks.take(by_split[split], count) for domain, by_split in found.items()}
     for split, count in sizes.items.items():
         items[split] = {task: tasks.take(part, count) for task, part in items[split].items()}
+    mixed["catalogues"] = catalogues.three_languages(messages["test"])
     mixed["switches"] = switches(documents["test"], sizes.documents["test"])
     return Corpora(
         documents, items, {kind: tasks.take(mixed[kind], sizes.documents["test"]) for kind in MIXED}, counts
@@ -95,12 +101,36 @@ def read_programs(paths: dict[str, Path], patterns: dict[str, str], language: st
     return found
 
 
-def keep_new_documents(found: Found, desc: str, counts: Counts) -> Found:
-    kept = keep_new({split: [one.text for one in documents] for split, documents in found.items()}, desc)
-    counts[desc] = {
-        split: {"found": len(found[split]), "kept": len(places)} for split, places in kept.items() if found[split]
-    }
-    return {split: [found[split][place] for place in places] for split, places in kept.items()}
+def read_pages(paths: dict[str, Path]) -> list[Document]:
+    """Windows of whole pages, of those files whose prose is for tests."""
+    return [
+        one
+        for name, page in read_text(paths, PAGES, "pages")
+        if split_of(name, *HELD_OUT["pages"]) == "test"
+        for one in pages.mixed(page, name)
+    ]
+
+
+def read_docstrings(paths: dict[str, Path]) -> list[Document]:
+    """Of packages that no training text is of."""
+    return [
+        one
+        for name, text in read_text(paths, DOCSTRINGS, "docstrings")
+        for one in programs.docstrings_with_sums(text, name)
+    ]
+
+
+def keep_new_documents(found: dict[str, Found], counts: Counts) -> dict[str, Found]:
+    """Drop, of all kinds of text, what is too much like text of an earlier split, of whatever kind."""
+    by_split = {split: [(kind, one) for kind in found for one in found[kind].get(split, [])] for split in SPLITS}
+    kept = keep_new({split: [one.text for _, one in part] for split, part in by_split.items()}, "compare documents")
+    new: dict[str, Found] = {kind: {split: [] for split in parts} for kind, parts in found.items()}
+    for split, places in kept.items():
+        for kind, one in (by_split[split][place] for place in places):
+            new[kind][split].append(one)
+    for kind, parts in new.items():
+        counts[kind] = {split: {"found": len(found[kind][split]), "kept": len(part)} for split, part in parts.items()}
+    return new
 
 
 def draw_problems(split: str, sizes: Sizes) -> list[Document]:
@@ -132,7 +162,7 @@ def read_messages(paths: dict[str, Path], others: str, counts: Counts) -> dict[s
                 name = catalogues.key(message.english)
                 found[split_of(name, *HELD_OUT["messages"]) if long else "train"].append(message)
     english = {split: list(dict.fromkeys(message.english for message in part)) for split, part in found.items()}
-    kept = keep_new(english, "messages", letters=True)
+    kept = keep_new(english, "compare messages", letters=True)
     new = {split: {english[split][place] for place in places} for split, places in kept.items()}
 
     training = [text for message in found["train"] for text in (message.english, message.translation)]
@@ -211,32 +241,6 @@ def leave_out_known(items: dict[str, dict], training: str, counts: Counts) -> No
 
 
 # --- Mixed documents ------------------------------------------------------------------------------------------------
-
-
-def make_mixed(
-    paths: dict[str, Path], found: dict[str, Found], messages: dict[str, list[Message]], counts: Counts
-) -> dict[str, list[Document]]:
-    """Natural text of several domains; of files, messages and packages that no training data is of."""
-    windows = [
-        one
-        for name, page in read_text(paths, PAGES, "pages")
-        if split_of(name, *HELD_OUT["pages"]) == "test"
-        for one in pages.mixed(page, name)
-    ]
-    docstrings = [
-        one
-        for name, text in read_text(paths, DOCSTRINGS, "docstrings")
-        for one in programs.docstrings_with_sums(text, name)
-    ]
-    training = found["prose"]["train"] + found["python"]["train"]
-    mixed = {}
-    for kind, documents in {"pages": windows, "docstrings": docstrings}.items():
-        both = {"train": training, "validation": [], "test": documents}
-        kept = keep_new_documents(both, kind, counts)
-        del counts[kind]["train"]
-        mixed[kind] = kept["test"]
-    mixed["catalogues"] = catalogues.three_languages(messages["test"])
-    return mixed
 
 
 def switches(documents: dict[str, list[Document]], count: int) -> list[Document]:
