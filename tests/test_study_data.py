@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-pytest.importorskip("polib")
 from study import answers, bootstrap, catalogues, losses, oracles, pages, problems, programs, sources, splits, tasks
 from study import tokens as study_tokens
 from study.building import build
