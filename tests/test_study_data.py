@@ -297,7 +297,8 @@ def test_messages_in_three_languages():
 def facts(text):
     """Every equation in a text."""
     found = re.findall(r"(\d+)([-+*])(\d+)=(\d+)", text)
-    return [((int(a), sign, int(b)), int(answer)) for a, sign, b, answer in found]
+    assert all(len(answer) == problems.WIDTH for *_, answer in found)
+    return [((int(a), sign, int(b)), int(answer[::-1])) for a, sign, b, answer in found]
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])

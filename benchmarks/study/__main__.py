@@ -1,4 +1,4 @@
-"""Download and build the corpora, and print the tables of README.md: `PYTHONPATH=benchmarks python -m study [cache]`."""
+"""Build the corpora, and print the tables of README.md: `PYTHONPATH=benchmarks python -m study [cache]`."""
 
 import sys
 from pathlib import Path
@@ -62,7 +62,7 @@ def tables(corpora: Corpora, sources: Path) -> str:
 
 
 def vocabulary(corpora: Corpora, size: int) -> list:
-    """A row: bytes per token of each domain's validation text, and how many of its documents 256 tokens do not hold."""
+    """A row: bytes per token of each domain's validation text, and how many documents 256 tokens do not hold."""
     tokenizer = train_tokenizer(corpora.documents["train"], size)
     row, cut = [f"{size}{' (taken)' if size == VOCABULARY else ''}"], []
     for domain in DOMAINS:
