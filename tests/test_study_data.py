@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from study import answers, bootstrap, catalogues, losses, oracles, pages, problems, programs, sources, splits, tasks
 from study import tokens as study_tokens
-from study.building import build
+from study.building import build, draw_problems
 from study.corpora import DOMAINS, MIXED, Corpora, Sizes, load_corpora
 from study.documents import GIVEN, Document, Item, passages
 from study.models import EXPERTS, mix_of
@@ -323,6 +323,15 @@ def test_sums_are_of_their_level():
         signs = {sign for sign, _, _ in kinds}
         assert {problems.draw_step(rng, level, "train")[1] for _ in range(50)} == signs
     assert sum(problems.SHARES.values()) == pytest.approx(1)
+
+
+def test_training_sums_keep_the_levels_shares():
+    """However few sums an easy level has."""
+    documents = draw_problems("train", Sizes(problems=20_000))
+    sums = [one.parts[0][1] for one in documents if one.parts[0][1].endswith("=")]
+    assert len(sums) == 16_000
+    easy = [asked for asked in sums if re.fullmatch(r"\d+[+-]\d=", asked)]
+    assert len(easy) / len(sums) == pytest.approx(problems.SHARES["1"], abs=0.02)
 
 
 def test_order_does_not_matter_to_a_sum():

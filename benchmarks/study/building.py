@@ -134,11 +134,19 @@ def keep_new_documents(found: dict[str, Found], counts: Counts) -> dict[str, Fou
 
 
 def draw_problems(split: str, sizes: Sizes) -> list[Document]:
-    """Sums and word problems, as many of each."""
+    """Sums, and a word problem for every four of them.
+
+    Those for training are drawn with replacement: of different ones there would soon be only hard ones left.
+    """
     rng = random.Random(f"maths, {split}")
-    half = (sizes.documents.get(split) or sizes.problems) // 2
-    items = problems.draw_many(half, problems.draw_sum, rng, split)
-    items += problems.draw_many(half, problems.draw_story, rng, split)
+    count = sizes.documents.get(split, sizes.problems)
+    counts = {problems.draw_sum: count - count // 5, problems.draw_story: count // 5}
+    items = []
+    for draw, many in counts.items():
+        if split == "train":
+            items += [draw(rng, split) for _ in range(many)]
+        else:
+            items += problems.draw_many(many, draw, rng, split)
     rng.shuffle(items)
     return list(map(problems.document, items))
 

@@ -23,7 +23,7 @@ class Sizes:
 
     documents: dict = field(default_factory=lambda: {"validation": 200, "test": 400})  # of a domain; mixed as test
     items: dict = field(default_factory=lambda: {"examples": 400, "validation": 300, "test": 1000})  # of a task
-    problems: int = 60_000  # training documents of maths, half of them sums
+    problems: int = 100_000  # training documents of maths, four of five sums
     sentences: float = 0.2  # of a language's training documents, those that are generated, with numbers in words
     cross: int = 2000  # training items of the cross task; fewer are the first of them
 

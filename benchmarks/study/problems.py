@@ -41,15 +41,16 @@ def split_of(step: Step) -> str:
 
 # --- Levels ---------------------------------------------------------------------------------------------------------
 
-# (sign, range of a, range of b) by level, easiest first.
+# (sign, range of a, range of b) by level, easiest first, and how often a level is drawn: who has learned the first one
+# only has 40% right, who has learned the first three, 85%.
 LEVELS = {
-    "1": [("+", (10, 99), (1, 9)), ("-", (10, 99), (1, 9))],
+    "1": [("+", (10, 999), (1, 9)), ("-", (10, 999), (1, 9))],
     "2": [("+", (10, 99), (10, 99)), ("-", (10, 99), (10, 99))],
     "3": [("+", (100, 999), (10, 99)), ("-", (100, 999), (10, 99))],
     "4": [("+", (100, 999), (100, 999)), ("-", (100, 999), (100, 999))],
-    "5": [("*", (10, 99), (2, 9))],
+    "5": [("*", (10, 199), (2, 9))],
 }
-SHARES = {"1": 0.3, "2": 0.3, "3": 0.2, "4": 0.1, "5": 0.1}
+SHARES = {"1": 0.4, "2": 0.3, "3": 0.15, "4": 0.1, "5": 0.05}
 
 
 def draw_step(rng: random.Random, level: str, split: str) -> Step:
