@@ -235,7 +235,7 @@ def test_prose_has_no_code_and_no_markup():
 def test_mixed_pages_keep_the_order():
     (document,) = pages.mixed(PAGE, "a")
     assert document.text in PAGE
-    assert [kind for kind, _ in document.parts] == ["prose", "python", "prose", "python", "prose"]
+    assert [kind for kind, _ in document.parts] == ["prose", "code", "prose", "code", "prose"]
 
 
 def test_passages_are_of_the_right_length_and_keep_lines():
@@ -399,6 +399,15 @@ def test_examples_differ_between_items_and_not_between_methods(tokenizer, corpor
     texts = [tokenizer.decode(ids) for ids in one.of(one.tokens)]
     assert all(text.count(study_tokens.END) == tasks.EXAMPLES + 2 for text in texts)
     assert all(text.endswith(f"{item.text}{study_tokens.END}") for text, item in zip(texts, items))
+
+
+def test_examples_that_fit_are_found_or_missed(tokenizer):
+    items, long = [Item("1+1=", "2")], Item("1" * 60, "1")
+    shown = [long] * 100 + [Item(f"{i}=", "3") for i in range(4)]
+    tokens = study_tokens.item_sequences(tokenizer, items, shown, length=40).tokens
+    assert tokenizer.decode(tokens).count("3") >= 4
+    with pytest.raises(ValueError, match=r"with 4 examples, this item takes more than 40 tokens: .*1\+1="):
+        study_tokens.item_sequences(tokenizer, items, [long] * 10, length=40)
 
 
 # --- Tokens ---------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def item(message: Message) -> Item:
     return Item(asked(message.english, message.language), f" {message.translation}")
 
 
-def three_languages(messages: list[Message], per_document: int = 4, longest: int = 760) -> list[Document]:
+def three_languages(messages: list[Message], per_document: int = 4, longest: int = 600) -> list[Document]:
     """Messages that have both translations, several of one package to a document: English, French, German, English."""
     by_message: dict[tuple[str, str], dict[str, Message]] = {}
     for message in messages:

@@ -54,13 +54,13 @@ def prose(page: str, source: str) -> list[Document]:
     return [Document((("prose", text),), source) for text in passages("\n\n".join(paragraphs)) if text.isascii()]
 
 
-def mixed(page: str, source: str, longest: int = 760, code: str = "python") -> list[Document]:
+def mixed(page: str, source: str, longest: int = 660) -> list[Document]:
     """Windows of the page, as it is, that change between prose and code at least twice."""
     documents, window = [], []
     for kind, text in stretches(page):
         # Of long prose in front of code, the end is what belongs to it.
         text = text if len(text) <= 300 else _last_paragraphs(text, 300) if not window else text
-        window.append((code if kind == "code" else "prose", text))
+        window.append((kind, text))
         if sum(len(part) for _, part in window) > longest:
             if len(window) > 3:
                 documents.append(Document(tuple(window[:-1]), source))

@@ -1,6 +1,6 @@
 """Sums and word problems of five levels, in English and French, and sentences with numbers to be translated.
 
-A fact, that 34+25 is 59, belongs to one split for ever: no model is trained on one that it is tested on, in whatever words.
+A fact, that 34+25 is 59, is of one split for ever: no model is trained on one that it is tested on, in whatever words.
 """
 
 import hashlib

@@ -33,7 +33,7 @@ TASKS = {
 CROSS = "french_stories"  # word problems in French, which need two experts
 EXAMPLES = 4
 
-_SHORTEST, _LONGEST = 60, 160  # characters of a question; with four examples, five of them fit a block of 256 tokens
+_SHORTEST, _LONGEST = 60, 140  # characters of a question: with four examples, five of them fit 256 tokens
 _JAVASCRIPT = {*re.findall(r"\w+", """
     break case catch class const continue debugger default delete else export extends false finally function import
     instanceof null return super switch this throw true typeof undefined void while with yield

@@ -203,13 +203,19 @@ def _cut(parts: list[tuple[str, list[int]]], length: int) -> list[tuple[str, lis
 
 
 def item_sequences(
-    tokenizer: PreTrainedTokenizerFast, items: list[Item], examples: Sequence[Item] = (), seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast,
+    items: list[Item],
+    examples: Sequence[Item] = (),
+    seed: int = 0,
     length: int = LENGTH,
-) -> Sequences:  # fmt: skip
+) -> Sequences:
     """Items; what is scored is the answer, with the END behind it where the text ends there.
 
-    examples: Items of which four are shown, solved, before each item; other ones for each, but the same for all
-        methods. Without, the item is asked alone.
+    examples: Items of which four are shown, solved, before each item: drawn for each, but the same for all methods. Where
+        what is drawn does not fit `length` tokens again and again, the four shortest. Without, the item is asked alone.
+
+    Raises:
+        ValueError: If not even the shortest examples fit.
     """
     rng, rows, end = random.Random(seed), [], [tokenizer.eos_token_id]
 
@@ -217,15 +223,14 @@ def item_sequences(
         (_, asked), (_, said) = encode(tokenizer, [("", item.prompt), ("", item.answer)])
         return end + asked, said
 
+    solved = sorted(([*asked, *said] for asked, said in map(encoded, examples)), key=len)
     for item in items:
         asked, said = encoded(item)
         said = said + end if item.ends else said
-        for _ in range(20):  # until they fit
-            shown = [encoded(one) for one in rng.sample(list(examples), EXAMPLES)] if examples else []
-            given = [token for one in shown for part in one for token in part] + asked
-            if len(given) + len(said) <= length:
-                break
-        else:
-            raise ValueError(f"four examples and this item always took more than {length} tokens: {item}")
-        rows.append(([(GIVEN, given), ("answer", said)], len(given)))
+        draws = [*(rng.sample(solved, EXAMPLES) for _ in range(20)), solved[:EXAMPLES]] if solved else [[]]
+        given = ([token for one in shown for token in one] + asked for shown in draws)
+        fitting = next((tokens for tokens in given if len(tokens) + len(said) <= length), None)
+        if fitting is None:
+            raise ValueError(f"with {EXAMPLES} examples, this item takes more than {length} tokens: {item}")
+        rows.append(([(GIVEN, fitting), ("answer", said)], len(fitting)))
     return _sequences(tokenizer, rows)
