@@ -183,7 +183,7 @@ def test_what_pip_says_is_passed_on(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_real_corpora(tmp_path):
-    """Downloads 110 MB; takes minutes. All sizes are as README.md says, and nothing of the tests is in training."""
+    """Downloads 149 MB; takes minutes. All sizes are as README.md says, and nothing of the tests is in training."""
     corpora = load_corpora(tmp_path)
     sizes = Sizes()
     for split in ("validation", "test"):

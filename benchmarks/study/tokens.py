@@ -211,8 +211,10 @@ def item_sequences(
 ) -> Sequences:
     """Items; what is scored is the answer, with the END behind it where the text ends there.
 
-    examples: Items of which four are shown, solved, before each item: drawn for each, but the same for all methods. Where
-        what is drawn does not fit `length` tokens again and again, the four shortest. Without, the item is asked alone.
+    Args:
+        examples: Items of which four are shown, solved, before each item. They are drawn for each item, but are the
+            same for all methods; where no draw of 20 fits `length` tokens, they are the four shortest. Without any,
+            items are asked alone.
 
     Raises:
         ValueError: If not even the shortest examples fit.
