@@ -1,7 +1,7 @@
 """What it costs in quality to leave experts out while decoding, and what it saves.
 
-    python benchmarks/replicate.py      # trains the models, once
-    python benchmarks/dropping.py
+    python -m benchmarks.replicate      # trains the models, once
+    python -m benchmarks.dropping
 
 Decodes the test sequences of the replication with its trained Branch-Train-Stitch model, token by token after the
 prompt with the right tokens given, under `model.drop_experts`: with at most k experts per sequence, and with a
@@ -12,30 +12,24 @@ middle, after the prompt; a translation, code and a sum in a row, of which the t
 the mean over the prompt, once and for all. Writes `benchmarks/results/dropping.json`.
 """
 
-import json
 import math
-import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import DynamicCache, HfArgumentParser
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from replication.data import Rows
-from replication.jobs import Store
-from replication.presets import EXPERTS, PRESETS
-from replication.studies import Set, folder_of
-
 from peft_bts.inference import dropping
+
+from .measuring import set_up
+from .replication.data import Rows
+from .replication.jobs import Store
+from .replication.presets import EXPERTS, PRESETS
+from .replication.studies import Set, folder_of
+from .reporting import show, table, write_results
 
 
 @dataclass
@@ -143,13 +137,13 @@ def settings(experts: int) -> list[tuple[str, dict]]:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    torch.set_num_threads(1)
+    set_up(threads=1)
     preset = PRESETS[arguments.preset]
     store = Store(folder_of(Path(arguments.cache_dir), preset, "cpu"))
     one = Set(preset, arguments.set_number, store, "cpu")
     if not store.has(one.name("main", arguments.method, "test")):
         raise SystemExit(
-            f"There is no trained {arguments.method!r} in {store.folder}: run benchmarks/replicate.py first."
+            f"There is no trained {arguments.method!r} in {store.folder}: run `python -m benchmarks.replicate` first."
         )
     model = one.chosen(one.main, arguments.method)
     work = Work(model)
@@ -159,11 +153,10 @@ def main() -> None:
     for gates, limits, name in tqdm(todo, unit="measurement"):
         with deciding(gates):
             results.append({"gates": gates, **limits, "data": name, **decode(model, *parts[name], work, limits)})
-    path = Path(arguments.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
     settled = {"preset": arguments.preset, "set": arguments.set_number, "method": arguments.method}
-    path.write_text(json.dumps({**settled, "experts": EXPERTS, "rows": results}, indent=1) + "\n")
-    show(results, list(parts))
+    write_results({**settled, "experts": EXPERTS, "rows": results}, Path(arguments.results))
+    print("Exact answers in %, or bits per token (experts per token):")
+    show(table_of(results, list(parts)), width=180)
 
 
 # What is shown of each: its title, a figure, and the figure's decimals.
@@ -178,10 +171,9 @@ SHOWN = {
 }
 
 
-def show(results: list[dict], names: list[str]) -> None:
-    table = Table("gates that decide", "limit", title="exact answers in %, or bits per token (experts per token)")
-    for name in names:
-        table.add_column(SHOWN[name][0], justify="right")
+def table_of(results: list[dict], names: list[str]) -> str:
+    """A line for every setting: what was decoded, in columns, in the order of `names`, as in `results`."""
+    lines = []
     for start in range(0, len(results), len(names)):
         part = results[start : start + len(names)]
         limits = [f"{key}={part[0][key]}" for key in ("max_active_experts", "expert_threshold") if key in part[0]]
@@ -189,8 +181,8 @@ def show(results: list[dict], names: list[str]) -> None:
         for row in part:
             _, figure, decimals = SHOWN[row["data"]]
             cells.append(f"{row[figure]:.{decimals}f} ({row['experts_per_token']:.1f})")
-        table.add_row(part[0]["gates"], *(limits or ["none"]), *cells)
-    Console(width=180).print(table)
+        lines.append([part[0]["gates"], *(limits or ["none"]), *cells])
+    return table(["gates that decide", "limit", *(SHOWN[name][0] for name in names)], lines, left=2)
 
 
 if __name__ == "__main__":

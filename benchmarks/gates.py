@@ -1,14 +1,13 @@
 """Whom the quickstart's stitches listen to: the table and the pictures of docs/gates.md.
 
     make quickstart
-    python benchmarks/gates.py
+    python -m benchmarks.gates
 
 Takes the adapter of `examples/quickstart.py`. Prints mean gates, domains x models, over validation documents that the
 stitches were not trained on; draws the gates over a generated text of each domain and over one text that switches
 between domains (the paper's figures 2 and 3); and writes a page to browse them.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,11 +17,9 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
-from peft_bts import trace_gates
+from peft_bts import toy, trace_gates
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import quickstart as qs
+from .measuring import set_up
 
 
 PROMPTS = {
@@ -31,7 +28,7 @@ PROMPTS = {
     "arithmetic": "47+8=",
     "translation": "the small cats see a big tree =",
 }
-SWITCHES = "<|end|>".join(  # documents, one after another as in a training block
+SWITCHES = toy.END.join(  # documents, one after another as in a training block
     [
         "58-9=940",
         "the big dog sees a small cat = la granda hundo vidas malgrandan katon",
@@ -42,28 +39,30 @@ SWITCHES = "<|end|>".join(  # documents, one after another as in a training bloc
 
 
 @dataclass
-class Arguments(qs.Arguments):
+class Arguments:
     adapter: str = field(default=".cache/quickstart/stitched-quickstart", metadata={"help": "the adapter's folder"})
     docs: str = field(default="docs", metadata={"help": "folder for the pictures"})
     page: str = field(default=".cache/gates.html", metadata={"help": "the page to write"})
     documents: int = field(default=64, metadata={"help": "validation documents of each domain"})
+    threads: int = field(default=2, metadata={"help": "PyTorch's"})
+    smoke: bool = field(default=False, metadata={"help": "read a few documents only, to see that it runs"})
 
 
 @torch.no_grad()
 def main():
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    torch.set_num_threads(arguments.threads)
+    set_up(arguments.threads)
     model = AutoPeftModelForCausalLM.from_pretrained(arguments.adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
 
     def encode(texts):
-        options = {"padding": True, "truncation": True, "max_length": qs.LENGTH, "return_token_type_ids": False}
+        options = {"padding": True, "truncation": True, "max_length": toy.LENGTH, "return_token_type_ids": False}
         return tokenizer(texts, return_tensors="pt", **options)
 
-    documents = qs.make_documents(arguments)["validation"]
-    documents = {domain: documents[domain][: arguments.documents] for domain in qs.DOMAINS}
+    documents = toy.make_documents(arguments.smoke)["validation"]
+    documents = {domain: documents[domain][: arguments.documents] for domain in toy.DOMAINS}
     with trace_gates(model) as trace, tqdm(total=sum(map(len, documents.values())), desc="documents") as bar:
-        for domain, name in qs.DOMAINS.items():
+        for domain, name in toy.DOMAINS.items():
             texts = ["".join(parts) for parts in documents[domain]]
             with trace.domain(name):
                 for start in range(0, len(texts), 16):

@@ -1,40 +1,31 @@
 """What each option of `StitchConfig` does to quality, cost and file size, on the quickstart's models.
 
-    python benchmarks/options.py
+    python -m benchmarks.options
 
-Takes the seed and the experts of `examples/quickstart.py` (run `make quickstart` first; they are trained if they are
-not there), trains stitches with one option changed at a time, and writes `benchmarks/results/options.json` and a
-table. Scores are averages over the four domains of the accuracy on *validation* data: next tokens for docstrings and
-code, exact match for arithmetic and translation. "One removed" is the average score of the other domains after an
-expert is left out, without any training, over the choices of that expert. The time of a training step is a ratio to
-that of the default options, both measured in turns. One set of models and one seed each: differences of a point or
-two are noise.
+Takes the seed and the experts of `peft_bts.toy` (from the quickstart's cache; they are trained if they are not there),
+trains stitches with one option changed at a time, and writes `benchmarks/results/options.json` and a table. Scores are
+averages over the four domains of the accuracy on *validation* data: next tokens for docstrings and code, exact match
+for arithmetic and translation. "One removed" is the average score of the other domains after an expert is left out,
+without any training, over the choices of that expert. The time of a training step is a ratio to that of the default
+options, both measured in turns. One set of models and one seed each: differences of a point or two are noise.
 """
 
-import json
-import platform
+import math
 import statistics
-import sys
 import tempfile
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import peft
 import torch
-import transformers
-from peft import get_peft_model
-from rich.console import Console
-from rich.table import Table
+from peft import PeftModel, get_peft_model
+from torch.utils.benchmark import timer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, HfArgumentParser, set_seed
-from transformers.utils import logging
 
-from peft_bts import StitchConfig
+from peft_bts import StitchConfig, toy
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import quickstart as qs
+from .measuring import Runner, set_up, take_turns
+from .reporting import environment, show, table, write_results
 
 
 VARIANTS = {
@@ -54,31 +45,41 @@ VARIANTS = {
 
 
 @dataclass
-class Arguments(qs.Arguments):
+class Arguments:
+    cache_dir: str = field(default=".cache/quickstart", metadata={"help": "where seed and experts are kept"})
     steps: list[int] = field(default_factory=lambda: [100, 400], metadata={"help": "lengths of stitch training"})
+    variants: list[str] = field(default_factory=lambda: [*VARIANTS], metadata={"help": "which to compare"})
+    threads: int = field(default=2, metadata={"help": "PyTorch's; on a busy machine, 1 is faster than 2"})
+    smoke: bool = field(default=False, metadata={"help": "models of a few steps: checks that it runs"})
     results: str = field(default="benchmarks/results/options.json", metadata={"help": "file to write"})
 
 
-def measure(options, steps, seed_folder, folders, data, tokenizer):
+def stitch(models: toy.Toy, options: dict) -> PeftModel:
+    config = StitchConfig(task_type="CAUSAL_LM", experts=models.experts, **options)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(models.folder("seed")), config)
+
+
+def measure(models: toy.Toy, blocks: dict[str, torch.Tensor], options: dict, steps: int) -> dict:
     """Train stitches with these options; return scores with all experts and with one removed, and sizes."""
-    train_blocks, test_blocks, test_documents = data
     set_seed(0)
-    config = StitchConfig(task_type="CAUSAL_LM", experts=folders, **options)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(seed_folder), config)
-    stage = replace(qs.STAGES["stitch"], steps=steps)
-    qs.train(model, qs.mix_blocks(train_blocks, stage.mix, stage.steps * stage.batch), stage, "stitch")
-    with tqdm(total=len(qs.DOMAINS) * (1 + len(folders)), desc="evaluate", leave=False) as bar:
-        scores = qs.evaluate(model, tokenizer, test_blocks, test_documents, bar)
-        without = {}
-        for name in folders:
-            with model.set_active_experts(set(folders) - {name}):
-                rest = qs.evaluate(model, tokenizer, test_blocks, test_documents, bar)
-            without[name] = qs.average({domain: score for domain, score in rest.items() if domain != name})
+    model = stitch(models, options)
+    stage = replace(toy.STAGES["stitch"], steps=steps)
+    toy.train(model, models.rows(stage), stage, "stitch")
+    with tqdm(total=len(toy.DOMAINS) * (1 + len(toy.EXPERTS)), desc="evaluate", leave=False) as bar:
+
+        def evaluate() -> toy.Scores:
+            return toy.evaluate(model, models.tokenizer, blocks, models.documents["validation"], bar)
+
+        scores, without = evaluate(), {}
+        for name in toy.EXPERTS:
+            with model.set_active_experts({*toy.EXPERTS} - {name}):
+                rest = evaluate()
+            without[name] = toy.average({domain: score for domain, score in rest.items() if domain != name})
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         size = (Path(folder) / "adapter_model.safetensors").stat().st_size
     return {
-        "average": qs.average(scores),
+        "average": toy.average(scores),
         "one_removed": statistics.mean(without.values()),
         "without": without,
         "domains": {domain: {"loss": loss, "accuracy": accuracy} for domain, (loss, accuracy) in scores.items()},
@@ -87,62 +88,43 @@ def measure(options, steps, seed_folder, folders, data, tokenizer):
     }
 
 
-def time_steps(seed_folder, folders, rows, rounds=15):
-    """Seconds of a training step by variant: medians of rounds in which every variant takes its turn."""
-    variants = {}
-    for name, options in VARIANTS.items():
-        config = StitchConfig(task_type="CAUSAL_LM", experts=folders, **options)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(seed_folder), config).train()
-        variants[name] = model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    batch = {"input_ids": rows[:8, 0], "labels": rows[:8, 1]}
-    seconds = {name: [] for name in variants}
-    for _ in tqdm(range(rounds), desc="time steps"):
-        for name, (model, optimizer) in variants.items():
-            start = time.perf_counter()
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[2:]) for name, times in seconds.items()}  # the first two warm up
+def training_step(models: toy.Toy, options: dict) -> Runner:
+    model = stitch(models, options).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    tokens, labels = models.blocks["code"][:8].unbind(1)
+
+    def run() -> float:
+        start = timer()
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return timer() - start
+
+    return run
 
 
-def main():
+def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    torch.set_num_threads(arguments.threads)
-    logging.disable_progress_bar()
-    documents = qs.make_documents(arguments)
-    tokenizer = qs.train_tokenizer(documents["train"])
-    train_blocks = qs.make_blocks(tokenizer, documents["train"], "tokenize")
-    test_blocks = qs.make_blocks(tokenizer, documents["validation"], "tokenize validation")
-    test_blocks = {domain: rows[:: -(-len(rows) // 160)] for domain, rows in test_blocks.items()}
-    seed_folder = qs.trained(None, "seed", train_blocks, tokenizer, arguments)
-    folders = {name: qs.trained(seed_folder, name, train_blocks, tokenizer, arguments) for name in qs.EXPERTS}
+    set_up(arguments.threads)
+    models = toy.Toy(arguments.cache_dir, smoke=arguments.smoke)
+    blocks, path = models.held_out_blocks("validation"), Path(arguments.results)
+    results = {**environment(), "threads": arguments.threads, "options": {}}
+    variants = {name: VARIANTS[name] for name in arguments.variants}
+    for name, options in tqdm(variants.items(), desc="variants"):
+        results["options"][name] = {str(n): measure(models, blocks, options, n) for n in arguments.steps}
+        write_results(results, path)
+    runners = {name: training_step(models, options) for name, options in variants.items()}
+    seconds = take_turns(runners, {}, budget=math.inf, rounds=(15, 15))["seconds"]
+    write_results({**results, "seconds_per_step": seconds}, path)
 
-    data = train_blocks, test_blocks, documents["validation"]
-    machine = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    path = Path(arguments.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {}
-    for name, options in tqdm(VARIANTS.items(), desc="variants"):
-        rows[name] = {str(n): measure(options, n, seed_folder, folders, data, tokenizer) for n in arguments.steps}
-        path.write_text(json.dumps({**machine, "versions": versions, "options": rows}, indent=1) + "\n")
-    seconds = time_steps(seed_folder, folders, train_blocks["code"])
-    results = {**machine, "versions": versions, "options": rows, "seconds_per_step": seconds}
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    table = Table(title="Average validation score by option")
+    lines = []
+    for name, row in results["options"].items():
+        last = row[str(arguments.steps[-1])]
+        averages = [f"{row[str(steps)]['average']:.1f}" for steps in arguments.steps]
+        relative = f"{seconds[name] / next(iter(seconds.values())):.2f}"
+        lines.append([name, *averages, f"{last['one_removed']:.1f}", f"{last['trained_parameters']:,}", relative])
     averages = [f"{steps} steps" for steps in arguments.steps]
-    for heading in ("option", *averages, "one removed", "trained weights", "time per step"):
-        table.add_column(heading, justify="left" if heading == "option" else "right")
-    for name, row in rows.items():
-        table.add_row(
-            name,
-            *(f"{row[str(steps)]['average']:.1f}" for steps in arguments.steps),
-            f"{row[str(arguments.steps[-1])]['one_removed']:.1f}",
-            f"{next(iter(row.values()))['trained_parameters']:,}",
-            f"{seconds[name] / seconds['default']:.2f}",
-        )
-    Console().print(table)
+    show(table(["average score", *averages, "one removed", "trained weights", "time per step"], lines))
     print(f"Wrote {path}")
 
 

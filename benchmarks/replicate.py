@@ -1,8 +1,8 @@
 """The study of the Branch-Train-Stitch paper (arXiv 2502.00075), re-run at a size that fits, by one command.
 
-    python benchmarks/replicate.py                     # quick: 2 cores, one set of seed and experts
-    python benchmarks/replicate.py --preset full       # 2 cores, three sets, goes on from quick
-    python benchmarks/replicate.py --preset gpu        # one GPU, three sets of 54M-parameter models
+    python -m benchmarks.replicate                     # quick: 2 cores, one set of seed and experts
+    python -m benchmarks.replicate --preset full       # 2 cores, three sets, goes on from quick
+    python -m benchmarks.replicate --preset gpu        # one GPU, three sets of 54M-parameter models
 
 Trains seeds and experts from nothing, combines them with every method of the paper, and writes
 `benchmarks/results/replicate.json` (`replicate-<preset>.json` for other presets than full) and a report beside it
@@ -15,24 +15,19 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
-from transformers.utils import logging
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from replication.jobs import Job, Store, run  # the quickstart, which it uses, is in examples/
-from replication.presets import PRESETS
-from replication.report import write_report
-from replication.studies import Set, folder_of
-from replication.summary import summarize
+from .measuring import set_up
+from .replication.jobs import Job, Store, run
+from .replication.presets import PRESETS
+from .replication.report import write_report
+from .replication.studies import Set, folder_of
+from .replication.summary import summarize
 
 
 @dataclass
@@ -49,9 +44,7 @@ class Arguments:
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.disable_progress_bar()  # of loading and saving, both immediate
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT 0.21, transformers 5.23
-    torch.set_num_threads(1)
+    set_up(threads=1)
     preset = PRESETS[arguments.preset]
     device = arguments.device or ("cuda" if arguments.preset == "gpu" else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -74,7 +67,7 @@ def main() -> None:
 
 def share(jobs: list[Job], store: Store, arguments: Arguments) -> None:
     """Start workers on the same store and wait until they have done all pieces."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    command = [sys.executable, "-m", "benchmarks.replicate", *sys.argv[1:], "--worker"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     logs = [store.place("logs") / f"worker{number}.log" for number in range(arguments.workers)]
     workers = []

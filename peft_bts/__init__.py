@@ -36,7 +36,7 @@ from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchModel)
 keep_offloaded_hubs()
-undo_failed_loads(StitchModel.discard_adapter)
+undo_failed_loads(StitchModel._discard_adapter)
 call_first(GateLogger)
 check_config_files(check_config_file)
 after_model_card(card_after_peft)

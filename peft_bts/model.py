@@ -16,12 +16,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Optional, Union
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ._compat.bitsandbytes import keep_repacked_weights
+from ._compat.peft import CausalLM
 from ._compat.trained_copies import check_modules_to_save, drop_trained_copies
 from .config import StitchConfig, check_rank, stitch_schedule
 from .experts.attaching import ExpertMaker, add_stitch_weights
@@ -33,11 +35,12 @@ from .forward.decoder import find_decoder, text_config
 from .forward.expert import Expert
 from .forward.head import ModelHead
 from .forward.hooks import HubForward
-from .forward.layer import StitchLayer, StitchOutput
+from .forward.layer import StitchLayer, StitchOutput, output_mixtures
 from .forward.mixed_head import MixedHead
 from .forward.placement import place_for_stitch
 from .inference import generate as generation
 from .inference.dropping import Dropping, DroppingPolicies
+from .inference.joint_lora import JointLora
 from .inference.threads import parallel_streams
 from .keys import file_key, fit_to_model, stitch_weights
 from .mixture import OutputMixture
@@ -60,6 +63,9 @@ class StitchModel(BaseTuner):
         ValueError: For anything that does not fit, before the hub is changed.
     """
 
+    model: PreTrainedModel  # the hub
+    peft_config: dict[str, StitchConfig]  # type: ignore[assignment]  # PEFT's dict is for configs of all methods
+
     prefix: str = "stitch_"
     tuner_layer_cls = StitchLayer
     target_module_mapping: dict[str, list[str]] = {}
@@ -67,17 +73,19 @@ class StitchModel(BaseTuner):
 
     # ---------------------------------------------------------------- adapters come and go
 
-    def _pre_injection_hook(self, model: nn.Module, config: StitchConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # Called once, by BaseTuner.__init__, before anything else of ours.
-        self._decoder = find_decoder(model, "The hub")
-        self._hub_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.experts = NamedModules()
+        self._decoder = find_decoder(self.model, "The hub")
+        self._hub_trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.experts: NamedModules[NamedModules[Expert]] = NamedModules()
         self._expert_sets: dict[str, ExpertSet] = {}  # by adapter; their modules are in `experts`
-        self._maker = ExpertMaker(model, self._all_experts)
+        self._maker = ExpertMaker(self.model, self._all_experts)
         self._dropping = DroppingPolicies()
         self._forward = HubForward(
             self._decoder.backbone, self._decoder.layers[0], self._active_composition, self._dropping.make_state
         )
+        self._joint_lora = JointLora(self._decoder, self._forward)
+        self._forward.make_executor = self._joint_lora
         self._mixed_head: Optional[MixedHead] = None  # made with the first adapter that mixes outputs
         self._stitches_enabled = True
         keep_repacked_weights(self)
@@ -96,7 +104,7 @@ class StitchModel(BaseTuner):
         # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
         owner = next((name for name in self._expert_sets if self.peft_config.get(name) is config), None)
         if owner is not None:
-            experts = {name: self._expert_sets[owner][name] for name in self._expert_sets[owner]}
+            experts = self._expert_sets[owner].by_name()
             references = config.experts
         else:
             found = {name: resolve_reference(name, reference) for name, reference in config.experts.items()}
@@ -122,6 +130,7 @@ class StitchModel(BaseTuner):
         if references != config.experts:
             self._note_experts(adapter_name, references)
         self._forward.install()
+        self._joint_lora.prepare(adapter_name, experts)
 
     def _add_mixture(self, adapter_name: str, config: StitchConfig) -> None:
         """Make an adapter's output gates; the first ones put a `MixedHead` in the place of the hub's `forward`."""
@@ -139,7 +148,7 @@ class StitchModel(BaseTuner):
             dtype=dtype,
         )
         trained = adapter_name in self.active_adapters and not config.inference_mode
-        self.model.stitch_output[adapter_name] = gates.requires_grad_(trained)
+        output_mixtures(self.model)[adapter_name] = gates.requires_grad_(trained)
         self._mixed_head.install()
 
     def _check_adapter_name(self, name: str) -> None:
@@ -158,7 +167,9 @@ class StitchModel(BaseTuner):
                 f"with {PerModel.PREFIX!r}."
             )
 
-    def _prepare_adapter_config(self, peft_config: StitchConfig, model_config: dict) -> StitchConfig:
+    def _prepare_adapter_config(  # type: ignore[override]  # a tuner is given configs of its own class
+        self, peft_config: StitchConfig, model_config: dict[str, Any]
+    ) -> StitchConfig:
         # A copy: the caller's config may serve another hub with another schedule.
         schedule = stitch_schedule(peft_config, len(self._decoder.layers))
         prepared = copy.copy(peft_config)
@@ -167,7 +178,7 @@ class StitchModel(BaseTuner):
         prepared.target_modules = rf"{re.escape(self._decoder.path)}\.({layers})" if schedule else DUMMY_TARGET_MODULES
         return prepared
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # as above
         self,
         peft_config: StitchConfig,
         adapter_name: str,
@@ -224,14 +235,14 @@ class StitchModel(BaseTuner):
         self.active_adapter = active
         self._forget(adapter_name)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if not merge:  # PEFT would leave the trained copies in the hub
             for adapter in list(self.peft_config):
                 drop_trained_copies(self.model, adapter, self.active_adapters)
-        hub = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for adapter in list(self._expert_sets):
             self._forget(adapter)
-        return hub
+        return self.model
 
     def _forget(self, adapter: str) -> None:
         """Drop what is left of an adapter: stitches, wrappers that serve no other, experts, and at last the hooks."""
@@ -241,15 +252,18 @@ class StitchModel(BaseTuner):
                     del layer.stitch_layer[adapter]
                 if not layer.stitch_layer:
                     self._decoder.layers[index] = layer.base_layer
+        self._joint_lora.forget(adapter)
         if adapter in self._expert_sets:
             del self.experts[adapter]
             for expert in self._expert_sets.pop(adapter).modules.values():
                 self._maker.release(expert)
         if hasattr(self.model, "stitch_output"):
-            self.model.stitch_output.delete_adapter(adapter)
-            if not self.model.stitch_output:
+            mixtures = output_mixtures(self.model)
+            mixtures.delete_adapter(adapter)
+            if not mixtures:
                 del self.model.stitch_output
-                self._mixed_head.remove()
+                if self._mixed_head is not None:
+                    self._mixed_head.remove()
                 self._mixed_head = None
         if not self._expert_sets:
             self._forward.remove()
@@ -278,7 +292,7 @@ class StitchModel(BaseTuner):
         hub and experts, stitches, and experts, whose call gathers what they have around their layers. A `StitchLayer`
         is no unit: it runs layers of the experts, which are units of their own.
         """
-        units = [*self._all_experts()]
+        units: list[nn.Module] = [*self._all_experts()]
         for layer in self._decoder.layers:
             units += [layer.base_layer, *layer.stitch_layer.values()] if isinstance(layer, StitchLayer) else [layer]
         for expert in self._all_experts():
@@ -298,7 +312,7 @@ class StitchModel(BaseTuner):
     def attach_expert(
         self,
         name: str,
-        model: Union[nn.Module, str, dict[str, Any]],
+        model: Union[CausalLM, str, dict[str, Any]],
         *,
         revision: Optional[str] = None,
         init: Init = "zero",
@@ -335,11 +349,12 @@ class StitchModel(BaseTuner):
             self._maker.release(expert)
             raise
         if config.output == "mixture":
-            self.model.stitch_output[adapter].add_expert(name, init=init)
+            output_mixtures(self.model)[adapter].add_expert(name, init=init)
         self._expert_sets[adapter].add(name, expert)
         self._note_experts(adapter, {**config.experts, name: reference})
+        self._joint_lora.prepare(adapter, self._expert_sets[adapter].by_name())
 
-    def detach_expert(self, name: str) -> nn.Module:
+    def detach_expert(self, name: str) -> CausalLM:
         """Remove an expert and its stitch weights from the active adapter; return its model.
 
         The gates' softmax renormalises over the models that stay; nothing else changes.
@@ -354,10 +369,11 @@ class StitchModel(BaseTuner):
         for layer in self._layers_of(adapter):
             layer.stitch_layer[adapter].remove_expert(name)
         if self.peft_config[adapter].output == "mixture":
-            self.model.stitch_output[adapter].remove_expert(name)
+            output_mixtures(self.model)[adapter].remove_expert(name)
         expert = experts.remove(name)
         references = {other: ref for other, ref in self.peft_config[adapter].experts.items() if other != name}
         self._note_experts(adapter, references)
+        self._joint_lora.prepare(adapter, experts.by_name())
         return self._maker.release(expert)
 
     def set_active_experts(self, names: Optional[Iterable[str]] = None) -> ActiveExperts:
@@ -396,7 +412,7 @@ class StitchModel(BaseTuner):
         """Note an adapter's experts in its config (in a copy: callers may hold, and share, the old one)."""
         self.peft_config[adapter] = dataclasses.replace(self.peft_config[adapter], experts=references)
 
-    def export(self, path: Union[str, os.PathLike], **kwargs: Any) -> None:
+    def export(self, path: Union[str, os.PathLike[str]], **kwargs: Any) -> None:
         """Write the active adapter with its models as one standalone checkpoint.
 
         `import peft_bts; AutoModelForCausalLM.from_pretrained(path)` loads it, without PEFT and without the models it
@@ -415,6 +431,7 @@ class StitchModel(BaseTuner):
             path,
             self.model,
             self._expert_sets[adapter].composition,
+            self._expert_sets[adapter].active,
             stitches,
             self.peft_config[adapter],
             adapter,
@@ -422,6 +439,14 @@ class StitchModel(BaseTuner):
         )
 
     # ---------------------------------------------------------------- inference
+
+    def describe_execution(self) -> str:
+        """Say which experts of the active adapter run with the hub as one batch in inference, and why others do not.
+
+        One line for each expert. LoRA experts of the hub do, mostly; every other expert runs by itself. Training runs
+        all experts by themselves.
+        """
+        return self._joint_lora.describe(self._single_active_adapter())
 
     def generate(
         self,
@@ -450,7 +475,7 @@ class StitchModel(BaseTuner):
         """The hub's `generate_batch` (continuous batching) while the adapter is disabled, else a `ValueError`."""
         if self._active_composition() is not None:
             generation.refuse_continuous_batching()
-        return self.model.generate_batch(*args, **kwargs)
+        return self.model.generate_batch(*args, **kwargs)  # type: ignore[operator]  # of `GenerationMixin`
 
     def drop_experts(
         self, max_active_experts: Optional[int] = None, expert_threshold: Optional[float] = None
@@ -497,8 +522,8 @@ class StitchModel(BaseTuner):
         least = 1 if stack else 2
         if not isinstance(threads, int) or threads < least:
             raise ValueError(f"threads must be an integer of at least {least}, got {threads!r}.")
-        stacked_of = self._expert_sets[self._single_active_adapter()].composition if stack else None
-        return parallel_streams(self._forward.settings, threads, stacked_of)
+        to_stack = self._expert_sets[self._single_active_adapter()].active if stack else None
+        return parallel_streams(self._forward.settings, threads, to_stack)
 
     # ---------------------------------------------------------------- a forward (see forward/hooks.py)
 
@@ -514,10 +539,10 @@ class StitchModel(BaseTuner):
         composition = self._active_composition()
         if composition is None or not composition.mixture:
             return None
-        return self.model.stitch_output[composition.adapter], bool(composition.schedule)
+        return output_mixtures(self.model)[composition.adapter], bool(composition.schedule)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise ValueError("Stitch adapters cannot be mixed within a batch: `adapter_names` is not supported.")
         yield
@@ -535,15 +560,27 @@ class StitchModel(BaseTuner):
         return file_key(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # as above
+        cls, model: PeftModel, config: StitchConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         return fit_to_model(model, adapter_name, state_dict, with_embeddings=config.save_embedding_layers)
 
-    def discard_adapter(self, adapter: str) -> None:
+    def _discard_adapter(self, adapter: str) -> None:
         """Undo the making of an adapter whose weights could not be loaded."""
         if len(self.peft_config) == 1:
             self.unload()
             self._unfreeze_without_adapters()
         else:
             self.delete_adapter(adapter)
+
+
+def stitch_tuner(model: PeftModel) -> StitchModel:
+    """The tuner of a PEFT model with stitch adapters.
+
+    Raises:
+        TypeError: If its adapters are of another method.
+    """
+    tuner = model.base_model
+    if not isinstance(tuner, StitchModel):
+        raise TypeError(f"This PeftModel has no stitches: its tuner is a {type(tuner).__name__}.")
+    return tuner

@@ -3,8 +3,7 @@
 Times are taken in turns with the dense seed's, so that a busy machine slows both alike; ratios of medians are given.
 """
 
-import statistics
-import time
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from ..measuring import Runner, take_turns
 from .methods import Method, count_parameters, modules_of
 from .training import autocast
 
@@ -71,44 +72,37 @@ class Subject:
             self.weights = [p for p in method.parameters() if p.requires_grad]
             self.optimizer = torch.optim.AdamW(self.weights, lr=0.0) if self.weights else None
 
-    def step(self) -> None:
+    def step(self) -> float:
+        """Returns the seconds that it took, as `forward` does."""
+        start = timer()
         self.method.train()
         with autocast(self.tokens.device):
             loss = self.method(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.wait()
+        return timer() - start
 
     @torch.no_grad()
-    def forward(self) -> None:
+    def forward(self) -> float:
+        start = timer()
         if isinstance(self.method, torch.nn.Module):
             self.method.eval()
             with autocast(self.tokens.device):
                 self.method(input_ids=self.tokens, use_cache=False)
         else:
             self.method(self.tokens, torch.full((len(self.tokens),), self.tokens.shape[1] // 4))
-        self.wait()
+        return timer() - start
 
-    def wait(self) -> None:
-        if self.tokens.is_cuda:
-            torch.cuda.synchronize()
-
-    def flops(self, work: Callable[[], None]) -> int:
+    def flops(self, work: Runner) -> int:
         with FlopCounterMode(display=False) as counter:
             work()
         return counter.get_total_flops()
 
 
-def seconds_in_turns(one: Callable[[], None], other: Callable[[], None]) -> tuple[float, float]:
-    times = ([], [])
-    for turn in range(TURNS + 1):
-        for work, taken in zip((one, other), times):
-            start = time.perf_counter()
-            work()
-            if turn:  # the first warms up
-                taken.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+def in_turns(method: Runner, dense: Runner) -> dict[str, float]:
+    """Median seconds of both."""
+    return take_turns({"method": method}, {"dense": dense}, budget=math.inf, rounds=(TURNS, TURNS))["seconds"]
 
 
 def measure_costs(builders: dict[str, Callable[[], Method]], batch: int, length: int, vocabulary: int) -> dict:
@@ -129,14 +123,14 @@ def measure_costs(builders: dict[str, Callable[[], Method]], batch: int, length:
         mine = absolute(subject)
         row = {"parameters": count_parameters(subject.method)}
         row |= {key: mine[key] / dense_costs[key] for key in mine}
-        taken, dense_taken = seconds_in_turns(subject.forward, dense.forward)
-        row["tokens_per_second"] = dense_taken / taken
-        if subject.weights:
-            taken, dense_taken = seconds_in_turns(subject.step, dense.step)
-            row["seconds_per_step"] = taken / dense_taken
-        costs[name] = row
+        seconds = in_turns(subject.forward, dense.forward)
+        row["tokens_per_second"] = seconds["dense"] / seconds["method"]
         if name == "seed":
-            seed_row = {**dense_costs, "tokens_per_second": tokens.numel() / dense_taken}
+            seed_row = {**dense_costs, "tokens_per_second": tokens.numel() / seconds["dense"]}
+        if subject.weights:
+            seconds = in_turns(subject.step, dense.step)
+            row["seconds_per_step"] = seconds["method"] / seconds["dense"]
+        costs[name] = row
     return {"ratios": costs, "seed": seed_row}
 
 

@@ -1,6 +1,6 @@
 """Domains, their tasks, and what is made of them: blocks of tokens to train on, blocks and items to be tested on.
 
-The domains are the quickstart's, made larger where a test of 1000 items needs it:
+The domains are those of `peft_bts.toy`, made larger where a test of 1000 items needs it:
 
     text    docstrings of Python's standard library          (token accuracy)
     code    its sources without docstrings                   (token accuracy)
@@ -19,15 +19,15 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-import quickstart as qs
 import torch
 from transformers import PreTrainedTokenizerFast
+
+from peft_bts import toy
+from peft_bts.toy import DOMAINS, TASKS
 
 from .presets import Preset
 
 
-DOMAINS = {"text": "docstrings", "code": "code", "math": "arithmetic", "lang": "translation"}
-TASKS = ["math", "lang"]  # domains with right answers
 CROSS = ["cross_direct", "cross_steps"]
 SPLITS = ["validation", "test"]
 
@@ -126,7 +126,7 @@ def make_items(preset: Preset, rng: random.Random) -> dict[str, dict[str, list[I
     drawn = 20 * preset.items
     tasks = {
         "math": [(f"{a}{sign}{b}=", answer) for a, sign, b, answer in arithmetic],
-        "lang": qs.translation_tasks(rng, drawn),
+        "lang": toy.translation_tasks(rng, drawn),
         "roman": [(f"{n} in Roman =", f" {roman_number(n)}") for n in rng.sample(range(1, 4000), 3999)],
         **{f"cross_{kind}": [cross_item(t, kind == "steps") for t in crossed] for kind in ("direct", "steps")},
     }
@@ -233,20 +233,20 @@ def three_rows(tokenizer, code: torch.Tensor, items: dict[str, list[Item]]) -> t
 
 def make_data(preset: Preset, number: int) -> Data:
     """The data of set `number`: other draws of items, other orders."""
-    documents = qs.read_python(limit=100 if preset.items < 100 else None)
+    documents = toy.read_python(limit=100 if preset.items < 100 else None)
     if preset.installed_packages:
-        more = qs.read_python(limit=preset.installed_packages, root=Path(sysconfig.get_paths()["purelib"]))
+        more = toy.read_python(limit=preset.installed_packages, root=Path(sysconfig.get_paths()["purelib"]))
         for split, parts in documents.items():
             for domain in parts:
                 parts[domain] += more[split][domain]
     items = make_items(preset, random.Random(number))
     train = {**documents["train"], **items["train"]}
-    tokenizer = qs.train_tokenizer(train, vocabulary=preset.vocabulary)
-    blocks = score_prompts(qs.make_blocks(tokenizer, train, "tokenize", length=preset.length), every=8)
+    tokenizer = toy.train_tokenizer(train, vocabulary=preset.vocabulary)
+    blocks = score_prompts(toy.make_blocks(tokenizer, train, "tokenize", length=preset.length), every=8)
     rows = {}
     for split in SPLITS:
         enough = preset.blocks if split == "test" else preset.validation_blocks
-        held_out = qs.make_blocks(
+        held_out = toy.make_blocks(
             tokenizer, documents[split] | {task: items[split][task] for task in TASKS}, split, length=preset.length
         )
         held_out = score_prompts({domain: part[:: -(-len(part) // enough)] for domain, part in held_out.items()})

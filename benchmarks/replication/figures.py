@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from ..reporting import save_figures
 from .data import DOMAINS
 
 
@@ -17,20 +15,17 @@ COLOURS = {"hub": "#888888", "code": "#1f77b4", "lang": "#2ca02c", "math": "#d62
 
 def draw_all(results: dict[str, Any], folder: Path) -> dict[str, str]:
     """Write every figure into `folder`; their file names by title."""
-    folder.mkdir(parents=True, exist_ok=True)
     figures = {"averages": averages(results)}
     if results["gates"]:
         figures |= {"prompts": gate_prompts(results["gates"]), "switching": gate_switching(results["gates"])}
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-        plt.close(figure)
-    return {name: f"{folder.name}/{name}.png" for name in figures}
+    return save_figures(figures, folder)
 
 
-def averages(results: dict[str, Any]) -> plt.Figure:
+def averages(results: dict[str, Any]) -> Figure:
     """All methods' averages, best on top; bars are two standard errors, or the standard deviation over sets."""
     methods = sorted(results["methods"].items(), key=lambda item: item[1]["average"]["mean"])
-    figure, axes = plt.subplots(figsize=(7, 0.27 * len(methods) + 0.8))
+    figure = Figure(figsize=(7, 0.27 * len(methods) + 0.8))
+    axes = figure.subplots()
     means = [result["average"]["mean"] for _, result in methods]
     errors = [result["average"]["sd"] or 2 * result["se"] for _, result in methods]
     colours = [
@@ -42,7 +37,7 @@ def averages(results: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def draw_gates(axes: plt.Axes, shown: dict[str, Any], models: list[str]) -> None:
+def draw_gates(axes: Axes, shown: dict[str, Any], models: list[str]) -> None:
     gates = list(zip(*shown["gates"]))
     for model, values in zip(models, gates):
         axes.plot(values, label=model, color=COLOURS.get(model), lw=1.3)
@@ -52,8 +47,9 @@ def draw_gates(axes: plt.Axes, shown: dict[str, Any], models: list[str]) -> None
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
 
 
-def gate_prompts(gates: dict[str, Any]) -> plt.Figure:
-    figure, grid = plt.subplots(len(DOMAINS), 1, figsize=(9, 9), layout="constrained")
+def gate_prompts(gates: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    grid = figure.subplots(len(DOMAINS), 1)
     for axes, (domain, title) in zip(grid, DOMAINS.items()):
         draw_gates(axes, gates["prompts"][domain], gates["models"])
         axes.set_title(title, fontsize=9, loc="left")
@@ -61,8 +57,9 @@ def gate_prompts(gates: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def gate_switching(gates: dict[str, Any]) -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(9, 2.8))
+def gate_switching(gates: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(9, 2.8))
+    axes = figure.subplots()
     draw_gates(axes, gates["switching"], gates["models"])
     for i, domain in enumerate(gates["switching"]["order"]):
         axes.axvline(i * gates["switching"]["every"], color="black", lw=0.7, ls=":")

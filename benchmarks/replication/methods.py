@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
-import quickstart as qs
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from peft_bts import StitchConfig
 from peft_bts.stitch import HUB, ExpertsIntoHub, HubIntoExperts
+from peft_bts.toy import average_weights
 
 from .ensembles import BTM, Routing
 from .mixtures import MixedFFN, bam_adapters, btx
@@ -37,7 +37,7 @@ class Models:
 
 
 def soup(models: Models, experts: list[str]) -> nn.Module:
-    return qs.average_weights(models.load_all(experts)).to(models.device).requires_grad_(False)
+    return average_weights(models.load_all(experts)).to(models.device).requires_grad_(False)
 
 
 def btm(models: Models, experts: list[str]) -> BTM:

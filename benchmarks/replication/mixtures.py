@@ -10,10 +10,11 @@ Everything that is not mixed (embeddings, norms, head; for BTX attention too) is
 
 from typing import Any, Literal
 
-import quickstart as qs
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from peft_bts.toy import average_weights
 
 
 class Router(nn.Module):
@@ -85,7 +86,7 @@ def identities(width: int, count: int) -> nn.ModuleList:
 
 def btx(models: list[nn.Module], kind: Literal["soft", "sample"]) -> nn.Module:
     """Branch-Train-MiX. The models give their FFNs away: do not use them afterwards."""
-    mixed = qs.average_weights(models)
+    mixed = average_weights(models)
     for index, layer in enumerate(mixed.model.layers):
         layer.mlp = MixedFFN([m.model.layers[index].mlp for m in models], mixed.config.hidden_size, kind)
     return mixed.requires_grad_(True).eval()
@@ -93,7 +94,7 @@ def btx(models: list[nn.Module], kind: Literal["soft", "sample"]) -> nn.Module:
 
 def bam_adapters(models: list[nn.Module]) -> nn.Module:
     """BAM with frozen experts. The models give FFNs and attentions away: do not use them afterwards."""
-    mixed, width = qs.average_weights(models), models[0].config.hidden_size
+    mixed, width = average_weights(models), models[0].config.hidden_size
     for index, layer in enumerate(mixed.model.layers):
         layers = [m.model.layers[index] for m in models]
         layer.mlp = MixedFFN([layer.mlp for layer in layers], width, project=True)

@@ -1,10 +1,9 @@
 """The results file, and the report: Markdown with a verdict on every claim, tables, and plots. Nothing is typed in."""
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..reporting import table, write_results
 from .data import DOMAINS, TASKS
 from .figures import draw_all
 from .methods import TITLES
@@ -13,28 +12,13 @@ from .presets import FOURTH
 
 def write_report(results: dict[str, Any], path: Path) -> None:
     """Write `path` (JSON), the report beside it (.md), and its plots in a folder of the same name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded(results), indent=1) + "\n")
+    write_results(results, path)
     figures = draw_all(results, path.with_suffix(""))
     parts = [head(results), claims(results), main_table(results, figures), variants(results), sequences(results)]
     optional = {"removal": removal, "addition": addition, "cost": costs}
     parts += [cross(results), *(section(results) for key, section in optional.items() if results[key])]
     parts += [gates(results, figures)] if results["gates"] else []
     path.with_suffix(".md").write_text("\n\n".join([*parts, facts(results), setup(results)]) + "\n")
-
-
-def rounded(value: Any) -> Any:
-    """Five significant digits are enough for a file that people read."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {str(key): rounded(part) for key, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def table(head: list[str], rows: Iterable[list[Any]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def figure(spread: dict[str, Any], digits: int = 1) -> str:
@@ -59,7 +43,7 @@ def head(results: dict[str, Any]) -> str:
         scope += f" **Unfinished: {pieces['done']} of {pieces['all']} pieces of work are done, the rest is left out.**"
     return (
         "# The paper's study, re-run\n\n"
-        f"Written by `python benchmarks/replicate.py --preset {results['preset']}`; do not edit. "
+        f"Written by `python -m benchmarks.replicate --preset {results['preset']}`; do not edit. "
         f"Branch-Train-Stitch, arXiv 2502.00075, with models of {results['settings']['seed_parameters'] / 1e6:.2g}M "
         f"parameters where the paper has 2.7B.\n\nOf {len(verdicts)} claims: **{counts}**. {scope}"
     )

@@ -9,10 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import peft
-import torch
-import transformers
-
+from ..reporting import environment
 from .claims import compare, judge
 from .data import CROSS, DOMAINS
 from .methods import TRAINED, UNTRAINED
@@ -60,7 +57,7 @@ def summarize(sets: list[Set], preset_name: str) -> dict[str, Any]:
     results = {
         "preset": preset_name,
         "sets": len(sets),
-        **environment(sets),
+        **origin(sets),
         "trained": trainings(sets),
         "methods": {
             name: main_method(sets, name)
@@ -89,7 +86,7 @@ def untrained_names(study: Study) -> list[str]:
     return ["seed", *(f"expert_{name}" for name in study.experts), *UNTRAINED]
 
 
-def environment(sets: list[Set]) -> dict[str, Any]:
+def origin(sets: list[Set]) -> dict[str, Any]:
     """The machine, the versions and the commit; how much is done, and how long it took; the settings."""
     one = sets[0]
     try:
@@ -99,13 +96,11 @@ def environment(sets: list[Set]) -> dict[str, Any]:
         ).stdout.strip()  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    device = torch.cuda.get_device_name() if one.device == "cuda" else platform.processor() or platform.machine()
     pieces = [(one, job.name) for one in sets for job in one.jobs()]
     finished = [one.store.read(name) for one, name in pieces if one.store.has(name)]
     return {
-        "machine": device,
+        **environment(one.device),
         "python": platform.python_version(),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "commit": commit,
         "pieces": {"done": len(finished), "all": len(pieces)},
         "core_minutes": sum(result["cpu_seconds"] for result in finished) / 60,

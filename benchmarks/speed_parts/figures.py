@@ -1,129 +1,117 @@
 """The page's plots."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
-import matplotlib
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from ..reporting import save_figures
 
 
 COLOURS = {"prefill": "#1f77b4", "decode": "#d62728", "training": "#2ca02c"}
 AXES = {"experts": "experts", "stitches": "stitches, K", "width": "width", "length": "tokens"}
 
 
+@rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8})
 def draw_all(results: dict, folder: Path) -> dict[str, str]:
     """Write a figure for every section that has one; their paths from the page, by section."""
-    rows, figures = results["rows"], {}
-    for section in ("prefill", "decode"):
-        if section in rows:
-            figures[section] = ratios(rows[section], "stitched / E", limit=1.06)
-    if "training" in rows:
-        row = next(iter(rows["training"].values()))
-        figures["training"] = bars(row["seconds"], "seconds of a step")
-    if rows.get("dropping"):
-        figures["dropping"] = ratios(rows["dropping"], "dropped / E", limit=None)
-    if "scaling" in rows:
-        figures["scaling"] = scaling(rows["scaling"], results["settings"])
-    if "sizes" in rows:
-        figures["sizes"] = sizes(rows["sizes"], results["settings"]["case"])
-    if peaks := {
-        name: row["peak_bytes"] / 2**20 for name, row in rows.get("memory", {}).items() if "peak_bytes" in row
-    }:
-        figures["memory"] = bars(peaks, "rise of memory, MiB")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-        plt.close(figure)
-    return {name: f"{folder.name}/{name}.png" for name in figures}
+    drawings = {
+        "prefill": lambda rows: ratios(rows, "stitched / E", target=1.06),
+        "decode": lambda rows: ratios(rows, "stitched / E", target=1.06),
+        "dropping": lambda rows: ratios(rows, "dropped / E"),
+        "training": lambda rows: bars(next(iter(rows.values()))["seconds"], "seconds of a step"),
+        "memory": lambda rows: bars({n: r["peak_bytes"] / 2**20 for n, r in rows.items()}, "rise of memory, MiB"),
+        "scaling": lambda rows: scaling(rows, results["settings"]),
+        "sizes": lambda rows: sizes(rows, results["settings"]["case"]),
+    }
+    found = {section: rows for section, rows in results["rows"].items() if section in drawings}
+    if "memory" in found:
+        found["memory"] = {name: row for name, row in found["memory"].items() if "peak_bytes" in row}
+    return save_figures({section: drawings[section](rows) for section, rows in found.items() if rows}, folder)
 
 
-def bars(values: dict[str, float], label: str) -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(7, 0.3 * len(values) + 0.8))
+def bars(values: dict[str, float], label: str) -> Figure:
+    figure = Figure(figsize=(7, 0.3 * len(values) + 0.8))
+    axes = figure.subplots()
     shown = axes.barh(list(values)[::-1], list(values.values())[::-1], color="#9db8d2")
     axes.bar_label(shown, fmt="%.3g", padding=3, fontsize=8)
     axes.set_xlabel(label)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def ratios(rows: dict, ratio: str, limit: float | None) -> plt.Figure:
+def ratios(rows: dict, ratio: str, target: float | None = None) -> Figure:
     """Medians with quartiles, and where they should be."""
     found = {name: row["ratios"][ratio] for name, row in reversed(rows.items()) if ratio in row.get("ratios", ())}
-    figure, axes = plt.subplots(figsize=(7, 0.3 * len(found) + 0.9))
-    medians = [value["median"] for value in found.values()]
-    errors = [[v["median"] - v["low"] for v in found.values()], [v["high"] - v["median"] for v in found.values()]]
-    axes.errorbar(medians, list(found), xerr=errors, fmt="o", color="#1f77b4", capsize=3)
+    figure = Figure(figsize=(7, 0.3 * len(found) + 0.9))
+    axes = figure.subplots()
+    medians, errors = with_errors(found.values())
+    axes.errorbar(medians, [*found], xerr=errors, fmt="o", color="#1f77b4", capsize=3)
     axes.axvline(1, color="black", lw=0.7)
-    if limit is not None:
-        axes.axvline(limit, color="#d62728", lw=0.9, ls="--", label=f"target {limit}")
-        axes.legend(fontsize=8)
+    if target is not None:
+        axes.axvline(target, color="#d62728", lw=0.9, ls="--", label=f"target {target}")
+        axes.legend()
     axes.set_xlabel(ratio)
     axes.margins(y=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def scaling(rows: dict, settings: dict) -> plt.Figure:
+def with_errors(spreads: Collection[dict]) -> tuple[list[float], list[list[float]]]:
+    """Medians, and how far the quartiles are below and above them."""
+    medians = [s["median"] for s in spreads]
+    return medians, [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
+
+
+def by_size(rows: dict, size: str, base: int, kind: str = "") -> dict[int, dict]:
+    """Rows by the value of one size, in order: those called "<size> = <value><kind>", and "base<kind>"."""
+    matches = ((re.fullmatch(rf"(?:{size} = (\d+)|base){kind}", name), row) for name, row in rows.items())
+    return dict(sorted({int(match[1] or base): row for match, row in matches if match}.items()))
+
+
+def label_sizes(axes: Axes, size: str, values: Collection[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(values), sorted(values))
+    axes.minorticks_off()
+    axes.set_xlabel(AXES[size])
+
+
+def scaling(rows: dict, settings: dict) -> Figure:
     """A panel per size: the cost in E. The base case is a point in each."""
-    base = {
-        (size, kind): settings["case"].get(size, settings["sizes"]["prompt" if kind == "decode" else "length"])
-        for size in AXES
-        for kind in COLOURS
-        if kind != "training" or size in ("experts", "stitches")
-    }
-    figure, grid = plt.subplots(1, len(AXES), figsize=(12, 3), layout="constrained")
-    for axes, (size, label) in zip(grid, AXES.items()):
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    panels = figure.subplots(1, len(AXES))
+    for axes, size in zip(panels, AXES):
+        kinds = [kind for kind in COLOURS if any(re.fullmatch(rf"{size} = \d+, {kind}", name) for name in rows)]
         seen = set()
-        for kind, colour in COLOURS.items():
-            points = {}
-            for name, row in rows.items():
-                match = re.fullmatch(rf"(?:{size} = (\d+)|base), {kind}", name)
-                if match and (size, kind) in base and "ratios" in row:
-                    points[int(match[1] or base[size, kind])] = row["ratios"]["stitched / E"]
-            x = sorted(points)
-            if x:
-                y = [points[value] for value in x]
-                errors = [[v["median"] - v["low"] for v in y], [v["high"] - v["median"] for v in y]]
-                axes.errorbar(
-                    x, [v["median"] for v in y], yerr=errors, label=kind, color=colour, marker="o", capsize=2
-                )
-            seen |= set(x)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(seen), sorted(seen))
-        axes.minorticks_off()
-        axes.set_xlabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0].set_ylabel("stitched / E")
-    grid[1].legend(fontsize=8)
+        for kind in kinds:
+            base = settings["case"].get(size, settings["sizes"]["prompt" if kind == "decode" else "length"])
+            points = by_size(rows, size, base, f", {kind}")
+            points = {value: row["ratios"]["stitched / E"] for value, row in points.items() if "ratios" in row}
+            medians, errors = with_errors(points.values())
+            axes.errorbar([*points], medians, yerr=errors, label=kind, color=COLOURS[kind], marker="o", capsize=2)
+            seen |= points.keys()
+        label_sizes(axes, size, seen)
+    panels[0].set_ylabel("stitched / E")
+    panels[1].legend()
     return figure
 
 
-def sizes(rows: dict, case: dict) -> plt.Figure:
+def sizes(rows: dict, case: dict) -> Figure:
     """Memory and the adapter file by number of experts and by K; the base case is a point in both panels."""
-    figure, grid = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
-    for axes, size in zip(grid, ("experts", "stitches")):
-        points = {
-            int(name.partition(" = ")[2] or case[size]): row
-            for name, row in rows.items()
-            if name.startswith((size, "base"))
-        }
-        x = sorted(points)
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, size in zip(panels, ("experts", "stitches")):
+        points = by_size(rows, size, case[size])
         for label, what, key in (
             ("training step", "training", "peak_bytes"),
             ("forward", "inference", "peak_bytes"),
             ("adapter file", "load", "file_bytes"),
         ):
-            found = [value for value in x if key in points[value][what]]
-            axes.plot(found, [points[value][what][key] / 2**20 for value in found], marker="o", label=label)
-        axes.set_xscale("log", base=2)
+            found = {value: row[what][key] / 2**20 for value, row in points.items() if key in row[what]}
+            axes.plot([*found], [*found.values()], marker="o", label=label)
         axes.set_yscale("log")
-        axes.set_xticks(x, x)
-        axes.minorticks_off()
-        axes.set_xlabel(AXES[size])
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0].set_ylabel("MiB")
-    grid[1].legend(fontsize=8)
+        label_sizes(axes, size, points)
+    panels[0].set_ylabel("MiB")
+    panels[1].legend()
     return figure

@@ -1,144 +1,80 @@
 """The results file as a page: targets, tables, plots. Nothing is typed in."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..random_models import PATTERNS
+from ..reporting import table
+from . import fresh, rows
 from .figures import draw_all
 
 
-TITLES = {
-    "prefill": (
-        "Prefill",
-        "One forward over a prompt. E: one forward of the plain hub and one of each expert without its lm_head.",
-    ),
-    "decode": (
-        "Decoding",
-        "One token at a time behind a prompt, with a `DynamicCache`, by a greedy loop written by hand. Seconds are of "
-        "all decoded tokens of a round.",
-    ),
-    "training": (
-        "A training step",
-        "Forward, backward and AdamW of the stitches, against training all models in full, and a LoRA (r=8, all "
-        "linear layers) on the hub alone.",
-    ),
-    "plain": (
-        "A plain loop",
-        "The paper's appendix B in plain PyTorch, every layer of every model called in turn. Its logits are checked "
-        "to be the same before it is timed.",
-    ),
-    "streams": (
-        "Parallel streams",
-        "All models' layers between two stitches at once: `parallel_streams()`, two threads on a CPU; and stacked, "
-        "with `stack=True`, where experts also decode as one batch.",
-    ),
-    "dropping": ("Dropping experts", "Decoding with at most k experts (`max_active_experts`), in one sequence."),
-    "compiled": ("Compiled decoding", "Static cache, one graph per step; on a GPU, CUDA graphs."),
-    "scaling": ("One size at a time", "Around the base case; E is that of the same sizes."),
-}
+SECTIONS = rows.SECTIONS | fresh.SECTIONS
 MIB = 2**20
 
 
 def write_page(results: dict[str, Any], path: Path) -> None:
     """Write the page beside the results file, its plots in a folder of the same name."""
-    figures = draw_all(results, path.with_suffix(""))
-    rows = results["rows"]
-    parts = [head(results), targets(rows)]
-    for section, (title, text) in TITLES.items():
-        if section in rows:
-            parts.append(f"## {title}\n\n{text}\n\n{timed_table(rows[section])}")
+    figures, measured = draw_all(results, path.with_suffix("")), results["rows"]
+    tables = {"memory": memory, "attaching": attaching, "sizes": sizes}
+    parts = [head(**results["settings"]), targets(measured)]
+    for section, (title, rows_of) in SECTIONS.items():
+        if section in measured:
+            text = " ".join(rows_of.__doc__.split())
+            parts += [f"## {title}", text, tables.get(section, timed)(measured[section])]
             parts += [f"![{section}]({figures[section]})"] if section in figures else []
-    if "memory" in rows:
-        parts.append(memory(rows["memory"], figures, results["settings"]["sizes"]["training"]))
-    if "attaching" in rows:
-        parts.append(attaching(rows["attaching"]))
-    if "sizes" in rows:
-        parts.append(f"{sizes(rows['sizes'])}\n\n![sizes]({figures['sizes']})")
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
 
-def table(head: list[str], rows: Iterable[list[Any]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def head(results: dict[str, Any]) -> str:
-    settings = results["settings"]
-    case, versions = settings["case"], ", ".join(f"{k} {v}" for k, v in settings["versions"].items())
-    where = settings["machine"] if case["device"] != "cpu" else f"{settings['machine']}, {settings['threads']} threads"
+def head(preset: str, threads: int, machine: str, versions: dict, case: dict, sizes: dict) -> str:
+    where = machine if case["device"] != "cpu" else f"{machine}, {threads} threads"
     return (
         "# What stitching costs\n\n"
-        f"Written by `python benchmarks/speed.py --preset {settings['preset']}`; do not edit. {where}; {versions}.\n\n"
+        f"Written by `python -m benchmarks.speed --preset {preset}`; do not edit. {where}; "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}.\n\n"
         f"Models of random weights: hub and {case['experts']} experts of Llama shape, width {case['width']}, "
         f"{case['layers']} layers, {case['heads']} heads, FFN {case['intermediate']}, vocabulary "
-        f"{case['vocabulary']:,}, {case['dtype']}; K={case['stitches']}. Whatever is compared took turns; a ratio is "
-        "the median over rounds of the ratio within a round, quartiles in brackets. The timed process keeps memory "
-        "that it has freed (`keep_freed_memory`)."
+        f"{case['vocabulary']:,}, {case['dtype']}; K={case['stitches']}. Memory is measured with "
+        f"{' x '.join(map(str, sizes['training']))} tokens. Whatever is compared took turns; a ratio is the median "
+        "over rounds of the ratio within a round, quartiles in brackets. The timed process keeps memory that it has "
+        "freed (`keep_freed_memory`)."
     )
 
 
-# ---------------------------------------------------------------------------------------------------- targets
-
-
-def worst(rows: dict, section: str, ratio: str, names: Callable[[str], bool] = lambda name: True) -> float | None:
-    """The largest median of a ratio in a section."""
-    found = [
-        row["ratios"][ratio]["median"]
-        for name, row in rows.get(section, {}).items()
-        if ratio in row.get("ratios", ()) and names(name)
-    ]
-    return max(found, default=None)
-
-
-def worst_of_best_stream(rows: dict) -> float | None:
-    """The largest of the decoding rows, each in the better of the ways to run it."""
-    found = [row["ratios"] for name, row in rows.get("streams", {}).items() if is_decode(name) and "ratios" in row]
-    of_row = [[ratio["median"] for name, ratio in ratios.items() if name.endswith(" / E")] for ratios in found]
-    return max(map(min, of_row), default=None)
-
-
-def memory_ratio(rows: dict, one: str, other: str) -> float | None:
-    peaks = [rows.get("memory", {}).get(name, {}).get("peak_bytes") for name in (one, other)]
-    return None if None in peaks else peaks[0] / peaks[1]
+# --- Targets --------------------------------------------------------------------------------------------------------
 
 
 def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
     """What is asked, at most how much, and what was found (the worst row; `None`: not measured)."""
-    hub_pattern = "training, experts_into_hub"
+
+    def worst(section: str, ratio: str, prefix: str = "") -> float | None:
+        """Of rows whose names begin with `prefix`; in a row, the best of the ratios that end with `ratio` counts."""
+        found = [row.get("ratios", {}) for name, row in rows.get(section, {}).items() if name.startswith(prefix)]
+        medians = [[spread["median"] for name, spread in row.items() if name.endswith(ratio)] for row in found]
+        return max(map(min, filter(None, medians)), default=None)
+
+    def rise(name: str) -> float | None:
+        """In the expert's size, without the stitch weights that come with it."""
+        row = rows.get("attaching", {}).get(name)
+        return row and max(0, row["peak_bytes"] - row["stitch_bytes"]) / row["expert_bytes"]
+
+    memory = rows.get("memory", {})
+    alternating, into_hub = (memory.get(f"training, {pattern}", {}).get("peak_bytes") for pattern in PATTERNS)
+    ratio = into_hub / alternating if alternating and into_hub else None
+    pattern = '`pattern="experts_into_hub"`, in'
     return [
-        ("prefill, in E", 1.06, worst(rows, "prefill", "stitched / E")),
-        ("sequential decoding, in E", 1.06, worst(rows, "decode", "stitched / E")),
-        ("decoding with parallel streams, in E", 0.70, worst_of_best_stream(rows)),
-        (
-            "decoding with experts dropped, in (hub + kept experts)",
-            1.2,
-            worst(rows, "dropping", "dropped / hub + kept experts"),
-        ),
-        ("training step, in full training", 0.55, worst(rows, "training", "alternating / full training")),
-        (
-            'training step, `pattern="experts_into_hub"`, in full training',
-            0.40,
-            worst(rows, "training", "experts_into_hub / full training"),
-        ),
-        (
-            'peak memory of a training step, `pattern="experts_into_hub"`, in alternating',
-            0.7,
-            memory_ratio(rows, hub_pattern, "training, alternating"),
-        ),
-        ("attaching a loaded model: rise of memory, in its size", 0.1, attaching_rise(rows, "attach, a loaded model")),
-        ("attaching a path: peak of memory, in the expert's size", 1.2, attaching_rise(rows, "attach, from a path")),
+        ("prefill, in E", 1.06, worst("prefill", "stitched / E")),
+        ("sequential decoding, in E", 1.06, worst("decode", "stitched / E")),
+        ("decoding with parallel streams, in E", 0.70, worst("streams", " / E", prefix="decode")),
+        ("decoding with experts dropped, in (hub + kept experts)", 1.2, worst("dropping", "/ hub + kept experts")),
+        ("training step, in full training", 0.55, worst("training", "alternating / full training")),
+        (f"training step, {pattern} full training", 0.40, worst("training", "experts_into_hub / full training")),
+        (f"peak memory of a training step, {pattern} alternating", 0.7, ratio),
+        ("attaching a loaded model: rise of memory, in its size", 0.1, rise("attach, a loaded model")),
+        ("attaching a path: peak of memory, in the expert's size", 1.2, rise("attach, from a path")),
     ]
-
-
-def attaching_rise(rows: dict, name: str) -> float | None:
-    """In the expert's size, without the stitch weights that come with it."""
-    row = rows.get("attaching", {}).get(name)
-    return row and max(0, row["peak_bytes"] - row["stitch_bytes"]) / row["expert_bytes"]
-
-
-def is_decode(name: str) -> bool:
-    return name.startswith("decode")
 
 
 def targets(rows: dict) -> str:
@@ -149,33 +85,44 @@ def targets(rows: dict) -> str:
     return "## Targets\n\nThe worst row counts.\n\n" + table(["", "at most", "measured", ""], lines)
 
 
-# ---------------------------------------------------------------------------------------------------- tables
+# --- Tables ---------------------------------------------------------------------------------------------------------
+
+Columns = dict[str, tuple[str, Callable[[dict], Any]]]  # by title: what a row must have, and the cell made of the row
 
 
-def timed_table(rows: dict[str, dict]) -> str:
-    """Rows with their ratios, and the seconds behind them; more columns where a section has more."""
-    ratios = list(dict.fromkeys(name for row in rows.values() for name in row.get("ratios", ())))
-    extras = [
-        ("largest_difference", "largest difference of logits", lambda row: f"{row['largest_difference']:.0e}"),
-        ("same_tokens", "same tokens", lambda row: "yes" if row["same_tokens"] else "no"),
-        ("flops", "TFLOP/s", lambda row: each(row["flops"], lambda n, v: f"{v / row['seconds'][n] / 1e12:.3g}")),
-        ("flops", "by operations alone", lambda row: each(flop_ratios(row), lambda _, v: f"{v:.3f}")),
-        (
-            "share_of_bandwidth",
-            "of the bandwidth limit",
-            lambda row: each(row["share_of_bandwidth"], lambda n, v: f"{v:.0%}"),
+def table_of(rows: dict[str, dict], columns: Columns) -> str:
+    """A line for every row, without the columns that no row has."""
+    shown = {title: column for title, column in columns.items() if any(column[0] in row for row in rows.values())}
+    lines = [[name, *(cell(row) if key in row else "" for key, cell in shown.values())] for name, row in rows.items()]
+    return table(["", *shown], lines)
+
+
+def timed(rows: dict[str, dict]) -> str:
+    """Rows with their ratios, and what is behind them."""
+    ratios = dict.fromkeys(ratio for row in rows.values() for ratio in row.get("ratios", ()))
+    columns: Columns = {ratio: ("ratios", partial(interval, ratio)) for ratio in ratios} | {
+        "seconds": ("seconds", lambda row: each(row["seconds"], ".4g")),
+        "largest difference of logits": ("largest_difference", lambda row: f"{row['largest_difference']:.0e}"),
+        "same tokens": ("same_tokens", lambda row: "yes" if row["same_tokens"] else "no"),
+        "TFLOP/s": (
+            "flops",
+            lambda row: each({name: v / row["seconds"][name] / 1e12 for name, v in row["flops"].items()}, ".3g"),
         ),
-        ("out_of_memory", "out of memory", lambda row: ", ".join(row["out_of_memory"])),
-    ]
-    shown = [extra for extra in extras if any(extra[0] in row for row in rows.values())]
-    lines = []
-    for name, row in rows.items():
-        found = row.get("ratios", {})
-        cells = [interval(found[ratio]) if ratio in found else "" for ratio in ratios]
-        cells.append(each(row.get("seconds", {}), lambda _, v: f"{v:.4g}"))
-        cells += [show(row) if key in row else "" for key, _, show in shown]
-        lines.append([name, *cells, row.get("rounds", 0)])
-    return table(["", *ratios, "seconds", *(title for _, title, _ in shown), "rounds"], lines)
+        "by operations alone": ("flops", lambda row: each(flop_ratios(row), ".3f")),
+        "of the bandwidth limit": ("share_of_bandwidth", lambda row: each(row["share_of_bandwidth"], ".0%")),
+        "out of memory": ("out_of_memory", lambda row: ", ".join(row["out_of_memory"])),
+        "rounds": ("rounds", lambda row: row["rounds"]),
+    }
+    return table_of(rows, columns)
+
+
+def interval(ratio: str, row: dict) -> str:
+    found = row["ratios"].get(ratio)
+    return f"**{found['median']:.3f}** ({found['low']:.3f} to {found['high']:.3f})" if found else ""
+
+
+def each(values: dict[str, float], form: str) -> str:
+    return "; ".join(f"{name} {value:{form}}" for name, value in values.items())
 
 
 def flop_ratios(row: dict) -> dict[str, float]:
@@ -184,39 +131,29 @@ def flop_ratios(row: dict) -> dict[str, float]:
     return {ratio: row["flops"][a] / row["flops"][b] for ratio, (a, b) in pairs.items()}
 
 
-def each(values: dict[str, float], show: Callable[[str, float], str]) -> str:
-    return "; ".join(f"{name} {show(name, value)}" for name, value in values.items())
+def number(key: str, form: str, unit: float = 1) -> tuple[str, Callable[[dict], str]]:
+    return key, lambda row: f"{row[key] / unit:{form}}"
 
 
-def interval(ratio: dict[str, float]) -> str:
-    return f"**{ratio['median']:.3f}** ({ratio['low']:.3f} to {ratio['high']:.3f})"
-
-
-def memory(rows: dict[str, dict], figures: dict[str, str], training: list[int]) -> str:
-    lines = [
-        [name, "out of memory", "", "", ""]
-        if "out_of_memory" in row
-        else [name, f"{row['peak_bytes'] / MIB:,.0f}", f"{row['model_bytes'] / MIB:,.0f}", f"{row['seconds']:.3g}"]
-        for name, row in rows.items()
-    ]
-    picture = f"\n\n![memory]({figures['memory']})" if "memory" in figures else ""
-    return (
-        "## Memory\n\nEach in a process of its own: how far memory rises above what it holds once the models are "
-        f"there, over two forwards or training steps of {training[0]} x {training[1]} tokens; the models themselves; "
-        "and the seconds of the second.\n\n" + table(["", "rise, MiB", "models, MiB", "seconds"], lines) + picture
-    )
+def memory(rows: dict[str, dict]) -> str:
+    columns: Columns = {
+        "rise, MiB": number("peak_bytes", ",.0f", MIB),
+        "models, MiB": number("model_bytes", ",.0f", MIB),
+        "seconds": number("seconds", ".3g"),
+        "out of memory": ("out_of_memory", lambda row: "yes"),
+    }
+    return table_of(rows, columns)
 
 
 def attaching(rows: dict[str, dict]) -> str:
-    lines = [
-        [name, f"{row['seconds']:.3g}", f"{row['peak_bytes'] / MIB:,.0f}", f"{row['expert_bytes'] / MIB:,.0f}",
-         f"{row['stitch_bytes'] / MIB:,.1f}", f"{row['peak_bytes'] / row['expert_bytes']:.2f}"]
-        for name, row in rows.items()
-        if name.startswith("attach")
-    ]  # fmt: skip
-    text = "## Attaching and loading\n\nOne expert attached, in a process of its own.\n\n" + table(
-        ["", "seconds", "memory rises, MiB", "expert, MiB", "its stitch weights, MiB", "rise / expert"], lines
-    )
+    columns: Columns = {
+        "seconds": number("seconds", ".3g"),
+        "memory rises, MiB": number("peak_bytes", ",.0f", MIB),
+        "expert, MiB": number("expert_bytes", ",.0f", MIB),
+        "its stitch weights, MiB": number("stitch_bytes", ",.1f", MIB),
+        "rise / expert": ("expert_bytes", lambda row: f"{row['peak_bytes'] / row['expert_bytes']:.2f}"),
+    }
+    text = table_of({name: row for name, row in rows.items() if name.startswith("attach")}, columns)
     if load := rows.get("load, adapter and experts"):
         both, alone = load["seconds"]["adapter and experts"], load["seconds"]["experts alone"]
         text += (
@@ -227,21 +164,16 @@ def attaching(rows: dict[str, dict]) -> str:
 
 
 def sizes(rows: dict[str, dict]) -> str:
-    def mib(row: dict, what: str, key: str = "peak_bytes") -> str:
-        return f"{row[what][key] / MIB:,.1f}" if key in row[what] else "out of memory"
-
-    lines = []
-    for name, row in rows.items():
-        loaded = row["load"].get("seconds", {"adapter and experts": math.nan, "experts alone": math.nan})
-        seconds = [row["attach"].get("seconds", math.nan), *loaded.values()]
-        memory = [mib(row, "inference"), mib(row, "training"), mib(row, "load", "file_bytes")]
-        lines.append([name, *memory, *(f"{value:.3g}" for value in seconds)])
-    return (
-        "## Memory, files and loading by number of experts and K\n\n"
-        "Each in a process of its own; MiB that a forward and a training step need beside the models, and of the "
-        "adapter file; seconds to attach one loaded model, and to load the adapter with its experts, and the experts "
-        "alone.\n\n"
-        + table(
-            ["", "forward", "training step", "adapter file", "attach, s", "load all, s", "experts alone, s"], lines
-        )
-    )
+    columns: Columns = {
+        "forward": number("inference peak_bytes", ",.1f", MIB),
+        "training step": number("training peak_bytes", ",.1f", MIB),
+        "adapter file": number("load file_bytes", ",.1f", MIB),
+        "attach, s": number("attach seconds", ".3g"),
+        "load all, s": ("load seconds", lambda row: f"{row['load seconds']['adapter and experts']:.3g}"),
+        "experts alone, s": ("load seconds", lambda row: f"{row['load seconds']['experts alone']:.3g}"),
+    }
+    flat = {
+        name: {f"{part} {key}": value for part, found in row.items() if part != "took" for key, value in found.items()}
+        for name, row in rows.items()
+    }
+    return table_of(flat, columns)

@@ -7,6 +7,7 @@ refuses then, or passes over.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Optional
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -24,7 +25,7 @@ def check_modules_to_save(hub: nn.Module, names: Iterable[str], layers: Iterable
         names: The adapter's `modules_to_save`.
         layers: The decoder layers that the adapter will wrap.
     """
-    wrapped = {module.base_layer for module in hub.modules() if _is_wrapped(module)} | set(layers)
+    wrapped = {base for base in map(_base_layer, hub.modules()) if base is not None} | set(layers)
     modules = list(_modules(hub, "", wrapped))
     for name in names:
         found = [(path, parent, module) for path, parent, module in modules if path.endswith(name)]
@@ -69,8 +70,9 @@ def drop_trained_copies(hub: nn.Module, adapter: str, active: Iterable[str]) -> 
                 setattr(hub.get_submodule(parent), child, module.original_module)
 
 
-def _is_wrapped(module: nn.Module) -> bool:
-    return isinstance(module, BaseTunerLayer) and "base_layer" in module._modules
+def _base_layer(module: nn.Module) -> Optional[nn.Module]:
+    """The layer that an adapter has wrapped, if this is the wrapper."""
+    return module._modules.get("base_layer") if isinstance(module, BaseTunerLayer) else None
 
 
 def _modules(parent: nn.Module, path: str, wrapped: set[nn.Module]) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -78,10 +80,11 @@ def _modules(parent: nn.Module, path: str, wrapped: set[nn.Module]) -> Iterator[
     for name, child in parent.named_children():
         if isinstance(child, AuxiliaryTrainingWrapper):
             child = child.original_module
-        elif _is_wrapped(child):
-            child = child.base_layer
         elif isinstance(child, BaseTunerLayer):
-            continue
+            base = _base_layer(child)
+            if base is None:
+                continue
+            child = base
         place = f"{path}{name}"
         yield place, parent, child
         yield from _modules(child, f"{place}.base_layer." if child in wrapped else f"{place}.", wrapped)

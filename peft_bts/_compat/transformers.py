@@ -8,13 +8,18 @@ backbone's layers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Optional, TypeGuard
 
 import torch
-from torch import Tensor
-from transformers import TrainerCallback
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import cached_file
 from transformers.utils.output_capturing import _active_collector
+
+from .patching import function_of, replace_method
 
 
 def call_first(kind: type[TrainerCallback]) -> None:
@@ -26,14 +31,14 @@ def call_first(kind: type[TrainerCallback]) -> None:
 
     Could go if callbacks could ask for a place in the order.
     """
-    add = CallbackHandler.add_callback
+    add = function_of(CallbackHandler, "add_callback")
 
     @functools.wraps(add)
     def add_callback(self: CallbackHandler, callback: TrainerCallback) -> None:
         add(self, callback)
         self.callbacks.sort(key=lambda added: not isinstance(added, kind))  # stable: the others stay in their order
 
-    CallbackHandler.add_callback = add_callback
+    replace_method(CallbackHandler, "add_callback", add_callback)
 
 
 def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
@@ -51,7 +56,7 @@ def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
 
 
 @contextmanager
-def no_output_capture():
+def no_output_capture() -> Iterator[None]:
     """Keep an expert's layers out of the hub's `output_hidden_states` and `output_attentions`.
 
     An expert that was once asked for its hidden states still has the hooks, and would add its layers to the hub's.
@@ -63,3 +68,38 @@ def no_output_capture():
         yield
     finally:
         _active_collector.reset(token)
+
+
+def is_mixture(module: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether this is a mixture of experts, a model whose experts' kernels can be chosen.
+
+    Could go if `set_experts_implementation` had a public question beside it.
+    """
+    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
+
+
+def find_file(source: str, file: str, *, out_of_reach_is_none: bool = False, **where: Any) -> Optional[str]:
+    """Find a file in a folder or in a repository, from where it is downloaded if need be.
+
+    Args:
+        source: Path of the folder, or id of the repository.
+        file: Name of the file.
+        out_of_reach_is_none: Return `None` also if the repository cannot be reached or is gated.
+        **where: `revision`, `subfolder`.
+
+    Returns:
+        The file's path, or `None` if there is no such file.
+
+    Raises:
+        OSError: If the repository does not exist or, unless `out_of_reach_is_none`, cannot be reached.
+
+    Could go if these arguments of `cached_file` were public.
+    """
+    return cached_file(
+        source,
+        file,
+        **where,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=not out_of_reach_is_none,
+        _raise_exceptions_for_connection_errors=not out_of_reach_is_none,
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
@@ -12,12 +14,13 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import extract_commit_hash
 
 from .._compat.accelerate import real_weights
-from .._compat.peft import adapters_where_layers_run
+from .._compat.peft import CausalLM, adapters_where_layers_run, peft_type_name
+from .._compat.transformers import find_file
 from ..forward.placement import is_dispatched, place_for_stitch
 from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
 from .weight_sharing import share_weights
@@ -25,6 +28,7 @@ from .weight_sharing import share_weights
 
 MAX_LAYERS = 4096  # of an expert that is described by its config alone; the deepest models have some hundreds
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_find = functools.partial(find_file, out_of_reach_is_none=True)  # what loads the file says why it is not there
 
 
 def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
@@ -48,9 +52,9 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
             )
     where = _where(reference)
     with _loading(name, source, where):
-        file = _find(CONFIG_NAME, source, where)
+        file = _find(source, CONFIG_NAME, **where)
         if reference.get("adapter") is None:
-            model_file = _find("config.json", source, where)
+            model_file = _find(source, "config.json", **where)
             if file is not None and model_file is None:
                 reference.update(model=None, adapter=source)
             _check_depth(model_file, MAX_LAYERS, "more than any model has")
@@ -59,7 +63,7 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
     if reference.get("adapter") and reference.get("model"):
         where = _base_where(reference)
         with _loading(name, reference["model"], where):
-            file = _find("config.json", reference["model"], where)
+            file = _find(reference["model"], "config.json", **where)
             _check_depth(file, MAX_LAYERS, "more than any model has")
             _pin(reference, "base_revision", file)
     return reference
@@ -87,18 +91,23 @@ def _check_depth(config_file: Optional[str], most: int, why: str) -> None:
 
 def _num_tensors(source: str, where: dict[str, Any]) -> Optional[int]:
     """How many tensors a checkpoint has, from its index or header; `None` where it has neither."""
-    index = _find(SAFE_WEIGHTS_INDEX_NAME, source, where)
+    index = _find(source, SAFE_WEIGHTS_INDEX_NAME, **where)
     if index is not None:
         return len(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    file = _find(SAFE_WEIGHTS_NAME, source, where)
+    file = _find(source, SAFE_WEIGHTS_NAME, **where)
     if file is None:
         return None
     with safe_open(file, "pt") as weights:
         return len(weights.keys())
 
 
-def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Module:
-    """Load the model that a resolved reference names: frozen, in the hub's dtype, on its device.
+def load_expert(name: str, reference: dict[str, Any], hub: PreTrainedModel) -> CausalLM:
+    """Load the model that a resolved reference names, in the hub's dtype and on its device.
+
+    Args:
+        name: The expert's name, for errors.
+        reference: What `resolve_reference` has returned.
+        hub: The hub, whose weights a LoRA without a base of its own shares.
 
     Raises:
         ValueError: If it cannot be loaded.
@@ -107,18 +116,18 @@ def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Modu
     how = {key: reference[key] for key in ("quantization_config", *PLACEMENT_KEYS) if reference.get(key) is not None}
     if how and base is None:
         raise ValueError(
-            f"Expert {name!r} is a LoRA on the hub's own weights, which are where and what they are; {sorted(how)} "
-            "cannot be set for it. Name its base as `model` to load that once more."
+            f"Expert {name!r} is a LoRA on the hub's own weights, which are loaded already; {sorted(how)} cannot be "
+            "set for it. Name its base as `model` to load that once more."
         )
-    with _loading(name, adapter or base, where), real_weights():
+    with _loading(name, _source(reference), where), real_weights():
         if adapter is None:
-            return _load_model(base, hub, **where, **how)
+            return _load_model(reference["model"], hub, **where, **how)
         how |= _base_where(reference)
         return _load_adapter(share_weights(hub) if base is None else _load_model(base, hub, **how), adapter, where)
 
 
 def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrainedConfig], Optional[PeftConfig]]:
-    """What a resolved reference says of its model, without any weight: the model's config, and its adapter's.
+    """Read the configs that a resolved reference leads to: the model's, and its adapter's. Reads no weights.
 
     Returns:
         The model's config, `None` where that is the hub; the adapter's config, `None` where there is no adapter.
@@ -127,9 +136,9 @@ def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrai
         ValueError: If they cannot be read, or the adapter cannot be an expert.
     """
     where, adapter, base = _where(reference), reference.get("adapter"), reference.get("model")
-    with _loading(name, adapter or base, where):
+    with _loading(name, _source(reference), where):
         if adapter is None:
-            return AutoConfig.from_pretrained(base, trust_remote_code=False, **where), None
+            return AutoConfig.from_pretrained(reference["model"], trust_remote_code=False, **where), None
         how = {"trust_remote_code": False, **_base_where(reference)}
         config = None if base is None else AutoConfig.from_pretrained(base, **how)
         return config, _adapter_config(adapter, where)
@@ -138,16 +147,16 @@ def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrai
 def check_adapter(config: PeftConfig) -> None:
     """Raise `ValueError` for adapters that cannot be experts: soft prompts, stitches, and X-LoRA.
 
-    X-LoRA's config names further adapters by any path or id, which nobody would have looked at.
+    X-LoRA's config names further adapters, by any path or id, and nobody would have checked those.
     """
     if config.is_prompt_learning or config.peft_type in ("STITCH", "XLORA"):
-        kind = config.peft_type.value
+        kind = peft_type_name(config.peft_type)
         raise ValueError(f"{kind} adapters cannot be experts; use a LoRA-like adapter or a full model.")
 
 
 @contextmanager
-def _loading(name: str, source: str, where: dict[str, Any]):
-    """Say which expert it was, where it was looked for, and what to do, if that fails."""
+def _loading(name: str, source: str, where: dict[str, Any]) -> Iterator[None]:
+    """Turn any error inside into a `ValueError` that says which expert failed, where it was, and what to do."""
     try:
         yield
     except Exception as error:  # files of others can make their loaders fail in any way
@@ -155,6 +164,11 @@ def _loading(name: str, source: str, where: dict[str, Any]):
         raise ValueError(
             f"Expert {name!r} could not be loaded from {source!r}{at}: {error}\n{how_to_replace(name)}"
         ) from error
+
+
+def _source(reference: dict[str, Any]) -> str:
+    """What a resolved reference names first: its adapter, or else its model."""
+    return reference.get("adapter") or reference["model"]
 
 
 def _where(reference: dict[str, Any]) -> dict[str, Any]:
@@ -166,9 +180,9 @@ def _base_where(reference: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """The reference of a model object: where it says it came from.
+    """Return the reference of a model object: where it says it came from.
 
-    What was changed in memory since then is not in there; save such a model and attach it by its path.
+    Changes in memory since then are not in there; save such a model, and attach it by its path.
     """
     if isinstance(model, PeftModel):  # its own adapter may exist in memory only; the base alone would be another model
         return {"model": None}
@@ -185,24 +199,24 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
 
 
 def _cached_commit(source: Optional[str]) -> Optional[str]:
-    """The commit of an id that this machine has loaded last; models themselves do not say what they came from."""
+    """The commit of a repository that this machine has loaded last; models do not note the one they came from."""
     path = try_to_load_from_cache(source, "config.json") if is_repo_id(source) else None
     return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
 def _is_stored_quantized(source: str) -> bool:
-    """Whether a checkpoint itself is quantised, so that loading it takes no further word."""
-    path = _find("config.json", source, {})
+    """Whether a checkpoint itself is quantised, so that loading it takes no `quantization_config`."""
+    path = _find(source, "config.json")
     return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def _load_model(source: str, hub: nn.Module, **how: Any) -> nn.Module:
+def _load_model(source: str, hub: PreTrainedModel, **how: Any) -> PreTrainedModel:
     device, dtype = place_for_stitch(hub)
     how.setdefault("device_map", device)  # straight to its place: quantised weights cannot all be moved later
-    where = {key: how[key] for key in ("revision", "subfolder") if key in how}
+    where = _where(how)
     tensors = _num_tensors(source, where)
     if tensors is not None:  # and every layer has at least one
-        _check_depth(_find("config.json", source, where), tensors, f"but its weights are {tensors} tensors")
+        _check_depth(_find(source, "config.json", **where), tensors, f"but its weights are {tensors} tensors")
     # References come out of downloaded files: no code of theirs may run (`None` would ask the user), and only known
     # arguments are passed on.
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **how)
@@ -214,7 +228,7 @@ def _adapter_config(source: str, where: dict[str, Any]) -> PeftConfig:
     return config
 
 
-def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Module:
+def _load_adapter(base: PreTrainedModel, source: str, where: dict[str, Any]) -> PeftModel:
     _adapter_config(source, where)
     if is_dispatched(base):
         with adapters_where_layers_run(lambda layer: place_for_stitch(layer)[0]):
@@ -223,20 +237,8 @@ def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Mod
     return PeftModel.from_pretrained(base, source, **where).to(place_for_stitch(base)[0])
 
 
-def _find(file: str, source: str, where: dict[str, Any]) -> Optional[str]:
-    """Path of a file in a folder or a repository, which is downloaded if need be; `None` if there is no such file."""
-    return cached_file(
-        source,
-        file,
-        **where,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
 def how_to_replace(name: str, key: str = "model") -> str:
-    """What to do about an expert that is not there, or is another one; the end of many errors."""
+    """Say what to do about an expert that is missing, or is not the right one; the end of many errors."""
     return (
         "To use another copy of this expert, say where it is and hand the config over:\n"
         "    config = StitchConfig.from_pretrained(adapter)\n"

@@ -11,18 +11,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from ..config import EXPERTS_INTO_HUB
 from ..mixture import OutputMixture
-from ..stitch import HUB
+from ..stitch import HUB, Stitch
 from .cache import check_cache, expert_caches
 from .composition import Composition
-from .executor import Executor, MakeExecutor, SequentialExecutor
+from .executor import Executor, SequentialExecutor
 from .masks import check_mask
 from .observers import Observation
-from .stream import Stream
+from .stream import Checkpoint, Stream
 
 
 class FinalStates(NamedTuple):
@@ -53,12 +53,13 @@ class ForwardState:
         composition: Composition,
         call: dict[str, Any],
         cache: Optional[Cache],
-        make_executor: MakeExecutor,
+        make_executor: Callable[[ForwardState], Executor],
         observation: Optional[Observation] = None,
     ) -> None:
         self.composition, self.call, self.cache = composition, call, cache
         self.observation = observation
         self._make_executor = make_executor
+        self.caches: Mapping[str, Cache] = {}  # the experts' own, by name
         self.executor: Executor = SequentialExecutor({})  # until the experts have begun
 
     def check(self) -> None:
@@ -69,32 +70,45 @@ class ForwardState:
 
     def start(self) -> None:
         """Begin the experts' forwards: they have embedded their inputs, and know what their layers are called with."""
-        caches = self._expert_caches()
-        self.executor = self._make_executor(self.composition, self._begin_streams(caches), caches)
+        self.caches = self._expert_caches()
+        self.executor = self._make_executor(self)
         first = self.composition.next_stitch(-1)
         last_layer = self.composition.hub_layers - 1
         self.executor.look_ahead(self.composition.boundary(last_layer if first is None else first))
 
-    def _expert_caches(self) -> dict[str, Cache]:
+    def _expert_caches(self) -> Mapping[str, Cache]:
         """The experts' own caches, by name; none without a cache of the hub's."""
         if self.cache is None:
             return {}
         held = expert_caches(self.cache, self.composition.hub_layers, self.composition.experts)
         return held.by_name
 
-    def _begin_streams(self, caches: Mapping[str, Cache]) -> dict[Hashable, Stream]:
-        """Streams by key. The key of a stream is its expert's name, unless a subclass says otherwise."""
+    @property
+    def plain_rows(self) -> bool:
+        """Whether every expert runs for all sequences, over the tokens of this call."""
+        return True
+
+    def begin_streams(self, without: Sequence[str] = ()) -> dict[Hashable, Stream]:
+        """Begin the experts' forwards; executors call this.
+
+        Args:
+            without: Names of experts that the executor runs by itself.
+
+        Returns:
+            Streams by key, which is the expert's name, unless a subclass says otherwise.
+        """
         experts = self.composition.experts
         return {
-            name: experts[name](self.call, caches.get(name), self.composition.hub_config) for name in sorted(experts)
+            name: experts[name](self.call, self.caches.get(name), self.composition.hub_config)
+            for name in sorted(set(experts).difference(without))
         }
 
-    def apply_stitch(self, layer: int, stitch: nn.Module, hub_BTD: Tensor, checkpoint: Optional[Callable]) -> Tensor:
+    def apply_stitch(self, layer: int, stitch: Stitch, hub_BTD: Tensor, checkpoint: Optional[Checkpoint]) -> Tensor:
         """Bring every expert up to the stitch behind a hub layer, apply it, and return the hub's new state.
 
         Args:
             layer: 0-based hub layer that has just run.
-            stitch: `ExpertsIntoHub` or `HubIntoExperts`.
+            stitch: The stitch.
             hub_BTD: The hub layer's hidden states.
             checkpoint: The hub's gradient checkpointing function while it is in use, else `None`.
         """
@@ -113,7 +127,7 @@ class ForwardState:
         return hub_BTD
 
     def _mix(
-        self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
+        self, layer: int, stitch: Stitch, hub_BTD: Tensor, states: dict[Any, Tensor]
     ) -> tuple[Tensor, dict[Any, Tensor]]:
         """Apply the stitch behind a hub layer: the hub's and the experts' new states."""
         states = {name: state.to(hub_BTD.device) for name, state in states.items()}
@@ -144,6 +158,15 @@ class ForwardState:
     def close(self) -> None:
         """The hub's backbone has returned, or failed."""
         self.executor.close()
+
+
+# Makes the executor of a forward. It has `state.begin_streams()` begin the streams that it wants to run.
+MakeExecutor = Callable[[ForwardState], Executor]
+
+
+def run_in_turn(state: ForwardState) -> SequentialExecutor:
+    """Make the executor that runs the streams one after the other (a `MakeExecutor`)."""
+    return SequentialExecutor(state.begin_streams())
 
 
 def check_call(composition: Composition, call: dict[str, Any]) -> None:

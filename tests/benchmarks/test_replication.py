@@ -9,19 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-
-import quickstart as qs
-from replication import claims, cost, data, ensembles, evaluation, jobs, methods, mixtures, training
+import benchmarks
+from benchmarks.replication import claims, cost, data, ensembles, evaluation, jobs, methods, mixtures, training
+from peft_bts import toy
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(benchmarks.__file__).parent.parent
 VOCABULARY = 40
 
 
@@ -57,7 +54,7 @@ def tokenizer():
     base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     base.decoder = decoders.ByteLevel()
     end = "<|end|>"
-    base.post_processor = qs.processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 0)])
+    base.post_processor = processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=base, bos_token=end, eos_token=end, pad_token=end,
                                    padding_side="left")  # fmt: skip
 
@@ -147,7 +144,7 @@ def randomise_routers(model):
 @pytest.mark.parametrize("kind", ["soft", "sample"])
 def test_btx_of_equal_ffns_is_the_average_model(kind):
     """Whatever the routers say: weights of a mixture sum to one."""
-    expected = qs.average_weights(twins())(input_ids=TOKENS).logits
+    expected = toy.average_weights(twins())(input_ids=TOKENS).logits
     mixed = randomise_routers(mixtures.btx(twins(), kind))
     for mode in (True, False):
         torch.testing.assert_close(mixed.train(mode)(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
@@ -155,7 +152,7 @@ def test_btx_of_equal_ffns_is_the_average_model(kind):
 
 def test_bam_of_equal_experts_is_the_average_model():
     parts = ("mlp", "self_attn")
-    expected = qs.average_weights(twins(parts))(input_ids=TOKENS).logits
+    expected = toy.average_weights(twins(parts))(input_ids=TOKENS).logits
     mixed = randomise_routers(mixtures.bam_adapters(twins(parts)))
     torch.testing.assert_close(mixed(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -241,7 +238,7 @@ def test_numbers():
 def test_test_items_are_not_trained_on():
     from random import Random
 
-    from replication.presets import PRESETS
+    from benchmarks.replication.presets import PRESETS
 
     items = data.make_items(PRESETS["smoke"], Random(0))
     for domain in items["test"]:
@@ -269,12 +266,12 @@ def test_score_is_what_generation_does(tokenizer):
     """Exact matches against `generate`; the loss and the token accuracy against plain loops."""
     model = llama(3)
     prompts = ["1+1=", "ab=", "a b", "0", "zz="]
-    items = [(p, qs.complete(model, tokenizer, [p], max_new_tokens=3)[0]) for p in prompts[:3]] + [
+    items = [(p, toy.complete(model, tokenizer, [p], max_new_tokens=3)[0]) for p in prompts[:3]] + [
         ("0", "q"),
         ("zz=", "a"),
     ]
     expected = sum(
-        qs.complete(model, tokenizer, [prompt], max_new_tokens=len(answer) + 1)[0] == answer
+        toy.complete(model, tokenizer, [prompt], max_new_tokens=len(answer) + 1)[0] == answer
         for prompt, answer in items
     )
     result = evaluation.score(evaluation.predictor(model), data.item_rows(tokenizer, items), batch=2)
@@ -409,19 +406,16 @@ def test_a_failed_job_leaves_no_result(tmp_path):
 def test_processes_share_the_work(tmp_path):
     """No piece is done twice."""
     script = f"""
-import sys, time
+import time
 from pathlib import Path
-sys.path.insert(0, {str(ROOT / "benchmarks")!r}); sys.path.insert(0, {str(ROOT / "examples")!r})
-import importlib.util
-spec = importlib.util.spec_from_file_location("jobs", {str(ROOT / "benchmarks/replication/jobs.py")!r})
-jobs = importlib.util.module_from_spec(spec); sys.modules["jobs"] = jobs; spec.loader.exec_module(jobs)
+from benchmarks.replication import jobs
 def work(i):
     with open({str(tmp_path / "log")!r}, "a") as file: file.write(f"{{i}}\\n")
     time.sleep(0.02)
     return {{}}
 jobs.run([jobs.Job(str(i), lambda i=i: work(i)) for i in range(20)], jobs.Store(Path({str(tmp_path)!r})))
 """
-    runs = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) for _ in range(2)]
+    runs = [subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL, cwd=ROOT) for _ in range(2)]
     assert [run.wait() for run in runs] == [0, 0]
     assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(20))
 
@@ -432,9 +426,9 @@ jobs.run([jobs.Job(str(i), lambda i=i: work(i)) for i in range(20)], jobs.Store(
 @pytest.mark.slow
 def test_smoke(tmp_path):
     """Every study, claim, table and plot, in a few steps each; a second run finds all of it done."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "replicate.py"), "--preset", "smoke",
+    command = [sys.executable, "-m", "benchmarks.replicate", "--preset", "smoke",
                "--cache_dir", str(tmp_path / "cache"), "--results", str(tmp_path / "out.json")]  # fmt: skip
-    run = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True)
+    run = subprocess.run([*command, "--workers", "1"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
     results = json.loads((tmp_path / "out.json").read_text())
     assert {"seed", "expert_code", "soup", "btm", "routing", "dense", "lora", "btx_soft", "btx_sample", "bam_adapters",
@@ -448,6 +442,6 @@ def test_smoke(tmp_path):
         assert f"(out/{name}.png)" in report and (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
     done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cache/**/*.json")}
     assert len(done) > 90
-    again = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True)
+    again = subprocess.run([*command, "--workers", "2"], capture_output=True, text=True, cwd=ROOT)
     assert again.returncode == 0, again.stderr[-2000:]
     assert done == {path: path.stat().st_mtime_ns for path in done}

@@ -9,23 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import measuring, speed
+from benchmarks.random_models import PATTERNS, llama, llamas, models, stitched, token_ids
+from benchmarks.speed_parts import fresh, rows
+from benchmarks.speed_parts.page import SECTIONS, target_values, write_page
+from benchmarks.speed_parts.plain import PlainLoop
+from benchmarks.speed_parts.presets import PRESETS
+from benchmarks.speed_parts.runners import Decoding, Forward, TrainingStep, alone
+from peft_bts.model import StitchModel
 from tests.helpers.models import assert_near, expected_logits
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import speed
-from speed_parts import timing
-from speed_parts.cases import PATTERNS, PRESETS, forget_models, llama, llamas, models, stitched, token_ids
-from speed_parts.decoding import Decoding
-from speed_parts.page import TITLES, target_values, write_page
-from speed_parts.plain import PlainLoop
-from speed_parts.processes import Peak, measure_here
-from speed_parts.rows import Forward, Measurements, TrainingStep, alone, weights_read
-
-from peft_bts.model import StitchModel
-
-
+ROOT = Path(speed.__file__).parent.parent
 SMOKE = PRESETS["smoke"]
 CASE = SMOKE.case
 IN_PROCESS = "prefill,decode,training,plain,streams,dropping,scaling"
@@ -35,7 +30,6 @@ IN_PROCESS = "prefill,decode,training,plain,streams,dropping,scaling"
 def one_thread():
     yield
     torch.set_num_threads(1)
-    forget_models()
 
 
 @pytest.fixture
@@ -61,7 +55,7 @@ def test_every_timed_row_and_the_page(run, tmp_path):
         for row in found.values():
             assert row["ratios"] and all(0 < r["low"] <= r["median"] <= r["high"] for r in row["ratios"].values())
             assert all(value > 0 for value in row["seconds"].values())
-        assert f"## {TITLES[section][0]}\n" in page
+        assert f"## {SECTIONS[section][0]}\n" in page
     assert all(row["largest_difference"] < 1e-4 for row in rows["plain"].values())
     assert rows["plain"]["decode, 1 sequence"]["same_tokens"]
     assert "sequential decoding, in E" in page and "not measured" in page
@@ -82,6 +76,11 @@ def test_goes_on_where_it_was(run):
         run("--only=prefil")
 
 
+def measure(row):
+    _, function, *arguments = row
+    return function(*arguments)
+
+
 def test_options_that_make_decoding_cheaper(monkeypatch):
     """Their rows run inside of what the package offers for it."""
     asked = []
@@ -97,12 +96,11 @@ def test_options_that_make_decoding_cheaper(monkeypatch):
     real_streams, real_drop = StitchModel.parallel_streams, StitchModel.drop_experts
     monkeypatch.setattr(StitchModel, "parallel_streams", parallel_streams)
     monkeypatch.setattr(StitchModel, "drop_experts", drop_experts)
-    measurements = Measurements(SMOKE, CASE)
-    streams, dropping = list(measurements.streams()), list(measurements.dropping())
-    assert {"threads / E", "stacked / E"} <= streams[0].measure()["ratios"].keys()
+    streams, dropping = list(rows.streams(SMOKE, CASE)), list(rows.dropping(SMOKE, CASE))
+    assert {"threads / E", "stacked / E"} <= measure(streams[0])["ratios"].keys()
     assert set(asked) == {"threads", "stacked"}
     assert len(dropping) == 1 + CASE.experts
-    assert "dropped / hub + kept experts" in dropping[1].measure()["ratios"] and set(asked) == {
+    assert "dropped / hub + kept experts" in measure(dropping[1])["ratios"] and set(asked) == {
         "threads",
         "stacked",
         1,
@@ -172,7 +170,7 @@ def test_training_step_trains_the_stitches_alone():
 
 def test_weights_read_in_a_decoding_step():
     hub = llama(CASE)
-    assert weights_read(hub) == 4 * sum(p.numel() for p in hub.parameters()) - 4 * CASE.vocabulary * CASE.width
+    assert rows.weights_read([hub]) == 4 * sum(p.numel() for p in hub.parameters()) - 4 * CASE.vocabulary * CASE.width
 
 
 # --- how it is measured ---------------------------------------------------------------------------------------------
@@ -185,8 +183,8 @@ def scripted(*values):
 
 def test_ratios_are_those_of_neighbours():
     """A machine that is ten times slower in one round changes no ratio; the warm-up does not count."""
-    runners = {"a": scripted(9, 2, 20, 3), "b": scripted(1, 1, 10, 1)}
-    row = timing.take_turns(runners, [("a", "b")], budget=60, rounds=(3, 3))
+    runners, units = {"a": scripted(9, 2, 20, 3)}, {"b": scripted(1, 1, 10, 1)}
+    row = measuring.take_turns(runners, units, budget=60, rounds=(3, 3))
     assert row["ratios"] == {"a / b": {"median": 2.0, "low": 2.0, "high": 2.5}}
     assert (row["seconds"], row["rounds"]) == ({"a": 3, "b": 1}, 3)
 
@@ -195,23 +193,23 @@ def test_budget_and_memory_are_limits():
     def too_large():
         raise torch.OutOfMemoryError("no")
 
-    runners = {"a": scripted(2.0, 2.0), "b": too_large, "c": scripted(1.0, 1.0)}
-    row = timing.take_turns(runners, [("a", "b"), ("a", "c")], budget=0, rounds=(2, 9))
+    runners, units = {"a": scripted(2.0, 2.0)}, {"b": too_large, "c": scripted(1.0, 1.0)}
+    row = measuring.take_turns(runners, units, budget=0, rounds=(2, 9))
     assert row["rounds"] == 2 and row["out_of_memory"] == ["b"] and list(row["ratios"]) == ["a / c"]
 
 
 def test_flops():
     weight = torch.ones(8, 16)
-    runners = {"a": lambda: timing.seconds(lambda: torch.ones(4, 8) @ weight, "cpu")}
-    assert timing.take_turns(runners, [], budget=0, rounds=(1, 1), flops=True)["flops"] == {"a": 2 * 4 * 8 * 16}
+    runners = {"a": lambda: (torch.ones(4, 8) @ weight).sum().item()}
+    assert measuring.take_turns(runners, {}, budget=0, rounds=(1, 1), flops=True)["flops"] == {"a": 2 * 4 * 8 * 16}
 
 
 def test_copy_bandwidth_of_this_machine():
-    assert 1e8 < timing.copy_bandwidth("cpu", size=2**24, times=3) < 1e13
+    assert 1e8 < rows.copy_bandwidth("cpu", size=2**24, times=3) < 1e13
 
 
 def test_peak_sees_what_is_gone_again():
-    with_peak = Peak("cpu")
+    with_peak = measuring.Peak("cpu")
     block = torch.ones(2**24)  # 64 MiB
     del block
     assert 60 * 2**20 < with_peak.rise() < 90 * 2**20
@@ -220,17 +218,16 @@ def test_peak_sees_what_is_gone_again():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_is_kept():
     code = (
-        "import sys, psutil, torch; sys.path.insert(0, sys.argv[1])\n"
-        "from speed_parts.timing import keep_freed_memory\n"
-        "keep_freed_memory() if sys.argv[2] == 'keep' else None\n"
+        "import sys, psutil, torch\n"
+        "from benchmarks.speed import keep_freed_memory\n"
+        "keep_freed_memory() if sys.argv[1] == 'keep' else None\n"
         "before = psutil.Process().memory_info().rss\n"
         "block = torch.ones(2**24)\n"
         "del block\n"
         "print(psutil.Process().memory_info().rss - before)"
     )
-    benchmarks = str(Path(speed.__file__).parent)
     kept, given_back = (
-        int(subprocess.run([sys.executable, "-c", code, benchmarks, how], capture_output=True, check=True).stdout)
+        int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, check=True, cwd=ROOT).stdout)
         for how in ("keep", "give back")
     )
     assert given_back < 2**25 < kept  # of 64 MiB
@@ -239,7 +236,7 @@ def test_freed_memory_is_kept():
 def test_attaching_a_loaded_model_takes_no_copy():
     """At 18 MB per expert; its real size, in a fresh process, is the benchmark's."""
     case = CASE.with_width(512)
-    row = measure_here("attach, a loaded model", SMOKE, case, None)
+    row = fresh.attach(case)
     assert row["expert_bytes"] == 4 * sum(p.numel() for p in llama(case).parameters())
     assert row["peak_bytes"] - row["stitch_bytes"] < row["expert_bytes"] / 2
 
@@ -247,7 +244,7 @@ def test_attaching_a_loaded_model_takes_no_copy():
 @pytest.mark.parametrize("name", SMOKE.processes)
 def test_memory_rows(name):
     """Here in one process, so only what does not depend on that."""
-    row = measure_here(name, SMOKE, CASE, None)
+    row = fresh.peak(name, SMOKE, CASE)
     one = 4 * sum(p.numel() for p in llama(CASE).parameters())
     assert row["seconds"] > 0 and row["peak_bytes"] >= 0
     count = 1 if name.endswith("LoRA") else 1 + CASE.experts

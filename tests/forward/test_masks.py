@@ -31,7 +31,7 @@ def configured(arch, **options):
     return config
 
 
-# -------------------------------------------------------------------------------------------------- in whole forwards
+# --------------------------------------------------------------------------------------------------- in whole forwards
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=["boolean", "added"])
@@ -92,7 +92,7 @@ def test_masks_of_generate(hub, expert):
     assert torch.equal(model.generate(input_ids=IDS, cache_implementation="static", **options), expected)
 
 
-# ------------------------------------------------------------------------------------------------------- mask by mask
+# -------------------------------------------------------------------------------------------------------- mask by mask
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,14 +1,14 @@
 """Experts left out while decoding: held against plain forwards in which a gate is zero wherever the rule says so."""
 
 import copy
-import sys
 
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
+from benchmarks import dropping as benchmark
+from benchmarks.replication.data import Rows
 from peft_bts import StitchConfig, trace_gates
-from tests import ROOT
 from tests.helpers.models import IDS, LEFT, adapter_file, assert_near, both, fresh, logits, stitch
 from tests.helpers.reference import reference_forward
 
@@ -391,30 +391,16 @@ def test_compiled():
 # --- benchmarks/dropping.py -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def benchmark_module(monkeypatch):
-    """The script as a module: it finds its parts by their folders."""
-    for folder in ("benchmarks", "examples"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-    sys.modules.pop("dropping", None)
-    import dropping
-
-    yield dropping
-    sys.modules.pop("dropping", None)
-
-
-def test_benchmark_measures_what_it_says(benchmark_module):
+def test_benchmark_measures_what_it_says():
     """Every way to decide runs; without limits all experts do, and "prompt" never calls an expert back."""
-    from replication.data import Rows
-
     model, hub, experts = three("llama", num_stitches=2)
     labels = LONG.masked_fill(torch.arange(LONG.shape[1]) < PROMPT, -100)
     rows, prompt = Rows(LONG, labels, torch.full((3,), PROMPT)), torch.full((3,), PROMPT)
-    work = benchmark_module.Work(model)
+    work = benchmark.Work(model)
     measured = {}
-    for gates, limits in benchmark_module.settings(3):
-        with benchmark_module.deciding(gates):
-            result = benchmark_module.decode(model, rows, prompt, work, limits)
+    for gates, limits in benchmark.settings(3):
+        with benchmark.deciding(gates):
+            result = benchmark.decode(model, rows, prompt, work, limits)
         case = (gates, *limits.items())
         measured[case] = result
         assert result["n"] == 3 and result["bits_per_token"] > 0

@@ -117,9 +117,10 @@ def a_pickle_that_is_none(file):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_damaged_file(models, tmp_path, damage, match):
+@pytest.mark.parametrize("output", ["hub", "mixture"])
+def test_a_damaged_file(models, tmp_path, damage, match, output):
     """Cut off by a full disk, a page instead of a download: the error names the file."""
-    expected = saved(models, tmp_path / "adapter")
+    expected = saved(models, tmp_path / "adapter", output=output)
     shutil.copytree(tmp_path / "adapter", tmp_path / "good")
     damage(tmp_path / "adapter" / "adapter_model.safetensors")
     with every_load_refused(models, tmp_path / "adapter", f"could not be loaded from '{tmp_path}/adapter/{match}"):

@@ -154,7 +154,10 @@ def machine(hub, run, tmp_path_factory):
     stitches = {name: data for name, data in good.items() if name != "adapter_model.safetensors"}
     stitches["adapter_model.bin"] = pickled(Payload(canary))
     hub.repos.setdefault("eve/stitches", Repo()).commit("main", stitches)
-    cases["stitches"], ids["stitches"] = (None, "Weights only load failed"), "eve/stitches"
+    cases["stitches"], ids["stitches"] = (
+        (None, "'default' could not be loaded from 'eve/stitches': Weights only load failed"),
+        "eve/stitches",
+    )
     outcomes = run(_load_all, ids, str(root / "work"), (str(run.home), os.getcwd()))
     return cases, outcomes, hub, canary, run, victim
 

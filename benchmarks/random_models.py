@@ -1,0 +1,101 @@
+"""Models of random weights, which change no time and no memory: a hub, its experts, and stitches between them."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_bts import StitchConfig
+
+
+PATTERNS = ("alternating", "experts_into_hub")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A hub, its experts (all of one shape), the stitches between them, and where they are."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    kv_heads: int = 12
+    intermediate: int = 2048
+    vocabulary: int = 8192
+    tied: bool = False  # one matrix for embeddings and lm_head
+    experts: int = 3
+    stitches: int = 4  # K
+    device: str = "cpu"
+    dtype: str = "float32"
+    stitch_dtype: str = "float32"  # PEFT's default, whatever the models' is
+
+    def with_width(self, width: int) -> "Case":
+        """Another width, with heads of 64 channels and an FFN in proportion."""
+        heads, intermediate = width // 64, -(-width * 8 // 3 // 64) * 64
+        return replace(self, width=width, heads=heads, kv_heads=heads, intermediate=intermediate)
+
+
+def llama(case: Case, seed: int = 0) -> LlamaForCausalLM:
+    """One model, frozen, in eval mode, made where it shall live."""
+    config = LlamaConfig(
+        vocab_size=case.vocabulary,
+        hidden_size=case.width,
+        intermediate_size=case.intermediate,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads,
+        head_dim=case.width // case.heads,
+        max_position_embeddings=8192,
+        rope_theta=500_000.0,
+        tie_word_embeddings=case.tied,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    with torch.device(case.device):
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, case.dtype))
+    return model.eval().requires_grad_(False)
+
+
+def llamas(case: Case) -> list[LlamaForCausalLM]:
+    """The hub and its experts."""
+    return [llama(case, seed) for seed in range(1 + case.experts)]
+
+
+def stitched(case: Case, hub, experts, pattern: str = "alternating") -> PeftModel:
+    """A stitched model of these very models, with random stitches."""
+    config = StitchConfig(task_type="CAUSAL_LM", num_stitches=case.stitches, pattern=pattern, init_weights=False)
+    model = get_peft_model(hub, config, autocast_adapter_dtype=case.stitch_dtype == "float32")
+    for number, expert in enumerate(experts):
+        model.attach_expert(f"e{number}", expert)
+    return model.eval()
+
+
+def models(case: Case) -> tuple[PeftModel, LlamaForCausalLM, list[LlamaForCausalLM]]:
+    """A stitched model; its hub (a copy of it) and its experts (the same objects), to be run alone."""
+    hub, *experts = llamas(case)
+    return stitched(case, copy.deepcopy(hub), experts), hub, experts
+
+
+def lora(case: Case) -> PeftModel:
+    return get_peft_model(llama(case), LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+
+
+def to_train(case: Case, kind: str) -> list[torch.nn.Module]:
+    """The models of which a training step of some kind consists: "LoRA", "full", or a pattern of stitches."""
+    if kind == "LoRA":
+        return [lora(case)]
+    hub, *experts = llamas(case)
+    if kind == "full":
+        return [model.requires_grad_(True) for model in (hub, *experts)]
+    return [stitched(case, hub, experts, kind)]
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def token_ids(case: Case, batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(case.vocabulary, (batch, length), generator=generator).to(case.device)

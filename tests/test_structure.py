@@ -1,0 +1,55 @@
+"""Imports go one way: from the command line down to the equations, never up, and never in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parents[1] / "peft_bts"
+FLOORS = [  # from low to high; what stands on one floor may import from it and from those below
+    {"_compat", "config", "reference", "stitch", "mixture", "keys", "formatting", "modules", "toy"},
+    {"forward"},
+    {"experts"},
+    {"inference", "export", "planning"},
+    {"model"},
+    {"gates", "sharing"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def imports(module):
+    """Modules of the package that a module imports anywhere, also inside of functions and for type checkers only."""
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            names = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {name if name in FILES else source for name in names}
+    return found & FILES.keys()
+
+
+def floor(module):
+    room = (module.split(".") + ["__init__"])[1]
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_no_import_from_a_higher_floor(module):
+    assert {above for above in imports(module) if floor(above) > floor(module)} == set()
+
+
+def test_no_circle():
+    graph = {module: imports(module) for module in FILES}
+    assert {"peft_bts.stitch", "peft_bts.forward.layer", "peft_bts._compat.bitsandbytes"} <= graph["peft_bts.model"]
+    TopologicalSorter(graph).prepare()  # raises CycleError, with the modules of the circle
