@@ -4,10 +4,11 @@ VENV := .venv
 PACKAGE := $(VENV)/.package
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
+NEWEST := .venv-newest
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart replicate bench test test-all test-lowest lint format docs clean
+.PHONY: quickstart replicate bench test test-all test-lowest test-newest lint format docs clean
 
 quickstart: $(PACKAGE)
 	$(VENV)/bin/python examples/quickstart.py $(ARGS)
@@ -27,20 +28,25 @@ test-all: $(STAMP)
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/python -m pytest -n 2 $(ARGS)
 
+# Whatever pip finds today, installed anew every time.
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(NEWEST)/bin/python -m pip freeze
+	$(NEWEST)/bin/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# The annotation is one of PEFT's, inherited by StitchConfig; it cannot be read outside of its module.
 docs: $(PACKAGE)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
-	$(VENV)/bin/python -W "ignore:Error parsing type annotation Optional[Union[str, TaskType]]:UserWarning" \
-		-m pdoc --docformat google --no-show-source --output-directory build/docs \
-		peft_bts '!peft_bts.plan' peft_bts.attaching peft_bts.generating peft_bts.gate_table peft_bts.gate_sequences
+	$(VENV)/bin/python -m mkdocs build --quiet --strict --site-dir build/site
 
 $(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,4 +63,4 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .cache build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,9 +1,9 @@
 """The command line: `peft-bts COMMAND`, or `python -m peft_bts COMMAND`.
 
-A command is a function in a file of this package, registered with `app.command()`. It returns a `Result`: what people
-read, what `--json` prints, and whether all is well. Bad input is raised as `ValueError`; it becomes a line on stderr.
-Exit codes: 0 all is well, 1 a problem was found, 2 the command was called wrongly. `peft-bts run` alone is another
-program's command line, with that program's output and exit code.
+Every command is a function in a file of this package, registered below. It returns a `Result`: what people read, what
+`--json` prints, and whether all is well. Bad input is raised as a `ValueError`, which becomes one line on stderr. Exit
+codes: 0 if all is well, 1 if a problem was found, 2 if the command was called wrongly. Only `peft-bts run` differs: it
+runs another program, and has that program's output and exit code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .run_module import run_module
 
 
 app = typer.Typer(
-    help="Plan, check, look into, evaluate and export Branch-Train-Stitch adapters.",
+    help="Plan, check, inspect, evaluate and export Branch-Train-Stitch adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

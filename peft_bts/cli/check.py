@@ -1,4 +1,4 @@
-"""`peft-bts check`: do these experts fit this hub?"""
+"""`peft-bts check`: whether experts fit a hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .common import Experts, Hub, Result, by_name
 
 
 def check(hub: Hub, expert: Experts) -> Result:
-    """Say whether experts can be stitched to a hub, from config and tokenizer files, before weights are downloaded."""
+    """Check whether experts can be stitched to a hub. Reads config and tokenizer files only, no weights."""
     reports = [check_compatibility(hub, source, name=name) for name, source in by_name(expert).items()]
     ok = all(report.ok for report in reports)
     data = {"ok": ok, "experts": {report.name: report.to_dict() for report in reports}}

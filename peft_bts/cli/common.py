@@ -1,4 +1,4 @@
-"""What the commands share: results, errors, options."""
+"""What all commands share: results, errors and options."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ from .._compat.transformers import find_file
 from ..config import StitchConfig
 
 
-Hub = Annotated[str, typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model.")]
+Hub = Annotated[str, typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model: an id on the Hub or a folder.")]
 Experts = Annotated[
-    list[str], typer.Option("--expert", metavar="NAME=ID_OR_PATH", help="An expert; repeat the option for more.")
+    list[str],
+    typer.Option("--expert", metavar="NAME=ID_OR_PATH", help="An expert. Repeat the option for every expert."),
 ]
-Adapter = Annotated[str, typer.Argument(help="Id or folder of the adapter.")]
-Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="The models' dtype.")]
+Adapter = Annotated[str, typer.Argument(help="The adapter: an id on the Hub or a folder.")]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="The dtype of the hub and the experts.")
+]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @dataclass
 class Result:
-    """What a command has found out.
+    """The outcome of a command.
 
     Attributes:
         parts: What people read: strings and rich tables.
-        data: The same for programs.
-        ok: Whether all is well; the exit code is 1 otherwise.
+        data: The same as JSON values, for programs.
+        ok: Whether all is well. If not, the exit code is 1.
     """
 
     parts: list[Any]
@@ -43,7 +46,7 @@ class Result:
 
 
 def run(command: Callable[..., Result]) -> Callable[..., None]:
-    """Turn a function that returns a `Result` into a command: adds `--json`, prints, and sets the exit code."""
+    """Turn a function that returns a `Result` into a command: add `--json`, print, and set the exit code."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, json_output: bool, **kwargs: Any) -> None:
@@ -63,25 +66,26 @@ def run(command: Callable[..., Result]) -> Callable[..., None]:
 
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("json_output", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_JSON)
-    wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
-    wrapper.__annotations__ = {name: p.annotation for name, p in wrapper.__signature__.parameters.items()}
+    signature = signature.replace(parameters=[*signature.parameters.values(), option])
+    vars(wrapper)["__signature__"] = signature
+    wrapper.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
     return wrapper
 
 
 def by_name(values: list[str], option: str = "--expert", source: str = "ID_OR_PATH") -> dict[str, str]:
-    """`["code=org/code"]` as `{"code": "org/code"}`; a usage error for anything else."""
+    """Read `["code=org/code"]` as `{"code": "org/code"}`. Raise a usage error for anything else."""
     pairs = [value.partition("=") for value in values]
     for value, (name, _, place) in zip(values, pairs):
         if not name or not place:
             raise typer.BadParameter(f"{value!r} is not of the form NAME={source}.", param_hint=option)
     names = [name for name, _, _ in pairs]
     if len(set(names)) < len(names):
-        raise typer.BadParameter("each needs a name of its own.", param_hint=option)
+        raise typer.BadParameter("every value needs a name of its own.", param_hint=option)
     return {name: place for name, _, place in pairs}
 
 
 def stitch_config(adapter: str) -> StitchConfig:
-    """The config of a stitch adapter; a `ValueError` for anything else."""
+    """Read the config of a stitch adapter. Raise a `ValueError` for anything else."""
     if find_file(adapter, CONFIG_NAME) is None:
         raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")
     config = PeftConfig.from_pretrained(adapter)

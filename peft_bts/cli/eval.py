@@ -1,4 +1,4 @@
-"""`peft-bts eval`: what do the stitches gain? Hub, experts and stitched model on the same held-out text."""
+"""`peft-bts eval`: what the stitches gain, measured on the hub, the experts and the stitched model alike."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..formatting import table
+from ..model import stitch_tuner
 from .common import Adapter, Dtype, Result, by_name
 from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, load_domains, read_documents
 
@@ -21,7 +22,11 @@ def eval(
     adapter: Adapter,
     data: Annotated[
         list[str],
-        typer.Option("--data", metavar="NAME=FILE", help="A domain's text or jsonl file; repeat for more."),
+        typer.Option(
+            "--data",
+            metavar="NAME=FILE",
+            help="A domain and its text or jsonl file. Repeat the option for every domain.",
+        ),
     ],
     text_column: TextColumn = "text",
     max_tokens: MaxTokens = None,
@@ -30,7 +35,7 @@ def eval(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> Result:
-    """Loss per token and perplexity on texts, by domain: of the hub, of each expert alone, and of all stitched."""
+    """Measure loss per token and perplexity of the hub, of every expert, and of the stitched model, by domain."""
     files = by_name(data, "--data", "FILE")
     documents = {name: read_documents(file, text_column) for name, file in files.items()}
     model, _, length, domains = load_domains(adapter, documents, dtype, device, sequence_length, max_tokens)
@@ -38,7 +43,8 @@ def eval(
         domain.rows = sorted((row for row in domain.rows if len(row) > 1), key=len, reverse=True)  # little padding
         if not domain.rows:
             raise ValueError(f"{files[name]} has no two tokens in a row, so there is nothing to predict.")
-    experts = {name: expert.model for name, expert in sorted(model.base_model.experts[model.active_adapter].items())}
+    attached = stitch_tuner(model).experts[model.active_adapter]
+    experts = {name: expert.model for name, expert in sorted(attached.items())}
     total = (2 + len(experts)) * sum(len(domain.rows) for domain in domains.values())
     with tqdm(total=total, desc="eval", unit=" rows") as bar:
 
@@ -71,7 +77,7 @@ def eval(
 
 @torch.no_grad()
 def loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bar: tqdm) -> float:
-    """Mean negative log-likelihood, in nats, of every token that has one before it in its row."""
+    """Compute the mean negative log-likelihood, in nats, of all tokens but the first of every row."""
     total, count = 0.0, 0
     for ids, mask in batches:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -98,6 +104,6 @@ def _tables(result: dict[str, Any]) -> list[Any]:
     return [
         table("Loss per token and perplexity", ["model", *columns], rows),
         table("Data", ["domain", "file", "documents", "bytes", "rows", "predicted tokens"], sizes, left=2),
-        "loss: in nats, over all tokens but the first of every row. ppl: exp(loss). hub, experts: each alone.\n"
-        f"Documents are cut into rows of {result['sequence_length']} tokens, each predicted from its own start.",
+        "loss: in nats, mean over all tokens but the first of every row. ppl: exp(loss). hub, experts: each alone.\n"
+        f"Documents are cut into rows of {result['sequence_length']} tokens. No row sees another.",
     ]

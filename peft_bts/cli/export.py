@@ -1,4 +1,4 @@
-"""`peft-bts export`: hub, experts and stitches as one checkpoint."""
+"""`peft-bts export`: the hub, the experts and the stitches as one checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def export(
     folder: Annotated[str, typer.Argument(help="Where to write the checkpoint.")],
     dtype: Dtype = "auto",
 ) -> Result:
-    """Load an adapter with its models and write them as one standalone checkpoint."""
+    """Load an adapter with its models, and write them as one standalone checkpoint."""
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype)
     model.export(folder)
     return Result([f"Wrote {folder}. Load it with `import peft_bts` and AutoModelForCausalLM."], {"folder": folder})

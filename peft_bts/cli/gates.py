@@ -1,4 +1,4 @@
-"""`peft-bts gates`: which models do the stitches listen to in these texts?"""
+"""`peft-bts gates`: which models the stitches listen to in given texts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,26 @@ from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, loa
 
 def gates(
     adapter: Adapter,
-    text: Annotated[Optional[list[str]], typer.Option("--text", help="A text; repeat the option for more.")] = None,
+    text: Annotated[Optional[list[str]], typer.Option("--text", help="A text. The option can be repeated.")] = None,
     file: Annotated[
         Optional[list[str]],
-        typer.Option("--file", metavar="[NAME=]FILE", help="A domain's text or jsonl file; repeat for more."),
+        typer.Option(
+            "--file",
+            metavar="[NAME=]FILE",
+            help="A domain and its text or jsonl file. Repeat the option for every domain.",
+        ),
     ] = None,
-    html: Annotated[Optional[Path], typer.Option(help="Write a page of all tokens, coloured by model.")] = None,
-    png: Annotated[Optional[Path], typer.Option(help="Draw the first row of every domain, token by token.")] = None,
+    html: Annotated[
+        Optional[Path], typer.Option(help="Write a page with every token in the colour of its dominant model.")
+    ] = None,
+    png: Annotated[
+        Optional[Path], typer.Option(help="Draw the gates of the first row of every domain, token by token.")
+    ] = None,
     by: Annotated[
-        Literal["domain", "sequence", "stitch"], typer.Option(help="A row for each of these, within a domain.")
+        Literal["domain", "sequence", "stitch"],
+        typer.Option(help="What a line of the table is about: a domain, or each of its sequences or stitches."),
     ] = "domain",
-    stitch: Annotated[int, typer.Option(help="Which stitch to count and draw; -1 is the last.")] = -1,
+    stitch: Annotated[int, typer.Option(help="The stitch to count and draw, from 0. The last is -1.")] = -1,
     text_column: TextColumn = "text",
     max_tokens: MaxTokens = 4096,
     sequence_length: SequenceLength = None,
@@ -35,7 +44,7 @@ def gates(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> Result:
-    """Mean gates, dominance and entropy over texts, by domain; also as a page and a figure."""
+    """Show mean gates, dominance and entropy over texts, by domain. Can also write a page and a figure."""
     if not text and not file:
         raise typer.BadParameter("give a text or a file.", param_hint="--text / --file")
     if png is not None:  # this, and folders that are not there, is said before anything is loaded

@@ -22,9 +22,10 @@ _OPTIONS = ("pattern", "expert_streams", "gate", "gate_bias", "gate_dropout", "r
 
 
 def inspect(adapter: Adapter) -> Result:
-    """Show an adapter: its experts, its stitches, and how far training has moved them. Loads no model."""
+    """Show the experts and stitches of an adapter, and how far training has moved them. Loads no model."""
     config = stitch_config(adapter)
-    weights, stitches, others = 0, {}, 0
+    weights = others = 0
+    stitches: dict[int, dict[str, dict[str, Tensor]]] = {}  # by layer, model, and place in the model
     with safe_open(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
         keys: list[str] = file.keys()
         for key in keys:
@@ -115,5 +116,5 @@ def _tables(data: dict[str, Any]) -> list[Any]:
         f"Options: {options}",
         table("Experts", ["expert", "model", "", "revision", "layers x width"], experts, left=5),
         table("Stitches", columns, stitches, left=3),
-        "layer: of the hub, from 0. gate, bias: root mean squares. projection: relative distance from the identity.",
+        "layer: of the hub, from 0. gate, bias: root mean square. projection: relative distance from the identity.",
     ]

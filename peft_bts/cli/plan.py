@@ -1,4 +1,4 @@
-"""`peft-bts plan`: what will stitching these models take?"""
+"""`peft-bts plan`: what stitching given models will take."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ def plan(
     expert: Experts,
     num_stitches: Annotated[int, typer.Option(help="Number of stitch layers.")] = 4,
     layers_to_stitch: Annotated[
-        Optional[list[int]], typer.Option(help="A 0-based hub layer that gets a stitch; repeat the option for more.")
+        Optional[list[int]],
+        typer.Option(help="A hub layer that gets a stitch, from 0. Repeat the option for every layer."),
     ] = None,
-    pattern: Annotated[Literal["alternating", "experts_into_hub"], typer.Option()] = "alternating",
-    expert_streams: Annotated[Literal["intact", "projected"], typer.Option()] = "intact",
+    pattern: Annotated[
+        Literal["alternating", "experts_into_hub"],
+        typer.Option(help="The kinds of stitches: both in turn, or Experts-into-Hub alone."),
+    ] = "alternating",
+    expert_streams: Annotated[
+        Literal["intact", "projected"],
+        typer.Option(help="Whether Experts-into-Hub leaves experts' states or projects them."),
+    ] = "intact",
     gate: Annotated[
-        Literal["channel", "token"], typer.Option(help="One gate value per channel, or one per token.")
+        Literal["channel", "token"], typer.Option(help="One gate value per channel, or per token.")
     ] = "channel",
     gate_bias: Annotated[bool, typer.Option(help="Whether the gates have biases.")] = True,
-    gate_dropout: Annotated[float, typer.Option(help="Dropout on the gate logits in training.")] = 0.0,
-    r: Annotated[Optional[int], typer.Option("--r", help="Rank of the projections; full if not given.")] = None,
-    batch_size: Annotated[int, typer.Option()] = 1,
+    gate_dropout: Annotated[float, typer.Option(help="Dropout on the logits of the gates in training.")] = 0.0,
+    r: Annotated[Optional[int], typer.Option("--r", help="Rank of the projections. Default: full matrices.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
 ) -> Result:
-    """Count parameters, memory, operations and the adapter's size, from config files, before downloading weights."""
+    """Count parameters, memory, operations and the size of the adapter. Reads config files only, no weights."""
     config = StitchConfig(
         task_type="CAUSAL_LM",
         num_stitches=num_stitches,

@@ -1,4 +1,4 @@
-"""`peft-bts run`: programs that load PEFT adapters and have never heard of this package, such as lm_eval."""
+"""`peft-bts run`: for programs that load PEFT adapters but do not import this package, such as lm_eval."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 
 
 def run_module(
-    module: Annotated[str, typer.Argument(help="What `python -m` takes, such as lm_eval.")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments.")] = None,
+    module: Annotated[str, typer.Argument(help="The module, such as lm_eval.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="The arguments of the module.")] = None,
 ) -> None:
-    """Run a Python module as `python -m MODULE` does, with stitch adapters known to PEFT, as by `import peft_bts`."""
+    """Run a Python module as `python -m MODULE` does, after `import peft_bts`, so that it can load stitch adapters."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         typer.echo(f"peft-bts run: there is no module {module!r} here; is it installed in this environment?", err=True)
         raise typer.Exit(1)

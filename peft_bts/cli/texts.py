@@ -1,4 +1,4 @@
-"""What `eval` and `gates` work on: an adapter with its tokenizer, and files of text as rows of tokens."""
+"""The input of `eval` and `gates`: an adapter with its tokenizer, and text files as rows of tokens."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from peft.utils import CONFIG_NAME, infer_device
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .._compat.peft import CausalLM, base_model
 from .._compat.transformers import find_file
 from ..forward.decoder import text_config
+from ..model import stitch_tuner
 from .common import stitch_config
 
 
-TextColumn = Annotated[str, typer.Option(help="Where the rows of a jsonl file have their text.")]
-MaxTokens = Annotated[Optional[int], typer.Option(min=1, help="Read at most so many tokens of each domain.")]
+TextColumn = Annotated[str, typer.Option(help="The field of a jsonl row that holds its text.")]
+MaxTokens = Annotated[Optional[int], typer.Option(min=1, help="Read at most this many tokens of each domain.")]
 SequenceLength = Annotated[
     Optional[int],
-    typer.Option(min=2, help="Tokens per row; documents are cut. If not given, 1024, or what the models can take."),
+    typer.Option(
+        min=2, help="Tokens per row. Longer documents are cut. Default: 1024, or fewer if a model takes fewer."
+    ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward.")]
-Device = Annotated[Optional[str], typer.Option(help="Where to run; if not given, the accelerator, or cpu.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
+Device = Annotated[
+    Optional[str], typer.Option(help="Where to run. Default: the accelerator if there is one, or else cpu.")
+]
 
 
 def read_documents(source: str, text_column: str) -> list[str]:
-    """The documents of a file: the rows of a .jsonl file; any other file is one.
+    """Read the documents of a file: a .jsonl file has one per row, any other file is one.
 
     Raises:
         OSError, ValueError: If the file cannot be read, or holds no text.
@@ -52,7 +58,7 @@ def read_documents(source: str, text_column: str) -> list[str]:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{source}, line {number}: expected a JSON object with {text_column!r}.") from error
             if not isinstance(documents[-1], str):
-                raise ValueError(f"{source}, line {number}: {text_column!r} is no string.")
+                raise ValueError(f"{source}, line {number}: {text_column!r} is not a string.")
     documents = [document for document in documents if document]
     if not documents:
         raise ValueError(f"{source} holds no text.")
@@ -60,7 +66,7 @@ def read_documents(source: str, text_column: str) -> list[str]:
 
 
 def load(adapter: str, dtype: str, device: Optional[str]) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """An adapter with its models, in eval mode, and the tokenizer beside it, or else its hub's."""
+    """Load an adapter with its models, in eval mode, and the tokenizer beside it, or else that of its hub."""
     config = stitch_config(adapter)
     own = find_file(adapter, "tokenizer_config.json")
     if config.base_model_name_or_path is None:
@@ -77,16 +83,16 @@ def load(adapter: str, dtype: str, device: Optional[str]) -> tuple[PeftModel, Pr
 
 
 def row_length(model: PeftModel, asked: Optional[int]) -> int:
-    """Tokens per row: as asked for, else 1024, or as many as the models have positions for.
+    """Choose the tokens per row: as asked for, or else 1024, or fewer if a model has fewer positions.
 
     Raises:
         ValueError: If a model cannot take as many as asked for.
     """
-    models = {"hub": model.get_base_model()}
-    for name, expert in model.base_model.experts[model.active_adapter].items():
+    models: dict[str, CausalLM] = {"hub": base_model(model)}
+    for name, expert in stitch_tuner(model).experts[model.active_adapter].items():
         models[f"expert {name!r}"] = expert.model
-    limits = {who: getattr(text_config(one), "max_position_embeddings", None) for who, one in models.items()}
-    limits = {who: limit for who, limit in limits.items() if limit}
+    found = {who: getattr(text_config(one), "max_position_embeddings", None) for who, one in models.items()}
+    limits: dict[str, int] = {who: limit for who, limit in found.items() if limit}
     for who, limit in limits.items():
         if asked is not None and asked > limit:
             raise ValueError(f"--sequence-length {asked} is more than the {limit} positions of the {who}.")
@@ -101,7 +107,7 @@ def load_domains(
     sequence_length: Optional[int],
     max_tokens: Optional[int],
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, int, dict[str, Domain]]:
-    """The model, its tokenizer, the tokens per row, and every domain's documents as rows."""
+    """Load the model and its tokenizer, choose the tokens per row, and cut the documents of every domain into rows."""
     model, tokenizer = load(adapter, dtype, device)
     length = row_length(model, sequence_length)
     domains = {name: Domain.of(texts, tokenizer, length, max_tokens) for name, texts in documents.items()}
@@ -110,11 +116,11 @@ def load_domains(
 
 @dataclass
 class Domain:
-    """The text of a domain, as it is given to models.
+    """The text of a domain, as models get it.
 
     Attributes:
-        rows: Token ids. A document is cut into rows; it shares none with another.
-        documents, size: How many documents they are from, of how many bytes (UTF-8).
+        rows: Token ids. A document is cut into rows, and no row holds parts of two.
+        documents, size: How many documents these are, and how many bytes (UTF-8) they have.
     """
 
     rows: list[list[int]]
@@ -125,13 +131,13 @@ class Domain:
     def of(
         cls, documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: Optional[int]
     ) -> Domain:
-        """Tokenize documents, with the special tokens that the tokenizer adds, up to `max_tokens` of them."""
+        """Tokenize documents with the special tokens that the tokenizer adds, until there are `max_tokens` tokens."""
         domain, left = cls([]), float("inf") if max_tokens is None else max_tokens
         for document in documents:
             ids = tokenizer(document, verbose=False)["input_ids"]
             if len(ids) > left:
                 ids = ids[: int(left)]
-                document = tokenizer.decode(ids, skip_special_tokens=True)
+                document = str(tokenizer.decode(ids, skip_special_tokens=True))
             domain.rows += [ids[start : start + length] for start in range(0, len(ids), length)]
             domain.documents += 1
             domain.size += len(document.encode())
@@ -141,7 +147,7 @@ class Domain:
         return domain
 
     def batches(self, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """`input_ids` and `attention_mask`, both (size or less, T), padded on the right."""
+        """Yield `input_ids` and `attention_mask`, int64 and of shape (at most `size`, T), padded on the right."""
         for start in range(0, len(self.rows), size):
             rows = self.rows[start : start + size]
             mask = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)

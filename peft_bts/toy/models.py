@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,12 +71,20 @@ class Toy:
 
     Args:
         cache_dir: Where models are kept.
+        stages: How they are trained, by name.
         fresh: Train models even if the cache has them.
         smoke: Take a few documents and a few steps only, to see that everything runs; nothing is learned.
     """
 
-    def __init__(self, cache_dir: str | os.PathLike[str], *, fresh: bool = False, smoke: bool = False) -> None:
-        self.cache_dir, self.fresh, self.smoke = Path(cache_dir).resolve(), fresh, smoke
+    def __init__(
+        self,
+        cache_dir: str | os.PathLike[str],
+        *,
+        stages: Mapping[str, Stage] = STAGES,
+        fresh: bool = False,
+        smoke: bool = False,
+    ) -> None:
+        self.cache_dir, self.stages, self.fresh, self.smoke = Path(cache_dir).resolve(), stages, fresh, smoke
         self._folders: dict[str, Path] = {}
 
     @cached_property
@@ -99,8 +108,8 @@ class Toy:
         return {domain: rows[:: -(-len(rows) // enough)] for domain, rows in blocks.items()}
 
     def stage(self, name: str) -> Stage:
-        """How the model `name` is trained: one of `STAGES`, shortened in a smoke test."""
-        return replace(STAGES[name], steps=4) if self.smoke else STAGES[name]
+        """How the model `name` is trained: one of the stages, shortened in a smoke test."""
+        return replace(self.stages[name], steps=4) if self.smoke else self.stages[name]
 
     def rows(self, stage: Stage) -> torch.Tensor:
         """The blocks that `stage` trains on, (N, 2, LENGTH)."""

@@ -265,7 +265,7 @@ def test_gates(adapter, texts, tmp_path):
         (("eval", "LORA", "--data", "code=NOTHING"), "No such file"),
         (("eval", "LORA", "--data", "code=EMPTY"), "empty.txt holds no text"),
         (("eval", "LORA", "--data", "code=ROWS"), "rows.jsonl, line 2: expected a JSON object with 'text'"),
-        (("eval", "LORA", "--data", "code=ROWS", "--text-column", "n"), "rows.jsonl, line 1: 'n' is no string"),
+        (("eval", "LORA", "--data", "code=ROWS", "--text-column", "n"), "rows.jsonl, line 1: 'n' is not a string"),
         (("eval", "LORA", "--data", "code=BYTES"), "not UTF-8"),
         (("eval", "LORA", "--data", "code=TEXT"), "is a LORA adapter, expected a STITCH adapter"),
         (("gates", "NOTHING", "--text", "w3"), "NOTHING"),

@@ -226,6 +226,7 @@ def test_train_stitch(root, tmp_path, common, monkeypatch):
 
 def test_train_stitch_trl(root, tmp_path, common, monkeypatch):
     """The same by SFTTrainer, packed."""
+    pytest.importorskip("trl", reason="TRL needs Python 3.11")
     names = ["--hub", root / "seed", "--expert", f"code={root / 'code'}", f"math={root / 'math'}"]
     options = ["--num_stitches", 2, "--max_steps", 4, "--packing", "--max_length", 64, "--held_out", 6]
     options += ["--bf16", "False", "--eval_strategy", "steps", "--eval_steps", 2, "--output_dir", tmp_path / "out"]

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_bts import StitchConfig
 from tests.helpers.models import expected_logits, fresh, logits, pristine, stitch
 from tests.helpers.text import save_model, word_tokenizer
 
+
+trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
 
 EXPERTS = {"code": ("llama", {"seed": 1, "width": 48}), "math": ("qwen3", {"seed": 2, "layers": 6})}
 TOKENIZER = word_tokenizer()
@@ -66,9 +67,9 @@ def sft(model, folder, rows, peft_config=None, **options):
     """A trainer that has trained two steps on the rows, which it evaluates in one batch."""
     options = {"max_length": 16} | options
     data = Dataset.from_list(rows)
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=model,
-        args=arguments(SFTConfig, folder, **options),
+        args=arguments(trl.SFTConfig, folder, **options),
         train_dataset=data,
         eval_dataset=data,
         processing_class=TOKENIZER,
@@ -122,9 +123,9 @@ def test_sft_packed(root, tmp_path):
 
 def dpo(model, folder, peft_config=None):
     data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row)) for row in PREFERENCES])
-    return DPOTrainer(
+    return trl.DPOTrainer(
         model=model,
-        args=arguments(DPOConfig, folder),
+        args=arguments(trl.DPOConfig, folder),
         train_dataset=data,
         eval_dataset=data,
         processing_class=TOKENIZER,
