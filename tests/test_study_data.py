@@ -11,8 +11,9 @@ import numpy as np
 import polib
 import pytest
 import torch
-from study_archives import write_archives
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.study_archives import write_archives
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
