@@ -1,5 +1,6 @@
 """The toy's data are what they say, and its models are kept. That they learn is for `make quickstart` to show."""
 
+import itertools
 import random
 
 import pytest
@@ -16,7 +17,7 @@ def made(tmp_path_factory):
 def test_arithmetic_is_right():
     tasks = toy.arithmetic_tasks(random.Random(0))
     assert len(tasks) == len(set(tasks)) == 90 * 10 * 2
-    assert all(int(answer[::-1]) == eval(prompt.removesuffix("=").replace("-", "-1*")) for prompt, answer in tasks)
+    assert all(int(answer[::-1]) == eval(prompt.removesuffix("=")) for prompt, answer in tasks)
     assert ("47+8=", "550") in tasks
 
 
@@ -24,19 +25,18 @@ def test_translations_follow_the_rules():
     tasks = dict(toy.translation_tasks(random.Random(1), 2000))
     assert len(tasks) == 2000
     for english, esperanto in tasks.items():
-        words, verb = english.split(), next(word for word in esperanto.split() if word[-1] == "s")
-        assert {"will": "os"}.get(next((word for word in words if word == "will"), ""), verb[-2:]) == verb[-2:]
+        verb = next(word for word in esperanto.split() if word[-1] == "s")
+        assert verb.endswith("os") == (" will " in english)
         subject, thing = (part.split() for part in esperanto.split(f" {verb} "))
         assert all(word == "la" or word.rstrip("j")[-1] in "oa" for word in subject)
         assert all(word == "la" or word[-1] == "n" for word in thing)
 
 
 def test_no_test_item_is_trained_on(made):
-    assert {domain for parts in made.documents.values() for domain in parts} == set(toy.DOMAINS)
-    for domain in toy.DOMAINS:
-        prompts = [set(made.documents[split][domain]) for split in ("train", "validation", "test")]
-        if domain in toy.TASKS:
-            assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
+    assert all(documents.keys() == toy.DOMAINS.keys() for documents in made.documents.values())
+    for domain in toy.TASKS:
+        train, validation, test = (set(made.documents[split][domain]) for split in ("train", "validation", "test"))
+        assert validation and test and not train & validation and not train & test and not validation & test
 
 
 def test_sources_are_split_by_file(tmp_path):
@@ -46,7 +46,7 @@ def test_sources_are_split_by_file(tmp_path):
         (tmp_path / f"m{i}.py").write_text(f'def f{i}():\n    """{text.format(i)}"""\n    return {i}\n')
     documents = toy.read_python(root=tmp_path)
     found = {split: [text for _, text in parts["text"]] for split, parts in documents.items()}
-    assert sorted(sum(found.values(), [])) == sorted(text.format(i) for i in range(100))
+    assert sorted(itertools.chain(*found.values())) == sorted(text.format(i) for i in range(100))
     assert all(found.values())
     for split, parts in documents.items():
         assert [f"def f{prose.split()[-4]}():" for prose in found[split]] == [
