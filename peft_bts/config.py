@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Final, Literal, Optional
 
 from peft import PeftConfig, PeftType
 
 from .reference import as_reference, without_placement
 
 
-EXPERTS_INTO_HUB = "experts_into_hub"
-HUB_INTO_EXPERTS = "hub_into_experts"
-OUTPUT_MIXTURE = "output_mixture"  # in traces, beside the kinds of stitches
+EXPERTS_INTO_HUB: Final = "experts_into_hub"
+HUB_INTO_EXPERTS: Final = "hub_into_experts"
+StitchKind = Literal["experts_into_hub", "hub_into_experts"]
+OUTPUT_MIXTURE: Final = "output_mixture"  # in traces, beside the kinds of stitches
 
 
 @dataclass
@@ -86,7 +87,7 @@ class StitchConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.STITCH
+        self.peft_type = PeftType["STITCH"]
         if not isinstance(self.experts, dict):
             raise ValueError(f"experts must be a dict of name -> id, path or dict, got {type(self.experts).__name__}.")
         self.experts = {name: as_reference(name, value) for name, value in self.experts.items()}
@@ -129,7 +130,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, str]:
+def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, StitchKind]:
     """Where the stitches sit and of which kind they are: 0-based hub layer -> kind, in order (paper, section 2.2).
 
     Raises `ValueError` where the config does not fit a hub of `num_layers` layers.
@@ -151,7 +152,7 @@ def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, str]:
             )
         step = num_layers // stitches
         layers = [step * k - 1 for k in range(1, stitches)] + [num_layers - 1]
-    kinds = [
+    kinds: list[StitchKind] = [
         EXPERTS_INTO_HUB if config.pattern == EXPERTS_INTO_HUB or from_end % 2 == 0 else HUB_INTO_EXPERTS
         for from_end in reversed(range(len(layers)))
     ]

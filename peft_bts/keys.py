@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from typing import Optional
 
+from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ._compat.peft import base_model
 from .stitch import PerModel
 
 
@@ -50,7 +52,7 @@ def file_key(key: str, adapter: str) -> Optional[str]:
 
 
 def fit_to_model(
-    model: nn.Module, adapter: str, file: dict[str, Tensor], *, with_embeddings: bool = False
+    model: PeftModel, adapter: str, file: dict[str, Tensor], *, with_embeddings: bool = False
 ) -> dict[str, Tensor]:
     """Translate the tensors of an adapter file to the keys and dtypes of the model.
 
@@ -58,7 +60,7 @@ def fit_to_model(
     where PEFT was right to save them.
 
     Args:
-        model: The model with the adapter, a `PeftModel`.
+        model: The model with the adapter.
         adapter: The adapter's name.
         file: The tensors of the file; those of `modules_to_save` under their keys in memory, as PEFT hands them over.
         with_embeddings: Whether the hub's embedding layers were saved on request. Those of a hub whose vocabulary has
@@ -68,17 +70,18 @@ def fit_to_model(
         ValueError: Unless the file has exactly the tensors of this adapter, in their shapes.
     """
     full = model.state_dict()
-    stitches = {file_key(key, adapter): key for key in stitch_weights(full, adapter)}
+    stitches = {shown: key for key in full if (shown := file_key(key, adapter)) is not None}
     needed = stitches | {key: key for key in _trained_copies(model, adapter)}
     embeddings = {key: where for key, where in _embedding_layers(model).items() if key in file and key not in needed}
     with_embeddings = with_embeddings or (bool(embeddings) and _is_resized(model))
-    known = {**embeddings, **needed} if with_embeddings else needed
+    known: dict[str, Optional[str]] = {**embeddings, **needed} if with_embeddings else {**needed}
+    taken = {key: where for key in file if (where := known.get(key)) is not None}
     problems = [f"missing: {key}" for key in needed if key not in file]
     problems += [f"not part of this adapter: {key}" for key in file if key not in known]
     problems += [
-        f"{key} has shape {tuple(tensor.shape)}, expected {tuple(full[known[key]].shape)}"
-        for key, tensor in file.items()
-        if known.get(key) is not None and tensor.shape != full[known[key]].shape
+        f"{key} has shape {tuple(file[key].shape)}, expected {tuple(full[where].shape)}"
+        for key, where in taken.items()
+        if file[key].shape != full[where].shape
     ]
     if problems:
         more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
@@ -91,9 +94,8 @@ def fit_to_model(
         )
     # Cast here: with low_cpu_mem_usage the tensors themselves become the weights.
     return {
-        known[key]: tensor.to(full[known[key]].dtype) if key in stitches or key in embeddings else tensor
-        for key, tensor in file.items()
-        if known[key] is not None
+        where: file[key].to(full[where].dtype) if key in stitches or key in embeddings else file[key]
+        for key, where in taken.items()
     }
 
 
@@ -107,7 +109,7 @@ def _trained_copies(model: nn.Module, adapter: str) -> list[str]:
     ]
 
 
-def _embedding_layers(model: nn.Module) -> dict[str, Optional[str]]:
+def _embedding_layers(model: PeftModel) -> dict[str, Optional[str]]:
     """Keys that PEFT saves the hub's embedding layers under -> keys in memory.
 
     Beside an embedding layer that is trained (`modules_to_save`), PEFT saves its trained copy once more, under a key
@@ -125,11 +127,11 @@ def _embedding_layers(model: nn.Module) -> dict[str, Optional[str]]:
     return keys
 
 
-def _is_resized(model: nn.Module) -> bool:
+def _is_resized(model: PeftModel) -> bool:
     """Whether the hub's vocabulary is not that of its checkpoint: PEFT's own rule for saving embedding layers."""
-    hub = model.get_base_model()
+    hub = base_model(model)
     try:
-        saved = type(hub.config).from_pretrained(hub.name_or_path)
+        saved = type(hub.config).from_pretrained(hub.name_or_path or "")
     except (OSError, ValueError):  # it came from nowhere, or is out of reach
         return False
     return saved.get_text_config().vocab_size != hub.config.get_text_config().vocab_size

@@ -44,7 +44,7 @@ class OutputMixture(nn.Module):
     ) -> None:
         super().__init__()
         self.d_hub, self.init_weights = d_hub, init_weights
-        self.gate = PerModel()
+        self.gate: PerModel[nn.Linear] = PerModel()
         for name in [HUB, *sorted(experts)]:
             self.gate.set(name, self._new_gate(device, dtype))
 

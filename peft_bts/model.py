@@ -16,13 +16,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Optional, Union
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ._compat.bitsandbytes import keep_repacked_weights
+from ._compat.peft import CausalLM
 from .config import StitchConfig, stitch_schedule
 from .experts.attaching import ExpertMaker, add_stitch_weights
 from .experts.expert_set import ActiveExperts, ExpertSet, NamedModules
@@ -33,7 +35,7 @@ from .forward.decoder import find_decoder, text_config
 from .forward.expert import Expert
 from .forward.head import ModelHead
 from .forward.hooks import HubForward
-from .forward.layer import StitchLayer, StitchOutput
+from .forward.layer import StitchLayer, StitchOutput, output_mixtures
 from .forward.mixed_head import MixedHead
 from .forward.placement import place_for_stitch
 from .inference import generate as generation
@@ -61,6 +63,9 @@ class StitchModel(BaseTuner):
         ValueError: For anything that does not fit, before the hub is changed.
     """
 
+    model: PreTrainedModel  # the hub
+    peft_config: dict[str, StitchConfig]  # type: ignore[assignment]  # PEFT's dict is for configs of all methods
+
     prefix: str = "stitch_"
     tuner_layer_cls = StitchLayer
     target_module_mapping: dict[str, list[str]] = {}
@@ -68,13 +73,13 @@ class StitchModel(BaseTuner):
 
     # ---------------------------------------------------------------- adapters come and go
 
-    def _pre_injection_hook(self, model: nn.Module, config: StitchConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # Called once, by BaseTuner.__init__, before anything else of ours.
-        self._decoder = find_decoder(model, "The hub")
-        self._hub_trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.experts = NamedModules()
+        self._decoder = find_decoder(self.model, "The hub")
+        self._hub_trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.experts: NamedModules[NamedModules[Expert]] = NamedModules()
         self._expert_sets: dict[str, ExpertSet] = {}  # by adapter; their modules are in `experts`
-        self._maker = ExpertMaker(model, self._all_experts)
+        self._maker = ExpertMaker(self.model, self._all_experts)
         self._dropping = DroppingPolicies()
         self._forward = HubForward(
             self._decoder.backbone, self._decoder.layers[0], self._active_composition, self._dropping.make_state
@@ -140,7 +145,7 @@ class StitchModel(BaseTuner):
             dtype=dtype,
         )
         trained = adapter_name in self.active_adapters and not config.inference_mode
-        self.model.stitch_output[adapter_name] = gates.requires_grad_(trained)
+        output_mixtures(self.model)[adapter_name] = gates.requires_grad_(trained)
         self._mixed_head.install()
 
     def _check_adapter_name(self, name: str) -> None:
@@ -155,7 +160,9 @@ class StitchModel(BaseTuner):
                 f"with {PerModel.PREFIX!r}."
             )
 
-    def _prepare_adapter_config(self, peft_config: StitchConfig, model_config: dict) -> StitchConfig:
+    def _prepare_adapter_config(  # type: ignore[override]  # a tuner is given configs of its own class
+        self, peft_config: StitchConfig, model_config: dict[str, Any]
+    ) -> StitchConfig:
         # A copy: the caller's config may serve another hub with another schedule.
         schedule = stitch_schedule(peft_config, len(self._decoder.layers))
         prepared = copy.copy(peft_config)
@@ -164,7 +171,7 @@ class StitchModel(BaseTuner):
         prepared.target_modules = rf"{re.escape(self._decoder.path)}\.({layers})" if schedule else DUMMY_TARGET_MODULES
         return prepared
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # as above
         self,
         peft_config: StitchConfig,
         adapter_name: str,
@@ -221,14 +228,14 @@ class StitchModel(BaseTuner):
         self.active_adapter = active
         self._forget(adapter_name)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if not merge:  # PEFT would leave the trained copies in the hub
             for adapter in list(self.peft_config):
                 self._drop_trained_copies(adapter)
-        hub = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for adapter in list(self._expert_sets):
             self._forget(adapter)
-        return hub
+        return self.model
 
     def _forget(self, adapter: str) -> None:
         """Drop what is left of an adapter: stitches, wrappers that serve no other, experts, and at last the hooks."""
@@ -244,10 +251,12 @@ class StitchModel(BaseTuner):
             for expert in self._expert_sets.pop(adapter).modules.values():
                 self._maker.release(expert)
         if hasattr(self.model, "stitch_output"):
-            self.model.stitch_output.delete_adapter(adapter)
-            if not self.model.stitch_output:
+            mixtures = output_mixtures(self.model)
+            mixtures.delete_adapter(adapter)
+            if not mixtures:
                 del self.model.stitch_output
-                self._mixed_head.remove()
+                if self._mixed_head is not None:
+                    self._mixed_head.remove()
                 self._mixed_head = None
         if not self._expert_sets:
             self._forward.remove()
@@ -286,7 +295,7 @@ class StitchModel(BaseTuner):
         hub and experts, stitches, and experts, whose call gathers what they have around their layers. A `StitchLayer`
         is no unit: it runs layers of the experts, which are units of their own.
         """
-        units = [*self._all_experts()]
+        units: list[nn.Module] = [*self._all_experts()]
         for layer in self._decoder.layers:
             units += [layer.base_layer, *layer.stitch_layer.values()] if isinstance(layer, StitchLayer) else [layer]
         for expert in self._all_experts():
@@ -306,7 +315,7 @@ class StitchModel(BaseTuner):
     def attach_expert(
         self,
         name: str,
-        model: Union[nn.Module, str, dict[str, Any]],
+        model: Union[CausalLM, str, dict[str, Any]],
         *,
         revision: Optional[str] = None,
         init: Init = "zero",
@@ -343,12 +352,12 @@ class StitchModel(BaseTuner):
             self._maker.release(expert)
             raise
         if config.output == "mixture":
-            self.model.stitch_output[adapter].add_expert(name, init=init)
+            output_mixtures(self.model)[adapter].add_expert(name, init=init)
         self._expert_sets[adapter].add(name, expert)
         self._note_experts(adapter, {**config.experts, name: reference})
         self._joint_lora.prepare(adapter, self._expert_sets[adapter].by_name())
 
-    def detach_expert(self, name: str) -> nn.Module:
+    def detach_expert(self, name: str) -> CausalLM:
         """Remove an expert and its stitch weights from the active adapter; return its model.
 
         The gates' softmax renormalises over the models that stay; nothing else changes.
@@ -363,7 +372,7 @@ class StitchModel(BaseTuner):
         for layer in self._layers_of(adapter):
             layer.stitch_layer[adapter].remove_expert(name)
         if self.peft_config[adapter].output == "mixture":
-            self.model.stitch_output[adapter].remove_expert(name)
+            output_mixtures(self.model)[adapter].remove_expert(name)
         expert = experts.remove(name)
         references = {other: ref for other, ref in self.peft_config[adapter].experts.items() if other != name}
         self._note_experts(adapter, references)
@@ -406,7 +415,7 @@ class StitchModel(BaseTuner):
         """Note an adapter's experts in its config (in a copy: callers may hold, and share, the old one)."""
         self.peft_config[adapter] = dataclasses.replace(self.peft_config[adapter], experts=references)
 
-    def export(self, path: Union[str, os.PathLike], **kwargs: Any) -> None:
+    def export(self, path: Union[str, os.PathLike[str]], **kwargs: Any) -> None:
         """Write the active adapter with its models as one standalone checkpoint.
 
         `import peft_bts; AutoModelForCausalLM.from_pretrained(path)` loads it, without PEFT and without the models it
@@ -425,6 +434,7 @@ class StitchModel(BaseTuner):
             path,
             self.model,
             self._expert_sets[adapter].composition,
+            self._expert_sets[adapter].active,
             stitches,
             self.peft_config[adapter],
             adapter,
@@ -468,7 +478,7 @@ class StitchModel(BaseTuner):
         """The hub's `generate_batch` (continuous batching) while the adapter is disabled, else a `ValueError`."""
         if self._active_composition() is not None:
             generation.refuse_continuous_batching()
-        return self.model.generate_batch(*args, **kwargs)
+        return self.model.generate_batch(*args, **kwargs)  # type: ignore[operator]  # of `GenerationMixin`
 
     def drop_experts(
         self, max_active_experts: Optional[int] = None, expert_threshold: Optional[float] = None
@@ -515,8 +525,8 @@ class StitchModel(BaseTuner):
         least = 1 if stack else 2
         if not isinstance(threads, int) or threads < least:
             raise ValueError(f"threads must be an integer of at least {least}, got {threads!r}.")
-        stacked_of = self._expert_sets[self._single_active_adapter()].composition if stack else None
-        return parallel_streams(self._forward.settings, threads, stacked_of)
+        to_stack = self._expert_sets[self._single_active_adapter()].active if stack else None
+        return parallel_streams(self._forward.settings, threads, to_stack)
 
     # ---------------------------------------------------------------- a forward (see forward/hooks.py)
 
@@ -532,10 +542,10 @@ class StitchModel(BaseTuner):
         composition = self._active_composition()
         if composition is None or not composition.mixture:
             return None
-        return self.model.stitch_output[composition.adapter], bool(composition.schedule)
+        return output_mixtures(self.model)[composition.adapter], bool(composition.schedule)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise ValueError("Stitch adapters cannot be mixed within a batch: `adapter_names` is not supported.")
         yield
@@ -553,8 +563,8 @@ class StitchModel(BaseTuner):
         return file_key(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # as above
+        cls, model: PeftModel, config: StitchConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         return fit_to_model(model, adapter_name, state_dict, with_embeddings=config.save_embedding_layers)
 
@@ -565,3 +575,15 @@ class StitchModel(BaseTuner):
             self._unfreeze_without_adapters()
         else:
             self.delete_adapter(adapter)
+
+
+def stitch_tuner(model: PeftModel) -> StitchModel:
+    """The tuner of a PEFT model with stitch adapters.
+
+    Raises:
+        TypeError: If its adapters are of another method.
+    """
+    tuner = model.base_model
+    if not isinstance(tuner, StitchModel):
+        raise TypeError(f"This PeftModel has no stitches: its tuner is a {type(tuner).__name__}.")
+    return tuner

@@ -22,7 +22,7 @@ import os
 import re
 import warnings
 from pathlib import PurePath
-from typing import Any, Optional, Union
+from typing import Any, Optional, TypeGuard, Union
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -39,7 +39,7 @@ class RepoId(str):
     """The `model` or `adapter` of a downloaded reference: looked up on the Hugging Face Hub, never on this disk."""
 
 
-def is_repo_id(source: Optional[str]) -> bool:
+def is_repo_id(source: Optional[str]) -> TypeGuard[str]:
     """Whether loaders would look for `source` on the Hugging Face Hub.
 
     That is so if it has the form of a repo id, and no such path exists here.
@@ -68,7 +68,7 @@ def check_expert_name(name: Any) -> None:
         raise ValueError("Expert name 'hub' is taken: it stands for the seed model. Choose another name.")
 
 
-def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[str, Any]:
+def as_reference(name: str, value: Union[str, os.PathLike[str], dict[str, Any], None]) -> dict[str, Any]:
     """Turn one entry of `experts` into a reference dict.
 
     Args:
@@ -98,7 +98,7 @@ def as_reference(name: str, value: Union[str, os.PathLike, dict, None]) -> dict[
     for key in ("revision", "subfolder", "base_revision"):  # parts of paths: in the local cache, and below `model`
         if _leads_out(reference.get(key)):
             raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}, which leads out of its repository.")
-    quantization = reference.get("quantization_config")
+    quantization: Any = reference.get("quantization_config")
     if hasattr(quantization, "to_dict"):
         reference["quantization_config"] = json.loads(quantization.to_json_string(use_diff=False))
     elif quantization is not None and not (isinstance(quantization, dict) and "quant_method" in quantization):
@@ -116,7 +116,7 @@ def without_placement(reference: Any) -> Any:
     return {key: value for key, value in reference.items() if key not in PLACEMENT_KEYS}
 
 
-def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike]) -> dict[str, Any]:
+def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike[str]]) -> dict[str, Any]:
     """Keep those values of an adapter_config.json that its author may set (`_compat` has PEFT call this).
 
     Args:
@@ -158,8 +158,8 @@ def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike]) -> 
 
 
 def _leads_out(path: Optional[str]) -> bool:
-    path = PurePath(path or "")
-    return path.is_absolute() or ".." in path.parts
+    place = PurePath(path or "")
+    return place.is_absolute() or ".." in place.parts
 
 
 def _with_repo_ids(reference: Any) -> Any:

@@ -7,11 +7,13 @@ The maths runs in the dtype of the stitch's weights; every result has the dtype 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .modules import M, TypedModuleDict
 
 
 HUB = "hub"
@@ -19,7 +21,7 @@ Init = Literal["zero", "hub", "closed"]
 Observe = Callable[[dict[str, Tensor]], None]  # is told the gates by model: (B, T, D_gate), or (B, T, 1) per token
 
 
-class PerModel(nn.ModuleDict):
+class PerModel(TypedModuleDict[M]):
     """Modules by model name.
 
     In memory a module's key is `for_<name>`: then no expert is refused because `nn.Module` has an attribute of its
@@ -29,10 +31,10 @@ class PerModel(nn.ModuleDict):
 
     PREFIX = "for_"
 
-    def set(self, name: str, module: nn.Module) -> None:
+    def set(self, name: str, module: M) -> None:
         self[self.PREFIX + name] = module
 
-    def of(self, name: str) -> nn.Module:
+    def of(self, name: str) -> M:
         return self[self.PREFIX + name]
 
     def remove(self, name: str) -> None:
@@ -45,7 +47,15 @@ class PerModel(nn.ModuleDict):
 class LowRankProjection(nn.Module):
     """`eye(d_out, d_in) + up @ down`, of which only `down` (r, d_in) and `up` (d_out, r) are weights."""
 
-    def __init__(self, d_in: int, d_out: int, r: int, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        r: int,
+        *,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
         super().__init__()
         self.d_in, self.d_out = d_in, d_out
         self.down = nn.Linear(d_in, r, bias=False, device=device, dtype=dtype)
@@ -55,6 +65,9 @@ class LowRankProjection(nn.Module):
         """(..., d_in) -> (..., d_out)"""
         identity = x[..., : self.d_out] if self.d_in >= self.d_out else F.pad(x, (0, self.d_out - self.d_in))
         return identity + self.up(self.down(x))
+
+
+Projection = Union[nn.Linear, LowRankProjection]
 
 
 class _Stitch(nn.Module):
@@ -72,8 +85,8 @@ class _Stitch(nn.Module):
         gate_dropout: float = 0.0,
         r: Optional[int] = None,
         init_weights: bool = True,
-        device=None,
-        dtype=None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         self.d_hub = d_hub
@@ -82,8 +95,8 @@ class _Stitch(nn.Module):
         self.gate_dropout = gate_dropout
         self.r = r
         self.init_weights = init_weights
-        self.gate = PerModel()
-        self.proj = PerModel()
+        self.gate: PerModel[nn.Linear] = PerModel()
+        self.proj: PerModel[Projection] = PerModel()
         for name in sorted(d_experts):
             self.add_expert(name, d_experts[name], device=device, dtype=dtype)
 
@@ -92,7 +105,15 @@ class _Stitch(nn.Module):
         """Names of the experts that have weights here, in the order in which sums run: sorted."""
         return sorted(self.proj.names())
 
-    def add_expert(self, name: str, d_expert: int, *, init: Init = "zero", device=None, dtype=None) -> None:
+    def add_expert(
+        self,
+        name: str,
+        d_expert: int,
+        *,
+        init: Init = "zero",
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
         """Make the weights of a new expert of width `d_expert`; the others' are not touched.
 
         `init` is the new gate's start: `"zero"`; `"hub"`, the hub's own gate with 2 taken off its bias; `"closed"`,
@@ -127,7 +148,7 @@ class _Stitch(nn.Module):
         """Set a new expert's gate to a start other than zero."""
 
     @torch.no_grad()
-    def _new_gate(self, d_expert: int, factory: dict) -> nn.Linear:
+    def _new_gate(self, d_expert: int, factory: dict[str, Any]) -> nn.Linear:
         d_gate = self._shapes(d_expert)[0] if self.gate_per_channel else 1
         gate = self._new_linear(self.d_hub, d_gate, self.gate_bias, factory)
         if self.init_weights:
@@ -137,19 +158,19 @@ class _Stitch(nn.Module):
         return gate
 
     @torch.no_grad()
-    def _new_projection(self, d_expert: int, factory: dict) -> nn.Module:
+    def _new_projection(self, d_expert: int, factory: dict[str, Any]) -> Projection:
         _, d_in, d_out = self._shapes(d_expert)
         if self.r is not None:
-            projection = LowRankProjection(d_in, d_out, self.r, **factory)
+            low_rank = LowRankProjection(d_in, d_out, self.r, **factory)
             if self.init_weights:
-                projection.up.weight.zero_()  # the identity; `down` stays random, or no gradient would ever flow
-            return projection
+                low_rank.up.weight.zero_()  # the identity; `down` stays random, or no gradient would ever flow
+            return low_rank
         projection = self._new_linear(d_in, d_out, False, factory)
         if self.init_weights:
             nn.init.eye_(projection.weight)
         return projection
 
-    def _new_linear(self, d_in: int, d_out: int, bias: bool, factory: dict) -> nn.Linear:
+    def _new_linear(self, d_in: int, d_out: int, bias: bool, factory: dict[str, Any]) -> nn.Linear:
         if not self.init_weights:
             return nn.Linear(d_in, d_out, bias=bias, **factory)
         # Random numbers would only be overwritten, and take seconds in wide models.
@@ -187,9 +208,17 @@ class ExpertsIntoHub(_Stitch):
         device, dtype: Of the weights.
     """
 
-    kind = "experts_into_hub"
+    kind: Literal["experts_into_hub"] = "experts_into_hub"
 
-    def __init__(self, d_hub: int, d_experts: dict[str, int], *, device=None, dtype=None, **options) -> None:
+    def __init__(
+        self,
+        d_hub: int,
+        d_experts: dict[str, int],
+        *,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        **options: Any,
+    ) -> None:
         super().__init__(d_hub, d_experts, device=device, dtype=dtype, **options)
         self.gate.set(HUB, self._new_gate(d_hub, {"device": device, "dtype": dtype}))
 
@@ -265,7 +294,7 @@ class HubIntoExperts(_Stitch):
     Args: As for `ExpertsIntoHub`.
     """
 
-    kind = "hub_into_experts"
+    kind: Literal["hub_into_experts"] = "hub_into_experts"
 
     def _shapes(self, d_expert: int) -> tuple[int, int, int]:
         return d_expert, self.d_hub, d_expert
@@ -290,6 +319,9 @@ class HubIntoExperts(_Stitch):
         return new_states
 
 
+Stitch = Union[ExpertsIntoHub, HubIntoExperts]
+
+
 def check_init(init: str, gate_bias: bool) -> None:
     """Raise `ValueError` unless `init` is a known start of a new expert's gate that these gates can take."""
     if init not in ("zero", "hub", "closed"):
@@ -298,6 +330,6 @@ def check_init(init: str, gate_bias: bool) -> None:
         raise ValueError(f"init={init!r} sets the new gate's bias, but this adapter has gate_bias=False; use 'zero'.")
 
 
-def make_stitch(kind: str, d_hub: int, d_experts: dict[str, int], **options: Any) -> ExpertsIntoHub | HubIntoExperts:
+def make_stitch(kind: str, d_hub: int, d_experts: dict[str, int], **options: Any) -> Stitch:
     """Make a stitch of a kind, `"experts_into_hub"` or `"hub_into_experts"`; arguments as for its class."""
     return (ExpertsIntoHub if kind == ExpertsIntoHub.kind else HubIntoExperts)(d_hub, d_experts, **options)

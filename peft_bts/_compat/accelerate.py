@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from .patching import function_of, replace_method
+
 
 # Taken at import, before anybody's `init_empty_weights` can have replaced them.
-_REGISTER_PARAMETER = nn.Module.register_parameter
-_REGISTER_BUFFER = nn.Module.register_buffer
+_REGISTER = {name: function_of(nn.Module, name) for name in ("register_parameter", "register_buffer")}
 
 
 @contextmanager
-def real_weights():
+def real_weights() -> Iterator[None]:
     """Allocate real memory inside accelerate's `init_empty_weights`.
 
     With `low_cpu_mem_usage=True` PEFT makes an adapter inside of it: `nn.Module.register_parameter` is patched to send
@@ -22,12 +24,17 @@ def real_weights():
 
     Could go if PEFT used `init_empty_weights` around the making of adapter layers only.
     """
-    patched = nn.Module.register_parameter, nn.Module.register_buffer
-    nn.Module.register_parameter, nn.Module.register_buffer = _REGISTER_PARAMETER, _REGISTER_BUFFER
+    patched = {name: function_of(nn.Module, name) for name in _REGISTER}
+    _put(_REGISTER)
     try:
         yield
     finally:
-        nn.Module.register_parameter, nn.Module.register_buffer = patched
+        _put(patched)
+
+
+def _put(methods: dict[str, Callable[..., Any]]) -> None:
+    for name, method in methods.items():
+        replace_method(nn.Module, name, method)
 
 
 def offloaded_weights(module: nn.Module) -> list[Any]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .peft import CausalLM
+
 
 def keep_repacked_weights(model: nn.Module) -> None:
     """Have `model.state_dict()` leave 4-bit weights alone that bitsandbytes has repacked for the CPU.
@@ -21,7 +23,7 @@ def keep_repacked_weights(model: nn.Module) -> None:
 
 
 def _hide_repacking(model: nn.Module, *_: Any) -> None:
-    states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules()]
+    states: list[Any] = [getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules()]
     hidden = [state for state in states if getattr(state, "packing_format_for_cpu", False)]
     model.__dict__["_hidden_repacking"] = hidden
     for state in hidden:
@@ -33,7 +35,7 @@ def _show_repacking(model: nn.Module, *_: Any) -> None:
         state.packing_format_for_cpu = True
 
 
-def saves_repacked_weights(model: nn.Module) -> bool:
+def saves_repacked_weights(model: CausalLM) -> bool:
     """Whether a model of 4-bit weights would be saved wrong: on a CPU, where it may have been repacked (see above)."""
     return bool(getattr(model, "is_loaded_in_4bit", False)) and model.device.type == "cpu"
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Optional
+from typing import Any, Optional, Union, cast
 
 import torch
 from huggingface_hub import ModelCard
@@ -21,7 +21,12 @@ from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
+from transformers import PreTrainedModel
 
+from .patching import function_of, replace_method
+
+
+CausalLM = Union[PreTrainedModel, PeftModel]  # the latter passes on all that the former has
 
 # The hub onto which `PeftModel.from_pretrained` is loading a new adapter.
 _HUB_BEING_LOADED_ONTO: ContextVar[Optional[nn.Module]] = ContextVar("hub_being_loaded_onto", default=None)
@@ -37,7 +42,7 @@ def add_peft_type(name: str) -> PeftType:
     """
     if name in PeftType.__members__:
         return PeftType[name]
-    member = str.__new__(PeftType, name)
+    member: Any = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
     member.__objclass__ = PeftType
@@ -46,7 +51,17 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     type.__setattr__(PeftType, name, member)  # `PeftType.NAME`; EnumMeta refuses plain setattr
-    return member
+    return PeftType[name]
+
+
+def peft_type_name(peft_type: Union[str, PeftType, None]) -> str:
+    """The name of a PEFT method, such as `"LORA"`; PEFT has it as a string or as a member of its enum."""
+    return PeftType(peft_type).value
+
+
+def base_model(model: PeftModel) -> PreTrainedModel:
+    """The model around which PEFT has put an adapter. PEFT takes any module; ours are all causal LMs."""
+    return cast(PreTrainedModel, model.get_base_model())
 
 
 def check_config_files(check: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
@@ -56,14 +71,14 @@ def check_config_files(check: Callable[[dict[str, Any], str], dict[str, Any]]) -
 
     Could go if it found the class first, and had that read the file.
     """
-    read = PeftConfigMixin.from_json_file.__func__
+    read = function_of(PeftConfigMixin, "from_json_file")
 
     @functools.wraps(read)
-    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+    def from_json_file(cls: type[Any], /, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         values = read(cls, path_json_file, **kwargs)
         return check(values, path_json_file) if values.get("peft_type") == "STITCH" else values
 
-    PeftConfigMixin.from_json_file = classmethod(from_json_file)
+    replace_method(PeftConfigMixin, "from_json_file", classmethod(from_json_file))
 
 
 def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> None:
@@ -74,7 +89,7 @@ def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> Non
 
     Could go if `create_or_update_model_card` asked the tuner for a section, and kept the tags.
     """
-    write = PeftModel.create_or_update_model_card
+    write = function_of(PeftModel, "create_or_update_model_card")
 
     @functools.wraps(write)
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
@@ -85,7 +100,7 @@ def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> Non
         write(self, output_dir)
         update(self, output_dir, tags)
 
-    PeftModel.create_or_update_model_card = create_or_update_model_card
+    replace_method(PeftModel, "create_or_update_model_card", create_or_update_model_card)
 
 
 def after_saving(update: Callable[[PeftModel, str, str], None]) -> None:
@@ -95,7 +110,7 @@ def after_saving(update: Callable[[PeftModel, str, str], None]) -> None:
 
     Could go with `after_model_card`, and if PEFT's configs said what is in the file.
     """
-    save = PeftModel.save_pretrained
+    save = function_of(PeftModel, "save_pretrained")
 
     @functools.wraps(save)
     def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
@@ -104,14 +119,15 @@ def after_saving(update: Callable[[PeftModel, str, str], None]) -> None:
         call = inspect.signature(save).bind(self, *args, **kwargs)
         call.apply_defaults()
         folder, adapters = call.arguments["save_directory"], call.arguments["selected_adapters"]
-        for config in self.peft_config.values():
+        configs: dict[str, Any] = self.peft_config
+        for config in configs.values():
             config.save_embedding_layers = call.arguments["save_embedding_layers"] is True
         save(self, *args, **kwargs)
         if call.arguments["is_main_process"]:
-            for adapter in self.peft_config if adapters is None else adapters:
+            for adapter in configs if adapters is None else adapters:
                 update(self, adapter, folder if adapter == "default" else os.path.join(folder, adapter))
 
-    PeftModel.save_pretrained = save_pretrained
+    replace_method(PeftModel, "save_pretrained", save_pretrained)
 
 
 def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, str, str], None]) -> None:
@@ -122,7 +138,7 @@ def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, 
 
     Could go if it updated the card that it pushes, and asked the tuner first.
     """
-    push, upload = PeftModel.push_to_hub, PeftModel._upload_modified_files
+    push, upload = (function_of(PeftModel, name) for name in ("push_to_hub", "_upload_modified_files"))
 
     @functools.wraps(push)
     def push_to_hub(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -136,8 +152,8 @@ def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, 
             card(self, working_dir, repo_id)
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
-    PeftModel.push_to_hub = push_to_hub
-    PeftModel._upload_modified_files = _upload_modified_files
+    replace_method(PeftModel, "push_to_hub", push_to_hub)
+    replace_method(PeftModel, "_upload_modified_files", _upload_modified_files)
 
 
 def keep_offloaded_hubs() -> None:
@@ -149,10 +165,10 @@ def keep_offloaded_hubs() -> None:
 
     Could go if a tuner could tell PEFT that it leaves the layers' hooks as they are.
     """
-    load_model, load = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
+    load_model, load = (function_of(PeftModel, name) for name in ("from_pretrained", "load_adapter"))
 
     @functools.wraps(load_model)
-    def from_pretrained(cls, model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> PeftModel:
+    def from_pretrained(cls: type[PeftModel], model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> PeftModel:
         stitched = False
         places = (getattr(model, "hf_device_map", None) or {}).values()
         if "cpu" in places or "disk" in places:  # else PEFT leaves the hooks alone
@@ -168,21 +184,21 @@ def keep_offloaded_hubs() -> None:
         with _without_device_map(self.get_base_model()) if self.peft_type == "STITCH" else nullcontext():
             return load(self, *args, **kwargs)
 
-    PeftModel.from_pretrained = classmethod(from_pretrained)
-    PeftModel.load_adapter = load_adapter
+    replace_method(PeftModel, "from_pretrained", classmethod(from_pretrained))
+    replace_method(PeftModel, "load_adapter", load_adapter)
 
 
 @contextmanager
-def _without_device_map(hub: nn.Module):
+def _without_device_map(hub: nn.Module) -> Iterator[None]:
     device_map = vars(hub).pop("hf_device_map", None)
     try:
         yield
     finally:
         if device_map is not None:
-            hub.hf_device_map = device_map
+            vars(hub)["hf_device_map"] = device_map
 
 
-def undo_failed_loads(undo: Callable[[nn.Module, str], None]) -> None:
+def undo_failed_loads(undo: Callable[[Any, str], None]) -> None:
     """Have `undo(tuner, adapter)` called when the weights of a stitch adapter could not be loaded that was new.
 
     PEFT makes an adapter before it reads the weights, and leaves it there, untrained, whatever happens to them. An
@@ -190,10 +206,10 @@ def undo_failed_loads(undo: Callable[[nn.Module, str], None]) -> None:
 
     Could go if `load_adapter` and `from_pretrained` deleted what they have made.
     """
-    load_model, load = PeftModel.from_pretrained.__func__, PeftModel.load_adapter
+    load_model, load = (function_of(PeftModel, name) for name in ("from_pretrained", "load_adapter"))
 
     @functools.wraps(load_model)
-    def from_pretrained(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
+    def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
         token = _HUB_BEING_LOADED_ONTO.set(model)
         try:
             return load_model(cls, model, *args, **kwargs)  # which calls `load_adapter` of what it has made
@@ -221,8 +237,8 @@ def undo_failed_loads(undo: Callable[[nn.Module, str], None]) -> None:
                 reason = "there is no such file."
             raise ValueError(f"Adapter {adapter_name!r} could not be loaded from {place!r}: {reason}") from error
 
-    PeftModel.from_pretrained = classmethod(from_pretrained)
-    PeftModel.load_adapter = load_adapter
+    replace_method(PeftModel, "from_pretrained", classmethod(from_pretrained))
+    replace_method(PeftModel, "load_adapter", load_adapter)
 
 
 def _place_of_weights(model_id: str, subfolder: Optional[str] = None, revision: Optional[str] = None, **_: Any) -> str:
@@ -234,21 +250,22 @@ def _place_of_weights(model_id: str, subfolder: Optional[str] = None, revision: 
 
 
 @contextmanager
-def adapters_where_layers_run(device_of: Callable[[nn.Module], torch.device]):
+def adapters_where_layers_run(device_of: Callable[[nn.Module], torch.device]) -> Iterator[None]:
     """Have PEFT load adapters to `device_of(layer)` where an offloaded layer holds meta tensors.
 
     It would move them to the meta device as well, for accelerate to place them anew with all weights.
 
     Could go if the method that is replaced here asked the layer's accelerate hook.
     """
-    ask = BaseTunerLayer._get_base_layer_device_and_dtype
+    name = "_get_base_layer_device_and_dtype"
+    ask = function_of(BaseTunerLayer, name)
 
-    def device_and_dtype(self: BaseTunerLayer, base_layer: nn.Module) -> tuple:
+    def device_and_dtype(self: BaseTunerLayer, base_layer: nn.Module) -> tuple[Any, Any]:
         device, dtype = ask(self, base_layer)
         return (device_of(base_layer) if device is not None and device.type == "meta" else device), dtype
 
-    BaseTunerLayer._get_base_layer_device_and_dtype = device_and_dtype
+    replace_method(BaseTunerLayer, name, device_and_dtype)
     try:
         yield
     finally:
-        BaseTunerLayer._get_base_layer_device_and_dtype = ask
+        replace_method(BaseTunerLayer, name, ask)

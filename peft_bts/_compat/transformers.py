@@ -8,8 +8,9 @@ backbone's layers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import cached_file
 from transformers.utils.output_capturing import _active_collector
+
+from .patching import function_of, replace_method
 
 
 def call_first(kind: type[TrainerCallback]) -> None:
@@ -28,14 +31,14 @@ def call_first(kind: type[TrainerCallback]) -> None:
 
     Could go if callbacks could ask for a place in the order.
     """
-    add = CallbackHandler.add_callback
+    add = function_of(CallbackHandler, "add_callback")
 
     @functools.wraps(add)
     def add_callback(self: CallbackHandler, callback: TrainerCallback) -> None:
         add(self, callback)
         self.callbacks.sort(key=lambda added: not isinstance(added, kind))  # stable: the others stay in their order
 
-    CallbackHandler.add_callback = add_callback
+    replace_method(CallbackHandler, "add_callback", add_callback)
 
 
 def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
@@ -53,7 +56,7 @@ def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
 
 
 @contextmanager
-def no_output_capture():
+def no_output_capture() -> Iterator[None]:
     """Keep an expert's layers out of the hub's `output_hidden_states` and `output_attentions`.
 
     An expert that was once asked for its hidden states still has the hooks, and would add its layers to the hub's.
@@ -67,7 +70,7 @@ def no_output_capture():
         _active_collector.reset(token)
 
 
-def is_mixture(module: nn.Module) -> bool:
+def is_mixture(module: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether this is a mixture of experts, a model whose experts' kernels can be chosen.
 
     Could go if `set_experts_implementation` had a public question beside it.

@@ -66,8 +66,9 @@ def run(command: Callable[..., Result]) -> Callable[..., None]:
 
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("json_output", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_JSON)
-    wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])
-    wrapper.__annotations__ = {name: p.annotation for name, p in wrapper.__signature__.parameters.items()}
+    signature = signature.replace(parameters=[*signature.parameters.values(), option])
+    vars(wrapper)["__signature__"] = signature
+    wrapper.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
     return wrapper
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..formatting import table
+from ..model import stitch_tuner
 from .common import Adapter, Dtype, Result, by_name
 from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, load_domains, read_documents
 
@@ -42,7 +43,8 @@ def eval(
         domain.rows = sorted((row for row in domain.rows if len(row) > 1), key=len, reverse=True)  # little padding
         if not domain.rows:
             raise ValueError(f"{files[name]} has no two tokens in a row, so there is nothing to predict.")
-    experts = {name: expert.model for name, expert in sorted(model.base_model.experts[model.active_adapter].items())}
+    attached = stitch_tuner(model).experts[model.active_adapter]
+    experts = {name: expert.model for name, expert in sorted(attached.items())}
     total = (2 + len(experts)) * sum(len(domain.rows) for domain in domains.values())
     with tqdm(total=total, desc="eval", unit=" rows") as bar:
 

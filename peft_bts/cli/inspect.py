@@ -24,7 +24,8 @@ _OPTIONS = ("pattern", "expert_streams", "gate", "gate_bias", "gate_dropout", "r
 def inspect(adapter: Adapter) -> Result:
     """Show the experts and stitches of an adapter, and how far training has moved them. Loads no model."""
     config = stitch_config(adapter)
-    weights, stitches, others = 0, {}, 0
+    weights = others = 0
+    stitches: dict[int, dict[str, dict[str, Tensor]]] = {}  # by layer, model, and place in the model
     with safe_open(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
         keys: list[str] = file.keys()
         for key in keys:

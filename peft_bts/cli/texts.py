@@ -15,8 +15,10 @@ from peft.utils import CONFIG_NAME, infer_device
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .._compat.peft import CausalLM, base_model
 from .._compat.transformers import find_file
 from ..forward.decoder import text_config
+from ..model import stitch_tuner
 from .common import stitch_config
 
 
@@ -86,11 +88,11 @@ def row_length(model: PeftModel, asked: Optional[int]) -> int:
     Raises:
         ValueError: If a model cannot take as many as asked for.
     """
-    models = {"hub": model.get_base_model()}
-    for name, expert in model.base_model.experts[model.active_adapter].items():
+    models: dict[str, CausalLM] = {"hub": base_model(model)}
+    for name, expert in stitch_tuner(model).experts[model.active_adapter].items():
         models[f"expert {name!r}"] = expert.model
-    limits = {who: getattr(text_config(one), "max_position_embeddings", None) for who, one in models.items()}
-    limits = {who: limit for who, limit in limits.items() if limit}
+    found = {who: getattr(text_config(one), "max_position_embeddings", None) for who, one in models.items()}
+    limits: dict[str, int] = {who: limit for who, limit in found.items() if limit}
     for who, limit in limits.items():
         if asked is not None and asked > limit:
             raise ValueError(f"--sequence-length {asked} is more than the {limit} positions of the {who}.")
@@ -135,7 +137,7 @@ class Domain:
             ids = tokenizer(document, verbose=False)["input_ids"]
             if len(ids) > left:
                 ids = ids[: int(left)]
-                document = tokenizer.decode(ids, skip_special_tokens=True)
+                document = str(tokenizer.decode(ids, skip_special_tokens=True))
             domain.rows += [ids[start : start + length] for start in range(0, len(ids), length)]
             domain.documents += 1
             domain.size += len(document.encode())

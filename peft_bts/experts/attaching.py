@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Optional, Union
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from .._compat.peft import CausalLM
 from ..config import StitchConfig
 from ..forward.expert import Expert
 from ..forward.layer import StitchLayer
@@ -31,11 +33,11 @@ class ExpertMaker:
         present: Says which experts the model has, of all adapters.
     """
 
-    def __init__(self, hub: nn.Module, present: Callable[[], Iterable[Expert]]) -> None:
+    def __init__(self, hub: PreTrainedModel, present: Callable[[], Iterable[Expert]]) -> None:
         self._hub, self._present = hub, present
 
     def make(
-        self, name: str, model: Union[nn.Module, str, dict[str, Any]], config: StitchConfig, loading: dict[str, Any]
+        self, name: str, model: Union[CausalLM, str, dict[str, Any]], config: StitchConfig, loading: dict[str, Any]
     ) -> Made:
         """Load or adopt, check and freeze an expert.
 
@@ -65,7 +67,7 @@ class ExpertMaker:
     def _adopt(
         self,
         name: str,
-        model: nn.Module,
+        model: CausalLM,
         reference: dict[str, Any],
         config: StitchConfig,
         source: Optional[dict[str, Any]] = None,
@@ -84,7 +86,7 @@ class ExpertMaker:
                 raise
         return expert, {**reference, "config": sizes(model)}
 
-    def release(self, expert: Expert) -> nn.Module:
+    def release(self, expert: Expert) -> CausalLM:
         """Hand an expert's model back as it came, unless another adapter still uses it."""
         if any(expert is other for other in self._present()):
             return expert.model

@@ -14,26 +14,27 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from .._compat.peft import CausalLM, base_model
 from .._compat.transformers import is_mixture
 from ..reference import as_reference
 from .loading import check_adapter, read_configs, resolve_reference
 from .weight_sharing import share_weights
 
 
-ModelLike = Union[nn.Module, PreTrainedConfig, str, os.PathLike, dict[str, Any]]
+ModelLike = Union[CausalLM, PreTrainedConfig, str, os.PathLike[str], dict[str, Any]]
 
 
 class no_weights(FakeTensorMode):
     """The context in which blueprints are made, and run."""
 
-    def __deepcopy__(self, memo: dict) -> no_weights:
+    def __deepcopy__(self, memo: dict[int, Any]) -> no_weights:
         return self  # copies of fake tensors belong to the same context
 
 
-def hub_blueprint(hub: ModelLike, dtype: Optional[torch.dtype] = None) -> nn.Module:
+def hub_blueprint(hub: ModelLike, dtype: Optional[torch.dtype] = None) -> PreTrainedModel:
     """The hub, without weights.
 
     Args:
@@ -59,7 +60,7 @@ def hub_blueprint(hub: ModelLike, dtype: Optional[torch.dtype] = None) -> nn.Mod
         ) from error
 
 
-def expert_blueprint(name: str, expert: ModelLike, hub: nn.Module, dtype: Optional[torch.dtype] = None) -> nn.Module:
+def expert_blueprint(name: str, expert: ModelLike, hub: CausalLM, dtype: Optional[torch.dtype] = None) -> CausalLM:
     """An expert, without weights. A LoRA of the hub shares the blueprint of the hub, as `load_expert` has it.
 
     Args:
@@ -71,9 +72,10 @@ def expert_blueprint(name: str, expert: ModelLike, hub: nn.Module, dtype: Option
     Raises:
         ValueError: If its config cannot be read, or it is an adapter that cannot be an expert.
     """
+    config: Optional[PreTrainedConfig]
     adapter: Optional[PeftConfig] = None
     if isinstance(expert, PeftModel):
-        config, adapter = expert.get_base_model().config, expert.peft_config[expert.active_adapter]
+        config, adapter = base_model(expert).config, expert.peft_config[expert.active_adapter]
         check_adapter(adapter)
     elif isinstance(expert, nn.Module):
         config = expert.config
@@ -88,18 +90,20 @@ def expert_blueprint(name: str, expert: ModelLike, hub: nn.Module, dtype: Option
         raise ValueError(f"Expert {name!r} cannot be made from its config: {error}") from error
 
 
-def _model(config: PreTrainedConfig, dtype: Optional[torch.dtype]) -> nn.Module:
+def _model(config: PreTrainedConfig, dtype: Optional[torch.dtype]) -> PreTrainedModel:
     config = copy.deepcopy(config)  # which `from_config` edits
     config.__dict__.pop("quantization_config", None)  # shapes before quantisation are what stitches see
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype, trust_remote_code=False
+        )
     model.tie_weights()
     if is_mixture(model):
         model.set_experts_implementation("batched_mm")  # other kernels depend on numbers, or know no fake tensors
     return model.eval()
 
 
-def _with_adapter(base: nn.Module, adapter: PeftConfig) -> PeftModel:
+def _with_adapter(base: CausalLM, adapter: PeftConfig) -> PeftModel:
     adapter = copy.deepcopy(adapter)
     if hasattr(adapter, "init_lora_weights"):
         adapter.init_lora_weights = False  # some of the other values compute with the base's weights

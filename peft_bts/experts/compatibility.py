@@ -16,8 +16,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
 
+from .._compat.peft import CausalLM, base_model, peft_type_name
 from ..formatting import as_text, table
-from ..forward.decoder import find_decoder, text_config
+from ..forward.decoder import find_decoder, text_config, token_embeddings
 from ..forward.layer import StitchLayer
 from ..reference import check_expert_name
 from .blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
@@ -130,8 +131,8 @@ def check_compatibility(
 
 def compare(
     name: str,
-    expert: nn.Module,
-    hub: nn.Module,
+    expert: CausalLM,
+    hub: CausalLM,
     *,
     expected: Optional[dict[str, Any]] = None,
     expert_streams: str = "intact",
@@ -156,40 +157,49 @@ def compare(
     if report.ok:
         tokenizers = _tokenizer(expert), _tokenizer(hub)
         if isinstance(expert, PeftModel):
-            shared = expert.get_input_embeddings().weight is hub.get_input_embeddings().weight
+            shared = token_embeddings(expert).weight is token_embeddings(hub).weight
             whose = "of the hub, whose weights it shares" if shared else "on a model of its own"
-            report.notes.append(f"{expert.peft_type.value} adapter {whose}.")
-        report.expert, report.hub = (_facts(m, t) for m, t in zip((expert, hub), tokenizers))
-        _compare_sizes(report, sizes(expert), expected or {}, expert_streams)
-        _compare_tokens(report, *tokenizers)
-        _note_differences(report, text_config(expert), text_config(hub), *tokenizers)
+            report.notes.append(f"{peft_type_name(expert.peft_type)} adapter {whose}.")
+        facts = _facts(expert, tokenizers[0]), _facts(hub, tokenizers[1])
+        report.expert, report.hub = facts
+        _compare_sizes(report, *facts, sizes(expert), expected or {}, expert_streams)
+        _compare_tokens(report, facts[0].embedding_rows, facts[1].embedding_rows, *tokenizers)
+        _note_differences(report, *facts, text_config(expert), text_config(hub), *tokenizers)
     return report
 
 
-def sizes(expert: nn.Module) -> dict[str, Any]:
+def sizes(expert: CausalLM) -> dict[str, Any]:
     """What stitches for this expert are made for, as it is kept in the reference."""
     return {key: getattr(text_config(expert), key, None) for key in SIZES}
 
 
-def _inner_hub(model: nn.Module) -> nn.Module:
-    stitched = isinstance(model, PeftModel) and any(isinstance(module, StitchLayer) for module in model.modules())
-    return model.get_base_model() if stitched else model
+def _inner_hub(model: CausalLM) -> CausalLM:
+    if isinstance(model, PeftModel) and any(isinstance(module, StitchLayer) for module in model.modules()):
+        return base_model(model)
+    return model
 
 
-def _facts(model: nn.Module, tokenizer: Optional[_Tokenizer]) -> ModelFacts:
+def _facts(model: CausalLM, tokenizer: Optional[_Tokenizer]) -> ModelFacts:
     config = text_config(model)
     return ModelFacts(
         source=getattr(config, "_name_or_path", "") or None,
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
         width=config.hidden_size,
-        embedding_rows=model.get_input_embeddings().weight.shape[0],
+        embedding_rows=token_embeddings(model).weight.shape[0],
         tokens=None if tokenizer is None else len(tokenizer.ids),
-        adapter=model.peft_type.value if isinstance(model, PeftModel) else None,
+        adapter=peft_type_name(model.peft_type) if isinstance(model, PeftModel) else None,
     )
 
 
-def _compare_sizes(report: CompatibilityReport, found: dict[str, Any], expected: dict[str, Any], streams: str) -> None:
+def _compare_sizes(
+    report: CompatibilityReport,
+    of_expert: ModelFacts,
+    of_hub: ModelFacts,
+    found: dict[str, Any],
+    expected: dict[str, Any],
+    streams: str,
+) -> None:
     name = report.name
     wrong = [f"{k} is {found[k]!r}, expected {expected[k]!r}" for k in SIZES if expected.get(k, found[k]) != found[k]]
     if wrong:
@@ -197,20 +207,22 @@ def _compare_sizes(report: CompatibilityReport, found: dict[str, Any], expected:
             f"Expert {name!r} is not the one that the adapter was made with: {'; '.join(wrong)}. "
             + how_to_replace(name)
         )
-    if streams == "projected" and report.expert.width != report.hub.width:
+    if streams == "projected" and of_expert.width != of_hub.width:
         report.errors.append(
-            f"Expert {name!r} has width {report.expert.width}, the hub {report.hub.width}: expert_streams='projected' "
+            f"Expert {name!r} has width {of_expert.width}, the hub {of_hub.width}: expert_streams='projected' "
             "hands the hub's width back to the expert, which needs equal widths. Use expert_streams='intact'."
         )
 
 
-def _compare_tokens(report: CompatibilityReport, theirs: Optional[_Tokenizer], ours: Optional[_Tokenizer]) -> None:
+def _compare_tokens(
+    report: CompatibilityReport, rows: int, hub_rows: int, theirs: Optional[_Tokenizer], ours: Optional[_Tokenizer]
+) -> None:
     """Would the expert read other tokens out of the hub's ids?
 
     Vocabularies that only pad differently are fine. Where a tokenizer is unknown, the expert needs as many embeddings
     as the hub.
     """
-    name, rows, hub_rows = report.name, report.expert.embedding_rows, report.hub.embedding_rows
+    name = report.name
     if theirs is None or ours is None:
         if rows < hub_rows:
             report.errors.append(
@@ -253,9 +265,15 @@ def _compare_tokens(report: CompatibilityReport, theirs: Optional[_Tokenizer], o
 
 
 def _note_differences(
-    report: CompatibilityReport, expert: Any, hub: Any, theirs: Optional[_Tokenizer], ours: Optional[_Tokenizer]
+    report: CompatibilityReport,
+    of_expert: ModelFacts,
+    of_hub: ModelFacts,
+    expert: Any,
+    hub: Any,
+    theirs: Optional[_Tokenizer],
+    ours: Optional[_Tokenizer],
 ) -> None:
-    note, of_expert, of_hub = report.notes.append, report.expert, report.hub
+    note = report.notes.append
     if of_expert.model_type != of_hub.model_type:
         note(f"Another architecture: {of_expert.model_type}, the hub is {of_hub.model_type}.")
     if of_expert.num_layers != of_hub.num_layers:
@@ -274,12 +292,11 @@ def _note_differences(
     if 0 < longest < hubs_longest:
         note(f"Made for sequences of up to {longest} tokens, the hub for {hubs_longest}.")
     for kind in _SPECIAL:
+        their_token, our_token = (getattr(config, f"{kind}_token_id", None) for config in (expert, hub))
         if theirs is not None and ours is not None:
-            pair = theirs.special[kind], ours.special[kind]
-        else:
-            pair = tuple(getattr(config, f"{kind}_token_id", None) for config in (expert, hub))
-        if pair[0] != pair[1]:
-            note(f"Another {kind} token: {pair[0]!r}, the hub has {pair[1]!r}, which is what counts.")
+            their_token, our_token = theirs.special[kind], ours.special[kind]
+        if their_token != our_token:
+            note(f"Another {kind} token: {their_token!r}, the hub has {our_token!r}, which is what counts.")
     if theirs is not None and ours is not None and theirs.chat_template != ours.chat_template:
         note(
             "Another chat template than the hub's: prompts will be written as the hub's tokenizer writes them."
@@ -324,7 +341,9 @@ def _tokenizer(model: nn.Module) -> Optional[_Tokenizer]:
 @functools.lru_cache(
     maxsize=8
 )  # every expert is compared with the same hub, and large vocabularies take a second to read
-def _read_tokenizer(source: str, revision: Optional[str], stamps: tuple = ()) -> Optional[_Tokenizer]:
+def _read_tokenizer(
+    source: str, revision: Optional[str], stamps: tuple[tuple[float, int], ...] = ()
+) -> Optional[_Tokenizer]:
     """`stamps`, the times and sizes of local files, are there for the cache to notice changes."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)

@@ -7,15 +7,17 @@ from typing import Any, Optional
 
 from torch import nn
 
+from ..config import StitchKind
 from ..forward.composition import Composition
 from ..forward.expert import Expert
+from ..modules import M, TypedModuleDict
 
 
-class NamedModules(nn.ModuleDict):
+class NamedModules(TypedModuleDict[M]):
     """Modules by a user's names, which may be those of attributes of `nn.Module`, such as `half`."""
 
     def add_module(self, name: str, module: Optional[nn.Module]) -> None:
-        self._modules[name] = module
+        self._modules[name] = module  # type: ignore[assignment]  # torch keeps `None` in there, too
 
 
 class ExpertSet:
@@ -38,7 +40,7 @@ class ExpertSet:
     def __init__(
         self,
         adapter: str,
-        schedule: dict[int, str],
+        schedule: Mapping[int, StitchKind],
         hub_layers: int,
         hub_config: Any,
         projected: bool,
@@ -46,7 +48,7 @@ class ExpertSet:
         experts: Mapping[str, Expert],
     ) -> None:
         self.adapter, self.schedule = adapter, schedule
-        self.modules = NamedModules(experts)
+        self.modules: NamedModules[Expert] = NamedModules(experts)
         self._hub_layers, self._hub_config = hub_layers, hub_config
         self._projected, self._mixture = projected, mixture
         self._left_out: frozenset[str] = frozenset()
@@ -56,9 +58,12 @@ class ExpertSet:
         return iter(self.modules)
 
     def __getitem__(self, name: str) -> Expert:
-        expert = self.modules[name]
-        assert isinstance(expert, Expert)
-        return expert
+        return self.modules[name]
+
+    @property
+    def active(self) -> dict[str, Expert]:
+        """The experts that take part."""
+        return {name: self[name] for name in sorted(self) if name not in self._left_out}
 
     def by_name(self) -> dict[str, Expert]:
         """All experts by name, whether they take part or not."""
@@ -88,12 +93,11 @@ class ExpertSet:
         self._compose()
 
     def _compose(self) -> None:
-        experts = {name: self[name] for name in sorted(self) if name not in self._left_out}
         self.composition = Composition(
             self.schedule,
             self._hub_layers,
             self._hub_config,
-            experts,
+            self.active,
             self._projected,
             self.adapter,
             self._mixture,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
@@ -12,11 +13,11 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import extract_commit_hash
 
 from .._compat.accelerate import real_weights
-from .._compat.peft import adapters_where_layers_run
+from .._compat.peft import CausalLM, adapters_where_layers_run, peft_type_name
 from .._compat.transformers import find_file
 from ..forward.placement import is_dispatched, place_for_stitch
 from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
@@ -67,7 +68,7 @@ def _pin(reference: dict[str, Any], key: str, file: Optional[str]) -> None:
         reference[key] = commit
 
 
-def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Module:
+def load_expert(name: str, reference: dict[str, Any], hub: PreTrainedModel) -> CausalLM:
     """Load the model that a resolved reference names, in the hub's dtype and on its device.
 
     Args:
@@ -85,9 +86,9 @@ def load_expert(name: str, reference: dict[str, Any], hub: nn.Module) -> nn.Modu
             f"Expert {name!r} is a LoRA on the hub's own weights, which are loaded already; {sorted(how)} cannot be "
             "set for it. Name its base as `model` to load that once more."
         )
-    with _loading(name, adapter or base, where), real_weights():
+    with _loading(name, _source(reference), where), real_weights():
         if adapter is None:
-            return _load_model(base, hub, **where, **how)
+            return _load_model(reference["model"], hub, **where, **how)
         how |= _base_where(reference)
         return _load_adapter(share_weights(hub) if base is None else _load_model(base, hub, **how), adapter, where)
 
@@ -102,9 +103,9 @@ def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrai
         ValueError: If they cannot be read, or the adapter cannot be an expert.
     """
     where, adapter, base = _where(reference), reference.get("adapter"), reference.get("model")
-    with _loading(name, adapter or base, where):
+    with _loading(name, _source(reference), where):
         if adapter is None:
-            return AutoConfig.from_pretrained(base, trust_remote_code=False, **where), None
+            return AutoConfig.from_pretrained(reference["model"], trust_remote_code=False, **where), None
         how = {"trust_remote_code": False, **_base_where(reference)}
         config = None if base is None else AutoConfig.from_pretrained(base, **how)
         return config, _adapter_config(adapter, where)
@@ -116,12 +117,12 @@ def check_adapter(config: PeftConfig) -> None:
     X-LoRA's config names further adapters, by any path or id, and nobody would have checked those.
     """
     if config.is_prompt_learning or config.peft_type in ("STITCH", "XLORA"):
-        kind = config.peft_type.value
+        kind = peft_type_name(config.peft_type)
         raise ValueError(f"{kind} adapters cannot be experts; use a LoRA-like adapter or a full model.")
 
 
 @contextmanager
-def _loading(name: str, source: str, where: dict[str, Any]):
+def _loading(name: str, source: str, where: dict[str, Any]) -> Iterator[None]:
     """Turn any error inside into a `ValueError` that says which expert failed, where it was, and what to do."""
     try:
         yield
@@ -130,6 +131,11 @@ def _loading(name: str, source: str, where: dict[str, Any]):
         raise ValueError(
             f"Expert {name!r} could not be loaded from {source!r}{at}: {error}\n{how_to_replace(name)}"
         ) from error
+
+
+def _source(reference: dict[str, Any]) -> str:
+    """What a resolved reference names first: its adapter, or else its model."""
+    return reference.get("adapter") or reference["model"]
 
 
 def _where(reference: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +177,7 @@ def _is_stored_quantized(source: str) -> bool:
     return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def _load_model(source: str, hub: nn.Module, **how: Any) -> nn.Module:
+def _load_model(source: str, hub: PreTrainedModel, **how: Any) -> PreTrainedModel:
     device, dtype = place_for_stitch(hub)
     how.setdefault("device_map", device)  # straight to its place: quantised weights cannot all be moved later
     # References come out of downloaded files: no code of theirs may run (`None` would ask the user), and only known
@@ -185,7 +191,7 @@ def _adapter_config(source: str, where: dict[str, Any]) -> PeftConfig:
     return config
 
 
-def _load_adapter(base: nn.Module, source: str, where: dict[str, Any]) -> nn.Module:
+def _load_adapter(base: PreTrainedModel, source: str, where: dict[str, Any]) -> PeftModel:
     _adapter_config(source, where)
     if is_dispatched(base):
         with adapters_where_layers_run(lambda layer: place_for_stitch(layer)[0]):

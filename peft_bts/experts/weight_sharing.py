@@ -13,9 +13,10 @@ from .._compat.accelerate import offloaded_weights
 from .._compat.bitsandbytes import quantization_states
 from ..forward.hooks import InstanceForward
 from ..forward.layer import StitchLayer
+from ..modules import M
 
 
-def share_weights(hub: nn.Module, adapter: Optional[str] = None) -> nn.Module:
+def share_weights(hub: M, adapter: Optional[str] = None) -> M:
     """Copy a model's modules around its own parameters and buffers, without stitches and hooks.
 
     A LoRA injected into the copy costs only the LoRA's weights, and leaves the hub alone.

@@ -27,10 +27,10 @@ class StitchExportConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        models: Optional[dict[str, dict]] = None,
-        schedule: Optional[list] = None,
-        stitch: Optional[dict] = None,
-        returns: Optional[dict[str, list]] = None,
+        models: Optional[dict[str, dict[str, Any]]] = None,
+        schedule: Optional[list[list[Any]]] = None,
+        stitch: Optional[dict[str, Any]] = None,
+        returns: Optional[dict[str, list[Optional[int]]]] = None,
         final_modules: Optional[dict[str, list[str]]] = None,
         **kwargs: Any,
     ) -> None:

@@ -7,8 +7,7 @@ count their own layers; what is here stands between the two ways of counting.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 from torch import nn
 from transformers import Cache
@@ -16,11 +15,11 @@ from transformers import Cache
 from ..forward.cache import cache_like, cached_tokens
 
 
-class FlatLayers(list):
+class FlatLayers(list[Any]):
     """The layers of a cache that has one for every decoder layer of a composition."""
 
 
-class LayerRange(Sequence):
+class LayerRange:
     """One model's stretch of the flat list: its layers by its own count, and its view of the flat cache."""
 
     def __init__(self, layers: nn.ModuleList, first: int, num_layers: int, config: Any) -> None:
@@ -32,13 +31,11 @@ class LayerRange(Sequence):
     def __len__(self) -> int:
         return self.num_layers
 
-    def view(self, cache: Optional[Cache]) -> Optional[Cache]:
+    def view(self, cache: Cache) -> Cache:
         """The cache as this model's backbone knows it: lengths are asked for by its own count of layers."""
-        if cache is None:
-            return None
         view = copy.copy(cache)
         view.layers = cache.layers[self.first : self.first + self.num_layers]
-        view.flat = cache
+        view.flat = cache  # type: ignore[attr-defined]  # for `_flat`
         return view
 
 
@@ -52,9 +49,13 @@ class FlatCall:
         return getattr(self.layer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(value.flat if isinstance(value, Cache) else value for value in args)
-        kwargs = {name: value.flat if isinstance(value, Cache) else value for name, value in kwargs.items()}
-        return self.layer(*args, **kwargs)
+        args = tuple(_flat(value) for value in args)
+        return self.layer(*args, **{name: _flat(value) for name, value in kwargs.items()})
+
+
+def _flat(value: Any) -> Any:
+    """For a model's view, the flat cache behind it; anything else as it is."""
+    return value.flat if isinstance(value, Cache) else value  # type: ignore[attr-defined]  # set by `LayerRange.view`
 
 
 def flatten_cache(cache: Cache, ranges: dict[str, LayerRange]) -> None:

@@ -12,7 +12,6 @@ each.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Optional
 
@@ -32,7 +31,7 @@ from transformers import (
 
 from ..forward.cache import cached_tokens, static_length
 from ..forward.composition import Composition
-from ..forward.decoder import find_decoder, text_config
+from ..forward.decoder import find_decoder, text_config, token_embeddings
 from ..forward.head import ModelHead
 from ..forward.hooks import ForwardRunner
 from ..forward.layer import behind_layer
@@ -43,7 +42,8 @@ from ..forward.recorder import ArgumentRecorder, with_layers
 from ..forward.state import ForwardState, check_call
 from ..forward.stream import Stream
 from ..mixture import OutputMixture
-from ..stitch import HUB, PerModel, make_stitch
+from ..modules import TypedModuleDict
+from ..stitch import HUB, PerModel, Stitch, make_stitch
 from .config import StitchExportConfig
 from .flat import FlatCall, LayerRange, flatten_cache
 
@@ -56,7 +56,7 @@ class StitchExportPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ["past_key_values"]
 
     def _init_weights(self, module: nn.Module) -> None:
         # Layers sit outside of the backbones they were made with, which alone know how to fill their buffers.
@@ -73,15 +73,25 @@ class StitchExportModel(StitchExportPreTrainedModel):
         layers: Decoder layers of all models, hub first, then the experts by name.
         backbones: What else the models have (embeddings, rotary positions, norms), by name.
         stitches: By hub layer.
+        heads: With an output mixture, what each model does to its last hidden states, by name.
     """
+
+    # Of no module tree but their own: their weights are elsewhere in this one.
+    heads: dict[str, ModelHead]
+    _hub: PreTrainedModel
 
     def __init__(self, config: StitchExportConfig) -> None:
         super().__init__(config)
-        self.layers, self.backbones, self.stitches = nn.ModuleList(), PerModel(), nn.ModuleDict()
-        self._init_owners = []
-        ranges, list_names, text_configs, heads = {}, {}, {}, {}
+        self.layers = nn.ModuleList()
+        self.backbones: PerModel[PreTrainedModel] = PerModel()
+        self.stitches: TypedModuleDict[Stitch] = TypedModuleDict()
+        self._init_owners: list[tuple[PreTrainedModel, list[nn.Module]]] = []
+        ranges: dict[str, LayerRange] = {}
+        list_names: dict[str, str] = {}
+        text_configs: dict[str, Any] = {}
+        heads: dict[str, ModelHead] = {}
         for name in config.names:
-            model = AutoModelForCausalLM.from_config(config.part(name))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config.part(name))
             decoder = find_decoder(model, f"Model {name!r}")
             own, backbone = list(decoder.layers), decoder.backbone
             ranges[name] = LayerRange(self.layers, len(self.layers), len(own), text_config(model))
@@ -170,10 +180,11 @@ class StitchExportModel(StitchExportPreTrainedModel):
         return out
 
     def _run_hub(self, call: dict[str, Any], cache: Optional[Cache]) -> Any:
-        view = self._ranges[HUB].view(cache)
+        view = None if cache is None else self._ranges[HUB].view(cache)
         given = {name: value for name, value in call.items() if value is not None}
         if "attention_mask" in given:
-            own, tokens = self._composition.hub_config, given.get("inputs_embeds", given.get("input_ids"))
+            own = self._composition.hub_config
+            tokens = given["inputs_embeds"] if "inputs_embeds" in given else given["input_ids"]
             given["attention_mask"] = expert_mask(
                 given["attention_mask"], own, own, cached_tokens(view), tokens.shape[1]
             )
@@ -182,6 +193,8 @@ class StitchExportModel(StitchExportPreTrainedModel):
 
 class StitchExportForCausalLM(StitchExportPreTrainedModel, GenerationMixin):
     """The composition with the hub's head: what `AutoModelForCausalLM.from_pretrained(exported)` returns."""
+
+    _shell: PreTrainedModel
 
     def __init__(self, config: StitchExportConfig) -> None:
         super().__init__(config)
@@ -205,7 +218,7 @@ class StitchExportForCausalLM(StitchExportPreTrainedModel, GenerationMixin):
         """Have the logits be those of the output mixture."""
         decoder = find_decoder(AutoModelForCausalLM.from_config(config.part(HUB)), "The hub")
         experts = [name for name in config.names if name != HUB]
-        self.expert_heads = PerModel()
+        self.expert_heads: PerModel[nn.Module] = PerModel()
         for name in experts:
             self.expert_heads.set(name, self.model.heads[name].output_embeddings)
         dtype = getattr(torch, config.stitch["dtype"])
@@ -260,7 +273,7 @@ class StitchExportForCausalLM(StitchExportPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`."""
         with observed_generation(self.model._runner.settings.observers, self, args, kwargs):
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]  # typed for a protocol, which no model fits
 
 
 class _State(ForwardState):
@@ -273,7 +286,7 @@ class _State(ForwardState):
     def check(self) -> None:
         check_call(self.composition, self.call)
 
-    def _expert_caches(self) -> Mapping[str, Cache]:
+    def _expert_caches(self) -> dict[str, Cache]:
         if self.cache is None:
             return {}
         return {name: self._ranges[name].view(self.cache) for name in self.composition.experts}
@@ -285,13 +298,13 @@ class _Expert:
     key = "exported"
 
     def __init__(
-        self, recorder: ArgumentRecorder, backbone: nn.Module, layers: LayerRange, head: Optional[ModelHead]
+        self, recorder: ArgumentRecorder, backbone: PreTrainedModel, layers: LayerRange, head: Optional[ModelHead]
     ) -> None:
         self._recorder, self._backbone, self.config, self._head = recorder, backbone, layers.config, head
 
     @property
     def embedding_width(self) -> int:
-        return self._backbone.get_input_embeddings().weight.shape[1]
+        return token_embeddings(self._backbone).weight.shape[1]
 
     @property
     def is_stateful(self) -> bool:
@@ -308,7 +321,9 @@ class _Expert:
 class _HubLayer(nn.Module):
     """Stands in for a layer of the hub: runs it, and the stitch behind it."""
 
-    def __init__(self, layers: LayerRange, index: int, stitches: nn.ModuleDict, runner: ForwardRunner) -> None:
+    def __init__(
+        self, layers: LayerRange, index: int, stitches: TypedModuleDict[Stitch], runner: ForwardRunner
+    ) -> None:
         super().__init__()
         self.layer = layers[index].layer  # registered, so that transformers' hooks for hidden states find it
         self._index, self._runner = index, runner

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from typing import Any, Union
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from transformers import AutoTokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
+from .._compat.peft import CausalLM
 from ..config import StitchConfig
 from ..experts.weight_sharing import share_weights
 from ..forward.composition import Composition
-from ..forward.decoder import find_decoder
+from ..forward.decoder import find_decoder, token_embeddings
+from ..forward.expert import Expert
 from ..forward.head import ModelHead
+from ..forward.layer import output_mixtures
 from ..forward.recorder import layer_return_sizes
-from ..stitch import HUB, PerModel
+from ..mixture import OutputMixture
+from ..stitch import HUB, PerModel, Stitch
 from .config import StitchExportConfig
 from .model import StitchExportForCausalLM
 
 
 def export_composition(
-    path: Union[str, os.PathLike],
-    hub: nn.Module,
+    path: Union[str, os.PathLike[str]],
+    hub: PreTrainedModel,
     composition: Composition,
-    stitches: dict[int, nn.Module],
+    experts: Mapping[str, Expert],
+    stitches: Mapping[int, Stitch],
     config: StitchConfig,
     adapter: str,
     **kwargs: Any,
@@ -36,7 +42,8 @@ def export_composition(
     Args:
         path: The folder.
         hub: The hub, with or without stitches around its layers.
-        composition: What the adapter runs; only its active experts are exported.
+        composition: What the adapter runs.
+        experts: The experts that take part, by name; the others are not exported.
         stitches: The adapter's stitches by hub layer.
         config, adapter: The adapter's config and name.
         **kwargs: For `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
@@ -44,14 +51,15 @@ def export_composition(
     Raises:
         ValueError: If a model is quantised.
     """
-    models = {HUB: share_weights(hub, adapter)}
-    models |= {name: _plain(expert.model) for name, expert in composition.experts.items()}
+    models = {HUB: share_weights(hub, adapter), **{name: _plain(expert.model) for name, expert in experts.items()}}
     for name, model in models.items():
         if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
             raise ValueError(f"Model {name!r} is quantised; load it in a floating-point dtype to export it.")
     decoders = {name: find_decoder(model, f"Model {name!r}") for name, model in models.items()}
-    mixture = None if not composition.mixture else hub.stitch_output[adapter]
-    weight = (stitches[max(stitches)] if stitches else mixture).gate.of(HUB).weight
+    mixture = output_mixtures(hub)[adapter] if composition.mixture else None
+    mixers: list[Union[Stitch, OutputMixture]] = [stitches[layer] for layer in sorted(stitches, reverse=True)]
+    mixers += [] if mixture is None else [mixture]
+    dtype = mixers[0].gate.of(HUB).weight.dtype
     standalone_config = StitchExportConfig(
         models={name: model.config.to_dict() for name, model in models.items()},
         schedule=[[layer, kind] for layer, kind in composition.schedule.items()],
@@ -60,10 +68,10 @@ def export_composition(
             "gate_bias": config.gate_bias,
             "r": config.r,
             "projected": composition.projected,
-            "dtype": str(weight.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
         },
         returns={
-            name: layer_return_sizes(decoder, models[name].get_input_embeddings().weight.device)[0]
+            name: layer_return_sizes(decoder, token_embeddings(models[name]).weight.device)[0]
             for name, decoder in decoders.items()
         },
         final_modules=None
@@ -84,7 +92,7 @@ def export_composition(
             else:
                 state[f"model.backbones.{PerModel.PREFIX}{name}.{key}"] = tensor
         first += len(decoder.layers)
-    active = {HUB, *composition.experts}
+    active = {HUB, *experts}
     for layer, stitch in stitches.items():
         for key, tensor in stitch.state_dict().items():
             if key.split(".")[1].removeprefix(PerModel.PREFIX) in active:
@@ -95,19 +103,20 @@ def export_composition(
         for key, tensor in mixture.state_dict().items():
             if key.split(".")[1].removeprefix(PerModel.PREFIX) in active:
                 state[f"output_mixture.{key}"] = tensor
-        for name in composition.experts:
+        for name in experts:
             # A copy: heads that are tied to embeddings are not tied in the checkpoint.
             for key, tensor in models[name].get_output_embeddings().state_dict().items():
                 state[f"expert_heads.{PerModel.PREFIX}{name}.{key}"] = tensor.clone()
     standalone.load_state_dict(state, assign=True)  # strict: every weight has a place, every place a weight
     standalone.tie_weights()
-    standalone.generation_config = copy.deepcopy(models[HUB].generation_config)
+    generation_config: Any = getattr(models[HUB], "generation_config", None)
+    standalone.generation_config = copy.deepcopy(generation_config)
     standalone.save_pretrained(path, **kwargs)
     source = getattr(models[HUB].config, "_name_or_path", "")
     if os.path.isdir(source) and os.path.isfile(os.path.join(source, "tokenizer_config.json")):
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(path)
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def _plain(model: CausalLM) -> PreTrainedModel:
     """The model itself; of a LoRA expert, a copy with the LoRA merged in (equal up to rounding)."""
     return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model

@@ -89,7 +89,7 @@ class ExpertCaches:
         for cache in self.by_name.values():
             cache.crop(*args)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         for cache in self.by_name.values():
             cache.reorder_cache(beam_idx)
 
@@ -121,7 +121,7 @@ def cached_tokens(cache: Optional[Cache]) -> Optional[int]:
 
 # Whether tokens will be taken back from the caches made now, as drafts are. transformers tells the hub's layers before
 # an expert's exist, and a hub's layers without windows do not note it.
-_ROLLS_BACK = ThreadLocal()
+_ROLLS_BACK: ThreadLocal[bool] = ThreadLocal()
 
 
 @contextmanager
@@ -179,13 +179,14 @@ def expert_caches(cache: Cache, hub_layers: int, experts: Mapping[str, Stitchabl
         for own in made.values():
             if own.offloading and own.only_non_sliding and all(own.is_sliding):
                 own.offloading = False  # nothing to offload, which transformers takes for an error
-        if getattr(cache, "layer_class_to_replicate", None) is not None:
+        make_layer = getattr(cache, "layer_class_to_replicate", None)
+        if make_layer is not None:
             # DynamicCache() makes layers as they come; the hub's must all be there before the experts'.
             while len(cache.layers) < hub_layers:
-                cache.layers.append(cache.layer_class_to_replicate())
+                cache.layers.append(make_layer())
         is_sliding = getattr(cache.layers[-1], "is_sliding", False)
         held = ExpertCaches(made, {name: expert.key for name, expert in experts.items()}, is_sliding)
-        cache.layers.append(held)
+        cache.layers.append(held)  # type: ignore[arg-type]  # it need not be a subclass of transformers'
     if getattr(cache, "offloading", False):
         # Its last layer brings back the one behind, which is the experts' now, instead of its first.
         cache.prefetch(0, cache.only_non_sliding)
@@ -209,12 +210,12 @@ def cache_like(cache: Cache, config: Any, name: str) -> Cache:
     Raises:
         ValueError: For a kind that cannot be made; `name` says which model it is for.
     """
-    offloading = {}
+    offloading: dict[str, Any] = {}
     if getattr(cache, "offloading", False):
         offloading = {"offloading": True, "offload_only_non_sliding": cache.only_non_sliding}
     if isinstance(cache, StaticCache):
         length = static_length(cache)
-        window = getattr(config, "sliding_window", None)
+        window: Any = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
         if all(cache.is_sliding) and (kinds != {"sliding_attention"} or window > length):
             raise ValueError(

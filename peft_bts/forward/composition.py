@@ -9,8 +9,8 @@ from typing import Any, Optional, Protocol
 from torch import Tensor
 from transformers import Cache
 
-from ..config import expert_boundary
-from .stream import Stream
+from ..config import StitchKind, expert_boundary
+from .stream import Stream, StreamLike
 
 
 class StitchableExpert(Protocol):
@@ -58,7 +58,7 @@ class Composition:
         mixture: Whether the models' distributions are mixed (`output="mixture"`).
     """
 
-    schedule: dict[int, str]
+    schedule: Mapping[int, StitchKind]
     hub_layers: int
     hub_config: Any
     experts: Mapping[str, StitchableExpert]
@@ -70,6 +70,6 @@ class Composition:
         """The first stitched hub layer behind `layer`; `None` behind the last one."""
         return next((index for index in self.schedule if index > layer), None)
 
-    def boundary(self, layer: int) -> Callable[[Stream], int]:
+    def boundary(self, layer: int) -> Callable[[StreamLike], int]:
         """For the stitch behind hub layer `layer`: how many of its own layers a stream has run by then."""
         return lambda stream: expert_boundary(layer + 1, self.hub_layers, stream.num_layers)

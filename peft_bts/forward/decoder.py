@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
+
+from .._compat.peft import CausalLM
 
 
 # Takes `past_key_values`, but in most supported versions of transformers its recurrent layers keep their state in
@@ -18,7 +21,7 @@ _STATE_IN_LAYERS = ("recurrent_gemma",)
 class Decoder:
     """Where a causal LM keeps its decoder layers."""
 
-    backbone: nn.Module  # the module whose forward loops over the layers
+    backbone: PreTrainedModel  # the module whose forward loops over the layers
     list_name: str  # its attribute that holds them, a ModuleList
     path: str  # dotted path of that list from the model
 
@@ -34,8 +37,13 @@ class Decoder:
 
 def text_config(model: nn.Module) -> Any:
     """The config of the model's language part, or `None`."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+
+
+def token_embeddings(model: CausalLM) -> nn.Embedding:
+    """The layer that embeds tokens, or what PEFT has put around it."""
+    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def find_decoder(model: nn.Module, what: str) -> Decoder:
@@ -71,7 +79,7 @@ def find_decoder(model: nn.Module, what: str) -> Decoder:
         )
     path = next(iter(found))
     parent, _, list_name = path.rpartition(".")
-    decoder = Decoder(model.get_submodule(parent), list_name, path)
+    decoder = Decoder(cast(PreTrainedModel, model.get_submodule(parent)), list_name, path)
     arguments = inspect.signature(decoder.backbone.forward).parameters
     if "input_ids" not in arguments:
         raise ValueError(

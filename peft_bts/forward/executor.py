@@ -12,10 +12,10 @@ from typing import Any, Optional, Protocol
 
 from torch import Tensor
 
-from .stream import Stream
+from .stream import Checkpoint, StreamLike
 
 
-Boundary = Callable[[Stream], int]  # how many of its layers a stream is to have run
+Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to have run
 
 
 class Executor(Protocol):
@@ -29,7 +29,7 @@ class Executor(Protocol):
         """Take note that the states are final and where the next stitch is: streams may run on from now on."""
         ...
 
-    def advance(self, boundary: Boundary, checkpoint: Optional[Callable] = None) -> dict[Hashable, Tensor]:
+    def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
         """Bring every stream up to a stitch; return the hidden states there, each (B, T, D_i).
 
         `checkpoint` is the hub's gradient checkpointing function while that is in use.
@@ -48,7 +48,7 @@ class Executor(Protocol):
 class SequentialExecutor:
     """Runs the streams one after the other, when a stitch asks for them."""
 
-    def __init__(self, streams: dict[Hashable, Stream]) -> None:
+    def __init__(self, streams: Mapping[Hashable, StreamLike]) -> None:
         self.streams = streams
 
     def run_hub(self, hub: Callable[[], Any]) -> Any:
@@ -57,7 +57,7 @@ class SequentialExecutor:
     def look_ahead(self, boundary: Boundary) -> None:
         """Nothing runs ahead."""
 
-    def advance(self, boundary: Boundary, checkpoint: Optional[Callable] = None) -> dict[Hashable, Tensor]:
+    def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
         return {key: stream.advance(boundary(stream), checkpoint) for key, stream in self.streams.items()}
 
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Optional, Union
 
 import torch
@@ -12,7 +12,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import Cache
 
-from .decoder import find_decoder, text_config
+from .._compat.peft import CausalLM
+from .decoder import find_decoder, text_config, token_embeddings
 from .head import ModelHead
 from .placement import execution_device, is_dispatched
 from .recorder import ArgumentRecorder, layer_return_sizes
@@ -35,14 +36,14 @@ class Expert(nn.Module):
         ValueError: As `find_decoder`.
     """
 
-    def __init__(self, model: nn.Module, what: str, source: Optional[dict] = None) -> None:
+    def __init__(self, model: CausalLM, what: str, source: Optional[dict[str, Any]] = None) -> None:
         super().__init__()
         self.source = source
         self.key = uuid.uuid4().hex
         self._head: Optional[ModelHead] = None
-        decoder = find_decoder(model, what)
+        self._decoder = decoder = find_decoder(model, what)
         self._restore = model.training, [p for p in model.parameters() if p.requires_grad]
-        self.model = model.eval().requires_grad_(False)
+        self.model: CausalLM = model.eval().requires_grad_(False)
         self.num_layers = len(decoder.layers)
         try:
             sizes, self.width = layer_return_sizes(decoder, self._embedding_device)
@@ -51,7 +52,7 @@ class Expert(nn.Module):
             raise
         self._recorder = ArgumentRecorder(decoder.backbone, decoder.list_name, decoder.layers, sizes, self.config)
 
-    def release(self) -> nn.Module:
+    def release(self) -> CausalLM:
         """Give the model back with the training flag and the `requires_grad` flags that it came with."""
         was_training, trainable = self._restore
         for parameter in trainable:
@@ -62,7 +63,9 @@ class Expert(nn.Module):
         """Experts have no dropout of their own, whatever the mode of the whole model."""
         return super().train(False)
 
-    def named_modules(self, memo: Optional[set] = None, prefix: str = "", remove_duplicate: bool = True):
+    def named_modules(
+        self, memo: Optional[set[nn.Module]] = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
         """All modules but those of a LoRA expert that PEFT would take for parts of the stitch adapter."""
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             if not isinstance(module, (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -70,7 +73,7 @@ class Expert(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        return self._recorder.layers
+        return self._decoder.layers
 
     @property
     def config(self) -> Any:
@@ -79,7 +82,7 @@ class Expert(nn.Module):
     @property
     def embedding_width(self) -> int:
         """Channels of its token embeddings."""
-        return self.model.get_input_embeddings().weight.shape[1]
+        return token_embeddings(self.model).weight.shape[1]
 
     @property
     def is_stateful(self) -> bool:
@@ -89,10 +92,10 @@ class Expert(nn.Module):
     @property
     def _embedding_device(self) -> torch.device:
         """Where the expert's embeddings are computed."""
-        embeddings = self.model.get_input_embeddings()
+        embeddings = token_embeddings(self.model)
         return execution_device(embeddings) or embeddings.weight.device
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Expert:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Expert:
         """An expert that accelerate has spread over devices, CPU and disk stays there when the whole model moves."""
         return self if is_dispatched(self.model) else super()._apply(fn, recurse)
 

@@ -14,8 +14,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
 
-from .decoder import Decoder, find_decoder
+from .._compat.peft import CausalLM, base_model
+from .decoder import Decoder, find_decoder, token_embeddings
 from .recorder import with_layers, with_modules
 
 
@@ -28,12 +30,12 @@ class ModelHead:
         final: The modules of the backbone behind its layers, in order (`final_modules`).
     """
 
-    def __init__(self, model: nn.Module, backbone: str, final: Sequence[nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, backbone: str, final: Sequence[nn.Module]) -> None:
         self._model, self._path, self._final = model, backbone.split("."), final
         self._make()
 
     @classmethod
-    def of(cls, model: nn.Module, what: str) -> ModelHead:
+    def of(cls, model: CausalLM, what: str) -> ModelHead:
         """The head of a causal LM, or of a PEFT model around one.
 
         Args:
@@ -43,9 +45,9 @@ class ModelHead:
         Raises:
             ValueError: As `final_modules`.
         """
-        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        plain = base_model(model) if isinstance(model, PeftModel) else model
         decoder = find_decoder(plain, what)
-        final = final_modules(decoder, plain.get_input_embeddings().weight.device, what)
+        final = final_modules(decoder, token_embeddings(plain).weight.device, what)
         return cls(plain, decoder.backbone_path, final)
 
     @property
@@ -79,7 +81,7 @@ def _with_module(module: nn.Module, path: list[str], inner: nn.Module) -> nn.Mod
     """A shallow twin of a module in which the submodule at `path` is another one."""
     if not path:
         return inner
-    child = _with_module(module._modules[path[0]], path[1:], inner)
+    child = _with_module(module.get_submodule(path[0]), path[1:], inner)
     return with_modules(module, {**module._modules, path[0]: child})
 
 
@@ -114,11 +116,11 @@ def final_modules(decoder: Decoder, device: torch.device, what: str) -> Sequence
     calls: list[nn.Module] = []
     behind: list[Tensor] = []
 
-    def after_last_layer(module: nn.Module, args: tuple, output: Any) -> None:
+    def after_last_layer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         behind.append(output[0] if isinstance(output, tuple) else output)
         calls.clear()
 
-    def after_child(module: nn.Module, args: tuple, output: Any) -> None:
+    def after_child(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls.append(module)
 
     layers = [getattr(layer, "base_layer", layer) for layer in decoder.layers]  # of a hub, some are stitched already

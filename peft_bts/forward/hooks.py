@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -19,10 +19,12 @@ from transformers import Cache, DynamicCache
 from .composition import Composition
 from .observers import Observation, Observer
 from .state import FinalStates, ForwardState, MakeExecutor, run_in_turn
+from .stream import Checkpoint
 from .thread_local import ThreadLocal, Transient
 
 
-MakeState = Callable[..., ForwardState]  # takes what `ForwardState` takes
+# Takes what `ForwardState` takes.
+MakeState = Callable[[Composition, dict[str, Any], Optional[Cache], MakeExecutor, Optional[Observation]], ForwardState]
 
 
 class Body(NamedTuple):
@@ -67,8 +69,9 @@ class ForwardRunner:
     def __init__(self, make_state: MakeState = ForwardState) -> None:
         self._make_state = make_state
         self.make_executor: MakeExecutor = run_in_turn
-        self._current = ThreadLocal()
-        self._awaited = ThreadLocal()  # where the mixture's head waits for what the models have done
+        self._current: ThreadLocal[ForwardState] = ThreadLocal()
+        # Where the mixture's head waits for what the models have done.
+        self._awaited: ThreadLocal[list[Body]] = ThreadLocal()
         self.settings = ForwardSettings()
 
     def current(self) -> Optional[ForwardState]:
@@ -78,7 +81,7 @@ class ForwardRunner:
     def run(
         self,
         composition: Optional[Composition],
-        call: Mapping[str, Any],
+        call: dict[str, Any],
         cache: Optional[Cache],
         hub: Callable[[], Any],
     ) -> Any:
@@ -155,7 +158,7 @@ class InstanceForward:
         wrapped: What the module had as a `forward` of its own, because a library such as accelerate had wrapped it.
     """
 
-    wrapped: Optional[Callable] = None
+    wrapped: Optional[Callable[..., Any]] = None
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -179,12 +182,16 @@ class InstanceForward:
                 self._module.forward = self.wrapped
         self.installed = False
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes now; as before, unless a subclass says otherwise."""
+        return self._forward(*args, **kwargs)
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.wrapped is not None:
             return self.wrapped(*args, **kwargs)
         return type(self._module).forward(self._module, *args, **kwargs)
 
-    def _by_name(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.__signature__.parameters, args)), **kwargs}
 
 
@@ -241,7 +248,9 @@ class HubForward(InstanceForward, ForwardRunner):
             return given
         return DynamicCache(config=composition.hub_config)
 
-    def _detach_embeddings(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Optional[tuple]:
+    def _detach_embeddings(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Optional[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Take the gradient off the hub's embeddings where nobody reads it.
 
         With gradient checkpointing, transformers and TRL have the embeddings require gradients, lest reentrant
@@ -263,8 +272,8 @@ class HubForward(InstanceForward, ForwardRunner):
         return args, {**kwargs, "hidden_states": hidden.detach()}
 
 
-def checkpoint_function(layer: nn.Module) -> Optional[Callable]:
+def checkpoint_function(layer: nn.Module) -> Optional[Checkpoint]:
     """The function under which transformers recomputes this hub layer in the backward pass, if it does so now."""
     if getattr(layer, "gradient_checkpointing", False) and layer.training:
-        return layer._gradient_checkpointing_func
+        return getattr(layer, "_gradient_checkpointing_func", None)
     return None

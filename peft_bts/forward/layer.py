@@ -9,6 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .._compat.transformers import replace_captured_hidden_state
+from ..mixture import OutputMixture
+from ..modules import TypedModuleDict
+from ..stitch import Stitch
 from .hooks import ForwardRunner, checkpoint_function
 from .placement import place_for_stitch
 
@@ -31,7 +34,7 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.index = index
-        self.stitch_layer = nn.ModuleDict()
+        self.stitch_layer: TypedModuleDict[Stitch] = TypedModuleDict()
         self.merged_adapters: list[str] = []  # never any; PEFT asks
         self._runner = runner
 
@@ -53,7 +56,7 @@ class StitchLayer(nn.Module, BaseTunerLayer):
             return out
         return behind_layer(self._runner, self.index, self.base_layer, stitch, out)
 
-    def active_stitch(self) -> Optional[nn.Module]:
+    def active_stitch(self) -> Optional[Stitch]:
         """The active adapter's stitch; `None` if it has none here, or adapters are disabled."""
         if self.disable_adapters:
             return None
@@ -68,14 +71,14 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         return place_for_stitch(base_layer)[0], None
 
 
-class StitchOutput(nn.ModuleDict, BaseTunerLayer):
+class StitchOutput(TypedModuleDict[OutputMixture], BaseTunerLayer):
     """The output mixtures of a hub, by adapter name; the hub has it as `stitch_output`.
 
     `MixedHead` does what they are for. Here PEFT turns them on and off, as it does with layers.
     """
 
     adapter_layer_names = ()
-    weight = bias = None  # PEFT would ask a wrapped layer for them, and there is none
+    weight = bias = None  # type: ignore[assignment]  # PEFT would ask a wrapped layer for them, and there is none
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,14 +102,21 @@ class StitchOutput(nn.ModuleDict, BaseTunerLayer):
             del self[adapter_name]
 
 
-def behind_layer(runner: ForwardRunner, index: int, layer: nn.Module, stitch: nn.Module, out: Any) -> Any:
+def output_mixtures(hub: nn.Module) -> StitchOutput:
+    """The output mixtures of a hub that has some."""
+    mixtures = hub.stitch_output
+    assert isinstance(mixtures, StitchOutput)
+    return mixtures
+
+
+def behind_layer(runner: ForwardRunner, index: int, layer: nn.Module, stitch: Stitch, out: Any) -> Any:
     """Apply the stitch behind a hub layer to what the layer has returned.
 
     Args:
         runner: Where the forward under way is found.
         index: The layer's 0-based place in the hub.
         layer: The layer.
-        stitch: `ExpertsIntoHub` or `HubIntoExperts`.
+        stitch: The stitch.
         out: What the layer has returned: hidden states (B, T, D), or a tuple that starts with them.
 
     Returns:
@@ -125,7 +135,7 @@ def behind_layer(runner: ForwardRunner, index: int, layer: nn.Module, stitch: nn
     return (new, *out[1:]) if isinstance(out, tuple) else new
 
 
-def _stitched(runner: ForwardRunner, index: int, layer: nn.Module, stitch: nn.Module, hidden: Tensor) -> Tensor:
+def _stitched(runner: ForwardRunner, index: int, layer: nn.Module, stitch: Stitch, hidden: Tensor) -> Tensor:
     state = runner.current()
     if state is None:
         raise RuntimeError(

@@ -8,7 +8,7 @@ padding back: the last query sees every key so far but padding, so its row of th
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, Optional, TypeGuard, Union
 
 import torch
 from torch import Tensor
@@ -50,14 +50,16 @@ def expert_mask(mask: Mask, hub: Any, expert: Any, past: Optional[int], queries:
     """
     if mask is None or (_is_prepared(mask) and _view(hub) == _view(expert)):
         return mask
-    if _is_prepared(mask):
+    if _is_padding(mask):
+        padding = mask
+    else:
         full = _full(mask)
         if full is None:  # nothing is masked but the future
             return None
-        mask = _visible(full)[:, -1].long()
-    if past is not None and mask.shape[-1] > past + queries and expert.model_type not in _MASK_OF_ALL_KEYS:
-        mask = mask[:, : past + queries]
-    return mask
+        padding = _visible(full)[:, -1].long()
+    if past is not None and padding.shape[-1] > past + queries and expert.model_type not in _MASK_OF_ALL_KEYS:
+        padding = padding[:, : past + queries]
+    return padding
 
 
 def is_text(mask: Mask, hub: Any, past: int, queries: int) -> Optional[Tensor]:
@@ -68,16 +70,25 @@ def is_text(mask: Mask, hub: Any, past: int, queries: int) -> Optional[Tensor]:
         past: Tokens in the cache before the call.
         queries: Tokens in this call.
     """
-    if _is_prepared(mask):
+    if _is_padding(mask):
+        padding = mask
+    else:
         full = _full(mask) if _has_full_attention(mask, hub) else None
-        mask = None if full is None else _visible(full)[:, -1]
-    if mask is None or mask.dim() != 2 or mask.shape[1] < past + queries:
+        if full is None:
+            return None
+        padding = _visible(full)[:, -1]
+    if padding.dim() != 2 or padding.shape[1] < past + queries:
         return None
-    return mask[:, past : past + queries].bool()
+    return padding[:, past : past + queries].bool()
+
+
+def _is_padding(mask: Mask) -> TypeGuard[Tensor]:
+    """Whether a mask is the tokenizer's: (B, tokens so far)."""
+    return isinstance(mask, Tensor) and mask.dim() != 4
 
 
 def _is_prepared(mask: Mask) -> bool:
-    return isinstance(mask, dict) or (mask is not None and len(mask.shape) == 4)
+    return mask is not None and not _is_padding(mask)
 
 
 def _has_full_attention(mask: Mask, config: Any) -> bool:
@@ -113,7 +124,7 @@ def _is_causal_with_padding(mask: Mask) -> bool:
     return bool(torch.where(is_text, expected, nothing_or_all).all())
 
 
-def _view(config: Any) -> tuple:
+def _view(config: Any) -> tuple[Any, ...]:
     """What decides the form of prepared masks: the kinds of layers, their windows, and the attention kernel."""
     kinds = getattr(config, "layer_types", None)
     return (

@@ -14,8 +14,9 @@ from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..mixture import OutputMixture, log_probs, mix
@@ -43,13 +44,13 @@ class MixedHead(InstanceForward):
 
     def __init__(
         self,
-        hub: nn.Module,
+        hub: PreTrainedModel,
         runner: ForwardRunner,
         active: Callable[[], Optional[tuple[OutputMixture, bool]]],
         head: ModelHead,
     ) -> None:
         super().__init__(hub)
-        self._runner, self._active, self._head = runner, active, head
+        self._hub, self._runner, self._active, self._head = hub, runner, active, head
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         active = self._active()
@@ -75,8 +76,8 @@ class MixedHead(InstanceForward):
             targets_BT = _next_tokens(labels, loss_arguments.get("shift_labels"))[:, positions]
         logits, log_likelihood_BT = self._mix(body, names, log_gates_BTM, positions, targets_BT, out.logits.shape[-1])
         loss = None
-        if labels is not None:
-            loss_function = self._module.loss_function
+        if targets_BT is not None and log_likelihood_BT is not None:
+            loss_function = self._hub.loss_function
             if loss_function is ForCausalLMLoss:  # the same number, with no gradient the size of the vocabulary
                 loss = _mean(-log_likelihood_BT, targets_BT != _IGNORED, loss_arguments.get("num_items_in_batch"))
             else:
@@ -120,7 +121,7 @@ class MixedHead(InstanceForward):
         logits_BTV = torch.cat([mixed_NV for mixed_NV, _ in pieces]).unflatten(0, (batch, tokens))
         if targets_N is None:
             return logits_BTV, None
-        of_targets_NM = torch.cat([piece for _, piece in pieces])
+        of_targets_NM = torch.cat([piece for _, piece in pieces if piece is not None])
         log_likelihood_N = (log_gates_NM.to(of_targets_NM.dtype) + of_targets_NM).logsumexp(dim=-1)
         return logits_BTV, log_likelihood_N.unflatten(0, (batch, tokens))
 

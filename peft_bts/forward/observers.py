@@ -60,7 +60,7 @@ class Observation:
 
 @contextmanager
 def observed_generation(
-    observers: Sequence[Observer], model: Any, args: tuple, kwargs: dict[str, Any]
+    observers: Sequence[Observer], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[None]:
     """Tell observers of a call of `model.generate`: how long its prompt is, and which tokens end a sequence.
 

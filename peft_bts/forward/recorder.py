@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .._compat.transformers import no_output_capture
+from ..modules import M
 from .cache import cached_tokens
 from .decoder import Decoder
 from .masks import expert_mask
-from .stream import LayerCall, Stream
+from .stream import LayerCall, Layers, Stream
 from .thread_local import ThreadLocal
 
 
@@ -39,13 +40,13 @@ _NOT_FOR_EXPERTS = {
 
 
 # The calls recorded by the backbone that is running in this thread.
-_RECORDED = ThreadLocal()
+_RECORDED: ThreadLocal[list[LayerCall]] = ThreadLocal()
 
 
 class StandIn(nn.Module):
     """In the place of another module, to whose attributes it answers: a layer's `attention_type` and the like."""
 
-    def _original(self) -> nn.Module:
+    def _original(self) -> Callable[..., Any]:
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
@@ -58,12 +59,12 @@ class StandIn(nn.Module):
 class _Recorder(StandIn):
     """Stands in for one decoder layer: records the call, hands the hidden states on in the layer's own shape."""
 
-    def __init__(self, layers: Sequence[nn.Module], index: int, tuple_size: Optional[int]) -> None:
+    def __init__(self, layers: Layers, index: int, tuple_size: Optional[int]) -> None:
         super().__init__()
         self.__dict__.update(_layers=layers, _index=index)  # not as submodules: the layers belong to the model
         self._tuple_size = tuple_size
 
-    def _original(self) -> nn.Module:
+    def _original(self) -> Callable[..., Any]:
         return self.__dict__["_layers"][self.__dict__["_index"]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +72,9 @@ class _Recorder(StandIn):
             hidden, args = args[0], args[1:]
         else:
             hidden = kwargs.pop("hidden_states")
-        _RECORDED.get().append(LayerCall(hidden, args, kwargs))
+        recorded = _RECORDED.get()
+        assert recorded is not None  # recorders run inside of `ArgumentRecorder.record`
+        recorded.append(LayerCall(hidden, args, kwargs))
         return hidden if self._tuple_size is None else (hidden, *[None] * (self._tuple_size - 1))
 
 
@@ -83,7 +86,7 @@ class _Probe(StandIn):
         self.__dict__["_layer"] = layer
         self._sizes, self._widths = sizes, widths
 
-    def _original(self) -> nn.Module:
+    def _original(self) -> Callable[..., Any]:
         return self.__dict__["_layer"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +96,7 @@ class _Probe(StandIn):
         return out
 
 
-def with_modules(module: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
+def with_modules(module: M, modules: dict[str, Optional[nn.Module]]) -> M:
     """A shallow twin of a module, without hooks, that has other submodules."""
     twin = copy.copy(module)
     for patched in ("forward", "_old_forward", "_hf_hook"):  # accelerate's hooks are bound to the original
@@ -105,7 +108,7 @@ def with_modules(module: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
     return twin
 
 
-def with_layers(backbone: nn.Module, list_name: str, layers: Sequence[nn.Module]) -> nn.Module:
+def with_layers(backbone: M, list_name: str, layers: Sequence[nn.Module]) -> M:
     """A shallow twin of a backbone that shares all but its decoder layers."""
     twin = with_modules(backbone, {**backbone._modules, list_name: nn.ModuleList(layers)})
     twin.__dict__["training"] = False
@@ -140,7 +143,12 @@ class ArgumentRecorder:
     """
 
     def __init__(
-        self, backbone: nn.Module, list_name: str, layers: Sequence[nn.Module], tuple_sizes: list, config: Any
+        self,
+        backbone: nn.Module,
+        list_name: str,
+        layers: Layers,
+        tuple_sizes: Sequence[Optional[int]],
+        config: Any,
     ) -> None:
         signature = inspect.signature(backbone.forward).parameters
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.values())

@@ -11,18 +11,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
 from ..config import EXPERTS_INTO_HUB
 from ..mixture import OutputMixture
-from ..stitch import HUB
+from ..stitch import HUB, Stitch
 from .cache import check_cache, expert_caches
 from .composition import Composition
 from .executor import Executor, SequentialExecutor
 from .masks import check_mask
 from .observers import Observation
-from .stream import Stream
+from .stream import Checkpoint, Stream
 
 
 class FinalStates(NamedTuple):
@@ -103,12 +103,12 @@ class ForwardState:
             for name in sorted(set(experts).difference(without))
         }
 
-    def apply_stitch(self, layer: int, stitch: nn.Module, hub_BTD: Tensor, checkpoint: Optional[Callable]) -> Tensor:
+    def apply_stitch(self, layer: int, stitch: Stitch, hub_BTD: Tensor, checkpoint: Optional[Checkpoint]) -> Tensor:
         """Bring every expert up to the stitch behind a hub layer, apply it, and return the hub's new state.
 
         Args:
             layer: 0-based hub layer that has just run.
-            stitch: `ExpertsIntoHub` or `HubIntoExperts`.
+            stitch: The stitch.
             hub_BTD: The hub layer's hidden states.
             checkpoint: The hub's gradient checkpointing function while it is in use, else `None`.
         """
@@ -127,7 +127,7 @@ class ForwardState:
         return hub_BTD
 
     def _mix(
-        self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
+        self, layer: int, stitch: Stitch, hub_BTD: Tensor, states: dict[Any, Tensor]
     ) -> tuple[Tensor, dict[Any, Tensor]]:
         """Apply the stitch behind a hub layer: the hub's and the experts' new states."""
         states = {name: state.to(hub_BTD.device) for name, state in states.items()}

@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._compat.transformers import no_output_capture
+
+
+# The hub's gradient checkpointing function: calls a layer, and calls it anew in the backward pass.
+Checkpoint = Callable[..., Any]
+
+
+class Layers(Protocol):
+    """Decoder layers, by their place: a list of modules, or what stands for one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Callable[..., Any]: ...
 
 
 class LayerCall(NamedTuple):
     """What a decoder layer would have been called with: hidden states (B, T, D), and its other arguments."""
 
     hidden: Tensor
-    args: tuple
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class StreamLike(Protocol):
+    """What an executor asks of a model's forward under way: `Stream`, or a share of a common one."""
+
+    state: Tensor
+
+    @property
+    def layers(self) -> Layers: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def advance(self, layers_done: int, checkpoint: Optional[Checkpoint] = None) -> Tensor:
+        """See `Stream.advance`."""
+        ...
 
 
 class Stream:
@@ -31,7 +59,7 @@ class Stream:
         state: The hidden states, (B, T, D_i).
     """
 
-    def __init__(self, layers: Sequence[nn.Module], calls: list[LayerCall]) -> None:
+    def __init__(self, layers: Layers, calls: list[LayerCall]) -> None:
         self.layers, self.calls = layers, calls
         self.state: Tensor = calls[0].hidden
         self._done = 0
@@ -40,7 +68,7 @@ class Stream:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def advance(self, layers_done: int, checkpoint: Optional[Callable] = None) -> Tensor:
+    def advance(self, layers_done: int, checkpoint: Optional[Checkpoint] = None) -> Tensor:
         """Run layers until `layers_done` of them are done; return the hidden states.
 
         Args:
@@ -55,7 +83,7 @@ class Stream:
             self._done = layers_done
         return self.state
 
-    def _run(self, i: int, checkpoint: Optional[Callable]) -> Tensor:
+    def _run(self, i: int, checkpoint: Optional[Checkpoint]) -> Tensor:
         layer, (_, args, kwargs) = self.layers[i], self.calls[i]
         if checkpoint is not None and self.state.requires_grad:
             out = checkpoint(_WithKwargs(layer, kwargs), self.state, *args)
@@ -67,7 +95,7 @@ class Stream:
 class _WithKwargs:
     """A layer with its keyword arguments bound, for checkpoint functions that take positional arguments only."""
 
-    def __init__(self, layer: nn.Module, kwargs: dict[str, Any]) -> None:
+    def __init__(self, layer: Callable[..., Any], kwargs: dict[str, Any]) -> None:
         self.layer, self.kwargs = layer, kwargs
 
     def __call__(self, *args: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, Optional
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -39,16 +38,17 @@ class GateLogger(TrainerCallback):
         self._values: dict[str, float] = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        with trace_gates(model):  # an unfit model is an error now, not at the first step that is logged
+        with trace_gates(kwargs["model"]):  # an unfit model is an error now, not at the first step that is logged
             pass
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._tracing.close()  # of a step that an exception ended
-        self._trace = self._tracing.enter_context(trace_gates(model)) if _will_be_logged(args, state) else None
+        logged = _will_be_logged(args, state)
+        self._trace = self._tracing.enter_context(trace_gates(kwargs["model"])) if logged else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._trace is None:
@@ -61,9 +61,8 @@ class GateLogger(TrainerCallback):
             self._values |= {f"gate/{place}/{name}": gate for name, gate in row["gates"].items()}
             self._values[f"gate_entropy/{place}"] = row["normalised_entropy"]
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if "loss" in logs:  # not an evaluation's
             logs.update(self._values)
             state.log_history[-1].update(self._values)

@@ -98,7 +98,7 @@ def make_table(
     if unknown or not by:
         raise ValueError(f"Rows can be by {', '.join(GROUPS)}, or several of these; got {by}.")
     chosen = range(len(stitches)) if "stitch" in by else [range(len(stitches))[stitch]]
-    groups: dict[tuple, list[Tensor]] = {}
+    groups: dict[tuple[Any, ...], list[Tensor]] = {}
     for i, sequence in enumerate(sequences):
         generated = torch.tensor(sequence.generated)
         phases = {"prompt": ~generated, "generated": generated} if "phase" in by else {None: slice(None)}

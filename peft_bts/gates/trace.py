@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import Cache
 
 from ..config import OUTPUT_MIXTURE
 from ..export.model import StitchExportForCausalLM, StitchExportModel
 from ..forward.hooks import ForwardSettings
 from ..forward.masks import is_text
 from ..forward.observers import Observation
-from ..model import StitchModel
+from ..model import StitchModel, stitch_tuner
 from ..stitch import HUB
 from .page import to_html
 from .plots import plot_domains, plot_tokens
@@ -80,9 +81,7 @@ def _settings(model: nn.Module) -> ForwardSettings:
             )
         inner = wrapped
     if isinstance(inner, PeftModel):
-        inner = inner.base_model
-        if not isinstance(inner, StitchModel):
-            raise TypeError(f"This PeftModel has no stitches: its tuner is a {type(inner).__name__}.")
+        inner = stitch_tuner(inner)
     if isinstance(inner, StitchModel):
         return inner._forward.settings
     return (inner.model if isinstance(inner, StitchExportForCausalLM) else inner)._runner.settings
@@ -103,7 +102,7 @@ class GateTrace:
         self.label: Optional[str] = None
         self._thread = threading.get_ident()
         self._batches: list[Batch] = []
-        self._of_cache: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # the batch that a cache belongs to
+        self._of_cache: weakref.WeakKeyDictionary[Cache, Batch] = weakref.WeakKeyDictionary()
         self._generation: Optional[Generation] = None
 
     @contextmanager
@@ -128,16 +127,17 @@ class GateTrace:
             for layer, by_model in forward.gates.items()
         }
         *_, rows, columns = next(iter(gates.values()))[1].shape
-        generation, start = self._generation, forward.past
+        generation = self._generation
         if forward.cache is not None:
             batch = self._of_cache.get(forward.cache)
+            start = forward.past
             if start is None:  # recurrent layers do not count their tokens, nor do compiled steps
                 start = 0 if batch is None else batch.end
             continues = batch is not None and 0 < start <= batch.end
         else:
-            batch = None if generation is None else generation.uncached
+            batch, start = None if generation is None else generation.uncached, 0
             continues = batch is not None and batch.end <= columns
-        if not continues or rows != batch.rows:
+        if batch is None or not continues or rows != batch.rows:
             batch = Batch(self.label, rows)
             self._batches.append(batch)
             if forward.cache is not None:
@@ -170,7 +170,7 @@ class GateTrace:
     @property
     def stitches(self) -> list[TracedStitch]:
         """The stitches that were passed, in their order."""
-        models: dict[tuple[int, str], set] = {}
+        models: dict[tuple[int, str], set[str]] = {}
         for batch in self._batches:
             for chunk in batch.chunks:
                 for key, (names, _) in chunk.gates.items():
@@ -254,7 +254,7 @@ class GateTrace:
             return plot_domains(self.stitches[stitch], self.table(by="domain", stitch=stitch))
         raise ValueError(f"Gates can be drawn by 'token' or 'domain', got {by!r}.")
 
-    def to_html(self, path: Union[str, os.PathLike, None] = None, *, tokenizer: Any = None) -> str:
+    def to_html(self, path: Union[str, os.PathLike[str], None] = None, *, tokenizer: Any = None) -> str:
         """Make a page of all sequences, every token in the colour of its dominant model; the stitch can be chosen.
 
         Pointing at a token shows all its gates. The page is one file and loads nothing. Colours are told apart with

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, NoReturn, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ..config import EXPERTS_INTO_HUB
@@ -29,7 +29,7 @@ from ..forward.state import FinalStates, ForwardState
 from ..forward.stream import Stream
 from ..forward.thread_local import ThreadLocal, Transient
 from ..mixture import OutputMixture
-from ..stitch import HUB
+from ..stitch import HUB, Stitch
 
 
 # Over how many tokens gates are averaged. Measured (benchmarks/dropping.py): one token is not enough to tell what
@@ -130,6 +130,10 @@ class CatchUpState:
             return {name: torch.ones(batch, dtype=torch.bool) for name in self.names}
         return dict(zip(self.names, policy.choose(self.recent.nanmean(dim=1).nan_to_num()).unbind(dim=1)))
 
+    def since(self, group: RowGroup) -> list[MissedForward]:
+        """The forwards that a group has not seen yet."""
+        return [call for call in self.missed if call.start >= group.done]
+
     def note(self, gates_BTN: Tensor, text_BT: Optional[Tensor]) -> None:
         """Remember the gates of new tokens, of which some may be padding."""
         if text_BT is not None:
@@ -185,7 +189,7 @@ class DroppingPolicies(Transient):
     """The policies that are on, one for each thread; makes the states of a model's forwards accordingly."""
 
     def __init__(self) -> None:
-        self._policy = ThreadLocal()
+        self._policy: ThreadLocal[Dropping] = ThreadLocal()
         self._lock = threading.Lock()
         self._number = 0  # how many are on, in any thread: compiled code can see this
 
@@ -208,20 +212,24 @@ class DroppingPolicies(Transient):
             with self._lock:
                 self._number -= 1
 
-    def make_state(self, composition: Composition, call: dict[str, Any], cache: Optional[Cache], *args: Any) -> Any:
+    def make_state(
+        self, composition: Composition, call: dict[str, Any], cache: Optional[Cache], *args: Any
+    ) -> ForwardState:
         """The state of a forward: one that can do without experts, if that is asked for or was for its cache."""
         if self._number and torch.compiler.is_compiling():
             return self._make_uncompiled(composition, call, cache, *args)
         return self._make(composition, call, cache, *args)
 
-    def _make(self, composition: Composition, call: dict[str, Any], cache: Optional[Cache], *args: Any) -> Any:
+    def _make(
+        self, composition: Composition, call: dict[str, Any], cache: Optional[Cache], *args: Any
+    ) -> ForwardState:
         held = held_expert_caches(cache)
         if self.current is None and (held is None or held.catch_up is None):
             return ForwardState(composition, call, cache, *args)
         return DroppingForwardState(self.current, composition, call, cache, *args)
 
     @torch.compiler.disable(reason="drop_experts() chooses experts by numbers: what it runs cannot be one graph")
-    def _make_uncompiled(self, *args: Any) -> Any:
+    def _make_uncompiled(self, *args: Any) -> ForwardState:
         return self._make(*args)
 
 
@@ -238,6 +246,9 @@ class DroppingForwardState(ForwardState):
         self.policy = policy
         self.past = cached_tokens(self.cache)
         self.catch_up: Optional[CatchUpState] = None  # stays so without a cache: nothing will be decoded
+        self.new = 0  # how many tokens are new
+        self.running: dict[tuple[str, int], RowGroup] = {}  # the groups that have a stream
+        self.present: dict[str, Tensor] = {}  # which sequences every expert takes part in, (B,) and boolean
 
     def check(self) -> None:
         cache, mask, places = (self.call.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
@@ -273,6 +284,7 @@ class DroppingForwardState(ForwardState):
             return {}
         held = expert_caches(self.cache, self.composition.hub_layers, self.composition.experts)
         if held.catch_up is None:
+            assert self.past is not None  # as `check` has made sure
             tokens = self.call["inputs_embeds"] if self.call.get("input_ids") is None else self.call["input_ids"]
             held.catch_up = CatchUpState(held.by_name, self.composition.adapter, len(tokens), self.past)
             held.by_name = {}  # groups are split and joined anew: nobody shall hold on to the old caches
@@ -292,13 +304,13 @@ class DroppingForwardState(ForwardState):
             for name in _PER_TOKEN
             if isinstance(value := self.call.get(name), Tensor) and value.dim() > 1
         }
-        given = tokens.get("input_ids", tokens.get("inputs_embeds"))
+        given = tokens["input_ids"] if "input_ids" in tokens else tokens["inputs_embeds"]
         catch_up, self.new = self.catch_up, given.shape[1]
         catch_up.adapter = self.composition.adapter
         wanted = catch_up.choose(self.policy, self.new)
         catch_up.missed.append(MissedForward(catch_up.seen, tokens, {}))
         catch_up.seen += self.new
-        streams, self.running, self.present = {}, {}, {}
+        streams: dict[Hashable, Stream] = {}
         for name in catch_up.names:
             groups = [part for group in catch_up.groups[name] for part in group.split(wanted[name])]
             catch_up.groups[name] = groups
@@ -306,17 +318,14 @@ class DroppingForwardState(ForwardState):
             for number, group in enumerate(groups):
                 # Others than plain caches (recurrent states) cannot make up for what they missed: they run on unheard.
                 if wanted[name][group.rows].any() or not is_plain(group.cache):
-                    expert, call = self.composition.experts[name], self._call_for(group)
+                    expert, call = self.composition.experts[name], self._call_for(group, catch_up.since(group))
                     self.running[name, number] = group
                     streams[name, number] = expert(call, group.cache, self.composition.hub_config)
         return streams
 
-    def _since(self, group: RowGroup) -> list[MissedForward]:
-        return [call for call in self.catch_up.missed if call.start >= group.done]
-
-    def _call_for(self, group: RowGroup) -> dict[str, Any]:
-        """The hub's call as this group is to see it: its rows, with all it has missed."""
-        calls, rows = self._since(group), group.rows
+    def _call_for(self, group: RowGroup, calls: list[MissedForward]) -> dict[str, Any]:
+        """The hub's call as this group is to see it: its rows, with all it has missed; `calls` ends with this one."""
+        rows = group.rows
         if len(calls) == 1:
             tokens = [{name: self.call[name] for name in calls[0].tokens}]  # with their gradients
         elif any("position_ids" in call.tokens for call in calls):
@@ -334,17 +343,17 @@ class DroppingForwardState(ForwardState):
         return {**self.call, **new}
 
     def _mix(
-        self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
+        self, layer: int, stitch: Stitch, hub_BTD: Tensor, states: dict[Any, Tensor]
     ) -> tuple[Tensor, dict[Any, Tensor]]:
         if self.catch_up is None:
             return super()._mix(layer, stitch, hub_BTD, states)
         if stitch.kind != EXPERTS_INTO_HUB:
-            return hub_BTD, self._into_experts(layer, stitch, hub_BTD, states)
+            return hub_BTD, self._into_experts(self.catch_up, layer, stitch, hub_BTD, states)
         observe = None if self.observation is None else partial(self.observation.note_gates, layer)
         given = self._of_all_rows(states, hub_BTD.device)
         if layer == self.composition.hub_layers - 1:
             gates_BTMD = stitch.gates(hub_BTD.to(next(stitch.parameters()).dtype), self.catch_up.names)
-            self._note_recent(gates_BTMD.mean(dim=-1)[..., 1:])
+            self._note_recent(self.catch_up, gates_BTMD.mean(dim=-1)[..., 1:])
         present = {name: self.present[name] for name in given}
         new_hub_BTD, _ = stitch(hub_BTD, given, observe, present)
         if not self.composition.projected:
@@ -353,7 +362,7 @@ class DroppingForwardState(ForwardState):
 
     def _of_all_rows(self, states: dict[Any, Tensor], device: Optional[torch.device] = None) -> dict[str, Tensor]:
         """States of the new tokens by expert that ran for some sequence, (B, T, D_i); zero for the others."""
-        batch = sum(len(group.rows) for group in self.catch_up.groups[self.catch_up.names[0]])
+        batch = len(next(iter(self.present.values())))
         given: dict[str, Tensor] = {}
         for (name, number), state in states.items():
             where = state.device if device is None else device
@@ -362,30 +371,33 @@ class DroppingForwardState(ForwardState):
             given[name][self.running[name, number].rows.to(where)] = state[:, -self.new :].to(where)
         return given
 
-    def _note_recent(self, gates_BTN: Tensor) -> None:
+    def _note_recent(self, catch_up: CatchUpState, gates_BTN: Tensor) -> None:
         """Remember the experts' gates, for the choice at the next token."""
+        assert self.past is not None  # as `check` has made sure
         text_BT = is_text(self.call.get("attention_mask"), self.composition.hub_config, self.past, self.new)
-        self.catch_up.note(gates_BTN, text_BT)
+        catch_up.note(gates_BTN, text_BT)
 
     def _into_experts(
-        self, layer: int, stitch: nn.Module, hub_BTD: Tensor, states: dict[Any, Tensor]
+        self, catch_up: CatchUpState, layer: int, stitch: Stitch, hub_BTD: Tensor, states: dict[Any, Tensor]
     ) -> dict[Any, Tensor]:
-        self.catch_up.missed[-1].hub[layer] = hub_BTD.detach()
+        catch_up.missed[-1].hub[layer] = hub_BTD.detach()
         new_states = {}
         for key, state in states.items():
             group, name = self.running[key], key[0]
             rows = group.rows.to(hub_BTD.device)
-            missed = [call.hub[layer][rows] for call in self._since(group)[:-1]]
+            missed = [call.hub[layer][rows] for call in catch_up.since(group)[:-1]]
             hub = torch.cat([*missed, hub_BTD[rows]], dim=1)
-            observe = None if self.observation is None else partial(self._note_rows, layer, rows, len(hub_BTD))
+            observe = None
+            if self.observation is not None:
+                noted = self.observation.gates.setdefault(layer, {})
+                observe = partial(self._note_rows, noted, rows, len(hub_BTD))
             new_states[key] = stitch(hub, {name: state.to(hub.device)}, observe)[name]
         return new_states
 
-    def _note_rows(self, layer: int, rows: Tensor, batch: int, gates: dict[str, Tensor]) -> None:
+    def _note_rows(self, noted: dict[str, Tensor], rows: Tensor, batch: int, gates: dict[str, Tensor]) -> None:
         for name, gate in gates.items():
             mean = gate[:, -self.new :].detach().float().mean(dim=-1)
-            noted = self.observation.gates.setdefault(layer, {}).setdefault(name, mean.new_zeros(batch, self.new))
-            noted[rows] = mean
+            noted.setdefault(name, mean.new_zeros(batch, self.new))[rows] = mean
 
     def final_states(self) -> FinalStates:
         if self.catch_up is None:
@@ -396,7 +408,7 @@ class DroppingForwardState(ForwardState):
     def see_output(self, hub_BTD: Tensor, mixture: OutputMixture) -> None:
         if self.catch_up is not None and not self.composition.schedule:
             log_gates_BTM = mixture.log_gates(hub_BTD, self.catch_up.names)
-            self._note_recent(log_gates_BTM.exp()[..., 1:])
+            self._note_recent(self.catch_up, log_gates_BTM.exp()[..., 1:])
 
     def finish(self) -> None:
         if self.catch_up is not None:
@@ -417,7 +429,7 @@ def _with_layers(cache: Cache, layers: list[Any]) -> Cache:
 
 
 def _rows_of(cache: Cache, rows: Tensor) -> Cache:
-    layers = [copy.copy(layer) for layer in cache.layers]
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
     for layer in layers:
         layer.batch_select_indices(rows)
     return _with_layers(cache, layers)

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn, Optional
 
-from torch import nn
-
 from ..forward.cache import caches_roll_back
 from ..forward.composition import Composition
 from ..forward.observers import Observer, observed_generation
 
 
 def generate(
-    hub: nn.Module,
+    hub: Any,
     composition: Optional[Composition],
     observers: Sequence[Observer],
     dropping: bool,
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Call the hub's `generate`.

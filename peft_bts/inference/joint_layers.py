@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any, Optional, TypeGuard, Union
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class ParameterView:
 
     module: nn.Module
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     part: Tensor
 
     def is_taken(self) -> bool:
@@ -47,10 +47,15 @@ class ParameterView:
             self.parameter.data = self.parameter.data.clone()
 
 
+AnyLinear = Union[nn.Linear, Conv1D]
+
+
 class StackedLinear(nn.Module):
     """Linear layers of N experts as one, over a batch (N * B, ..., in). Those of gpt2 (`Conv1D`) are (in, out)."""
 
-    def __init__(self, layers: Sequence[Union[nn.Linear, Conv1D]]) -> None:
+    layers: list[AnyLinear]
+
+    def __init__(self, layers: Sequence[AnyLinear]) -> None:
         super().__init__()
         self.__dict__["layers"] = list(layers)  # not as submodules: they belong to the experts
         self.bias_N1O: Optional[Tensor] = None
@@ -81,6 +86,8 @@ class StackedLinear(nn.Module):
 
 class _InTurn(StandIn):
     """Any other module with weights: every expert's own, over its share of the batch."""
+
+    each: list[nn.Module]
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -114,7 +121,8 @@ class JointCacheLayer:
         if not self.plain or not all(part.is_initialized for part in self.parts):
             new = zip(self.parts, keys.chunk(number), values.chunk(number))
             updated = [part.update(k, v, *args, **kwargs) for part, k, v in new]
-            return tuple(torch.cat(tensors) for tensors in zip(*updated))
+            keys, values = (torch.cat(tensors) for tensors in zip(*updated))
+            return keys, values
         keys = torch.cat([_joined([part.keys for part in self.parts]), keys], dim=-2)
         values = torch.cat([_joined([part.values for part in self.parts]), values], dim=-2)
         for part, k, v in zip(self.parts, keys.chunk(number), values.chunk(number)):
@@ -133,16 +141,28 @@ def as_one(modules: Sequence[nn.Module]) -> nn.Module:
     if not has_tensors:
         if any(settings(module) != settings(first) for module in modules):
             raise NotStackable(f"their {type(first).__name__} differ in a setting")
-        return with_modules(first, {name: as_one([m._modules[name] for m in modules]) for name in first._modules})
+        return with_modules(first, {name: _child_as_one(modules, name) for name in first._modules})
     if any(len(list(part.parameters())) for part in first.children()):
         raise NotStackable(f"their {type(first).__name__} has weights beside those of its parts")
-    if type(first) in (nn.Linear, Conv1D) and type(first.weight.data) is Tensor:
+    if _are_plain_linear(modules):
         weights = {id(module.weight) for module in modules}
         if len(weights) == 1 and len({id(module.bias) for module in modules}) == 1:
             return first  # of the seed, which its LoRA experts share
         if len(weights) == len(modules):
             return StackedLinear(modules)
     return _InTurn(modules)
+
+
+def _child_as_one(modules: Sequence[nn.Module], name: str) -> Optional[nn.Module]:
+    children = [child for module in modules if (child := module._modules[name]) is not None]
+    if len(children) not in (0, len(modules)):
+        raise NotStackable(f"some of their {type(modules[0]).__name__} lack {name!r}")
+    return as_one(children) if children else None
+
+
+def _are_plain_linear(modules: Sequence[nn.Module]) -> TypeGuard[Sequence[AnyLinear]]:
+    """Whether these are linear layers, of no subclass, with weights in no format of a quantiser's."""
+    return all(type(module) in (nn.Linear, Conv1D) and type(module.weight.data) is Tensor for module in modules)
 
 
 def settings(module: nn.Module) -> dict[str, Any]:

@@ -28,9 +28,10 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from .._compat.peft import peft_type_name
 from ..forward.cache import held_expert_caches
 from ..forward.composition import Composition
-from ..forward.decoder import Decoder, text_config
+from ..forward.decoder import Decoder, text_config, token_embeddings
 from ..forward.executor import Boundary, Executor, SequentialExecutor
 from ..forward.expert import Expert
 from ..forward.hooks import ForwardRunner
@@ -38,6 +39,7 @@ from ..forward.layer import StitchLayer, behind_layer
 from ..forward.placement import is_dispatched
 from ..forward.recorder import StandIn, with_layers, with_modules
 from ..forward.state import ForwardState, run_in_turn
+from ..forward.stream import Checkpoint
 from .joint_layers import JointCacheLayer, NotStackable
 from .stacking import for_all
 
@@ -51,15 +53,17 @@ _NOT_COLLECTED = ("output_hidden_states", "output_attentions", "output_router_lo
 class JointLinear(nn.Module):
     """A linear layer of the hub over a batch of all: one product for all rows, each LoRA for its expert's rows."""
 
-    def __init__(self, base: nn.Module, loras: dict[str, LoraLayer], runner: ForwardRunner) -> None:
+    base: nn.Module
+    loras: Mapping[str, LoraLayer]
+    runner: ForwardRunner
+
+    def __init__(self, base: nn.Module, loras: Mapping[str, LoraLayer], runner: ForwardRunner) -> None:
         super().__init__()
         self.__dict__.update(base=base, loras=loras, runner=runner)  # not as submodules: they belong to the models
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        state = self.runner.current()
-        assert state is not None
-        executor = state.executor
+        _, executor = _under_way(self.runner)
         each = len(x) // executor.number_of_rows  # 1, or T where a layer flattens sequences (opt)
         for name, rows in executor.rows.items():
             lora = self.loras.get(name)
@@ -68,7 +72,8 @@ class JointLinear(nn.Module):
             rows = slice(rows.start * each, rows.stop * each)
             for adapter in lora.active_adapters:
                 if adapter in lora.lora_A:
-                    down, up, scaling = lora.lora_A[adapter], lora.lora_B[adapter], lora.scaling[adapter]
+                    down: Any = lora.lora_A[adapter]  # a linear layer; PEFT's type is any module
+                    up, scaling = lora.lora_B[adapter], lora.scaling[adapter]
                     y[rows] += (up(down(x[rows].to(down.weight.dtype))) * scaling).to(y.dtype)
         return y
 
@@ -85,8 +90,7 @@ class _JointLayer(StandIn):
         return _unstitched(self.__dict__["layers"][self._index])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.__dict__["runner"].current()
-        executor = state.executor
+        state, executor = _under_way(self.__dict__["runner"])
         if args:
             hidden, args = args[0], args[1:]
         else:
@@ -141,7 +145,7 @@ class JointExecutor:
 
     def __init__(self, state: ForwardState, model: JointModel, names: Sequence[str], others: Executor) -> None:
         self._state, self._model, self._names, self._others = state, model, names, others
-        self._states: Optional[dict[str, Tensor]] = None
+        self._states: Optional[dict[Hashable, Tensor]] = None
         tokens = state.call["inputs_embeds"] if state.call.get("input_ids") is None else state.call["input_ids"]
         self._batch = len(tokens)
         self.rows = {name: slice((i + 1) * self._batch, (i + 2) * self._batch) for i, name in enumerate(names)}
@@ -169,7 +173,7 @@ class JointExecutor:
     def look_ahead(self, boundary: Boundary) -> None:
         self._others.look_ahead(boundary)
 
-    def advance(self, boundary: Boundary, checkpoint: Optional[Callable] = None) -> dict[Hashable, Tensor]:
+    def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
         assert self._states is not None  # the hub's layers bring the experts along
         return {**self._others.advance(boundary, checkpoint), **self._states}
 
@@ -180,6 +184,14 @@ class JointExecutor:
 
     def close(self) -> None:
         self._others.close()
+
+
+def _under_way(runner: ForwardRunner) -> tuple[ForwardState, JointExecutor]:
+    """The state of the forward under way, and its executor, which runs the joint layers."""
+    state = runner.current()
+    assert state is not None
+    assert isinstance(state.executor, JointExecutor)
+    return state, state.executor
 
 
 class JointLora:
@@ -240,7 +252,7 @@ class JointLora:
         """
         backbone, layers = self._decoder.backbone, self._decoder.layers
         config = text_config(backbone)
-        device = backbone.get_input_embeddings().weight.device
+        device = token_embeddings(backbone).weight.device
         call = {"input_ids": torch.arange(1, 9, device=device).view(2, 4) % config.vocab_size, "use_cache": False}
         composition = Composition({}, len(layers), config, model.experts, False)
         alone = with_layers(backbone, self._decoder.list_name, [_unstitched(layer) for layer in layers])
@@ -254,8 +266,8 @@ class JointLora:
                 raise NotStackable(f"a batch of all fails: {error}") from error
             states.append({"hub": hub, **state.final_states().by_name})
         for name, expected in states[0].items():
-            error = (states[1][name] - expected).double().norm() / expected.double().norm()
-            if not error <= 64 * torch.finfo(expected.dtype).eps:
+            distance = (states[1][name] - expected).double().norm() / expected.double().norm()
+            if not distance <= 64 * torch.finfo(expected.dtype).eps:
                 raise NotStackable(f"a batch of all gives other results for {name!r}")
 
     def _applies(self, state: ForwardState, model: JointModel) -> bool:
@@ -298,8 +310,8 @@ def why_not(decoder: Decoder, expert: Expert) -> Optional[str]:
     if is_dispatched(model.get_base_model()):
         return "accelerate has spread the hub over devices"
     for config in (model.peft_config[adapter] for adapter in model.active_adapters):
-        if config.peft_type.value != "LORA":
-            return f"it is a {config.peft_type.value} adapter, no LoRA"
+        if config.peft_type != "LORA":
+            return f"it is a {peft_type_name(config.peft_type)} adapter, no LoRA"
         for option in ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices"):
             if getattr(config, option, None):
                 return f"its LoRA has {option}"
@@ -337,7 +349,7 @@ def _joint(hub: nn.Module, experts: dict[str, nn.Module], runner: ForwardRunner)
     if any(module._modules.keys() != hub._modules.keys() for module in experts.values()):
         raise NotStackable("their layers are built of different modules")
     children = {
-        name: _joint(child, {who: module._modules[name] for who, module in experts.items()}, runner)
+        name: _joint(child, {who: module.get_submodule(name) for who, module in experts.items()}, runner)
         for name, child in hub._modules.items()
         if child is not None
     }
@@ -353,4 +365,5 @@ def _joint_cache(state: ForwardState, names: Sequence[str]) -> Optional[Cache]:
     if state.cache is None or held is None:
         return None
     caches = [state.cache.layers[: state.composition.hub_layers], *(held.by_name[name].layers for name in names)]
-    return Cache(layers=[JointCacheLayer(parts) for parts in zip(*caches)])
+    layer_caches = [JointCacheLayer(parts) for parts in zip(*caches)]
+    return Cache(layers=layer_caches)  # type: ignore[arg-type]  # need not be subclasses of transformers'

@@ -9,7 +9,7 @@ expert. The experts' own parameters become views of the stacks, so nothing is in
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Optional
 
@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache
 from ..forward.cache import is_plain
 from ..forward.expert import Expert
 from ..forward.placement import is_dispatched
-from ..forward.stream import LayerCall, Stream
+from ..forward.stream import Checkpoint, LayerCall, Layers, Stream, StreamLike
 from .joint_layers import MOST_SEQUENCES, JointCacheLayer, NotStackable, ParameterView, StackedLinear, as_one, settings
 
 
@@ -82,8 +82,8 @@ class Stack:
 
     def join(
         self, streams: dict[Hashable, Stream], experts: Mapping[str, Any], caches: Mapping[str, Cache]
-    ) -> dict[Hashable, Stream]:
-        """The streams of these experts as one, if this forward can run so; else as they are, in a forward of its own.
+    ) -> dict[Hashable, StreamLike]:
+        """What to run in the place of these experts' streams; nothing if this forward cannot run them as one.
 
         Args:
             streams: Just begun, by expert name.
@@ -91,20 +91,20 @@ class Stack:
             caches: Of the experts, by name; none without a cache.
         """
         if any(experts.get(name) is not expert or name not in streams for name, expert in self.experts.items()):
-            return streams  # other experts take part, or (dropping.py) streams of some sequences only
+            return {}  # other experts take part, or (dropping.py) streams of some sequences only
         layers = self.layers  # another thread may be at `release`
         mine = [streams[name] for name in self.experts]
         batch, new_tokens = mine[0].state.shape[:2]
         if new_tokens > 1 or (mine[0].state.device.type == "cpu" and batch > MOST_SEQUENCES):
-            return streams
+            return {}
         own = [caches[name] for name in self.experts if name in caches]
         if not layers or not all(is_plain(cache) for cache in own) or not self._is_whole():
-            return streams
+            return {}
         try:
             joint = _joint_stream(layers, mine, own)
         except NotStackable:
-            return streams
-        return {**streams, **{name: _Lane(joint, i) for i, name in enumerate(self.experts)}}
+            return {}
+        return {name: _Lane(joint, i) for i, name in enumerate(self.experts)}
 
     @torch.no_grad()
     def _check_results(self) -> None:
@@ -130,9 +130,9 @@ class Stack:
                 raise NotStackable(f"layer {done - 1} of a batch of all fails: {error}") from error
             for part, stream in zip(joint.parts, streams):
                 alone = stream.advance(done)
-                error = (part - alone).double().norm() / alone.double().norm()
+                distance = (part - alone).double().norm() / alone.double().norm()
                 digits = torch.finfo(alone.dtype).eps
-                if not error <= (8 if digits > 1e-4 else 64) * digits:
+                if not distance <= (8 if digits > 1e-4 else 64) * digits:
                     raise NotStackable(f"layer {done - 1} of a batch of all gives other results")
 
 
@@ -147,7 +147,7 @@ class _JointStream(Stream):
         super().__init__(layers, calls)
         self.parts = parts
 
-    def advance(self, layers_done: int, checkpoint: Optional[Callable] = None) -> Tensor:
+    def advance(self, layers_done: int, checkpoint: Optional[Checkpoint] = None) -> Tensor:
         if self._done < layers_done:
             self.state = torch.cat(self.parts)
             super().advance(layers_done)
@@ -162,7 +162,7 @@ class _Lane:
         self._joint, self._place = joint, place
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
+    def layers(self) -> Layers:
         return self._joint.layers
 
     @property
@@ -177,13 +177,13 @@ class _Lane:
     def state(self, state: Tensor) -> None:
         self._joint.parts[self._place] = state
 
-    def advance(self, layers_done: int, checkpoint: Optional[Callable] = None) -> Tensor:
+    def advance(self, layers_done: int, checkpoint: Optional[Checkpoint] = None) -> Tensor:
         self._joint.advance(layers_done)
         return self.state
 
 
 @contextmanager
-def stacked(experts: dict[str, Expert]) -> Iterator[list[Stack]]:
+def stacked(experts: Mapping[str, Expert]) -> Iterator[list[Stack]]:
     """Stacks of those experts that are alike, as few as possible, for a while.
 
     Raises:
@@ -248,7 +248,8 @@ def _architecture(expert: Expert) -> dict[str, Any]:
 def _joint_stream(layers: Sequence[nn.Module], streams: Sequence[Stream], caches: Sequence[Cache]) -> _JointStream:
     cache = None
     if caches:
-        cache = Cache(layers=[JointCacheLayer(parts) for parts in zip(*(cache.layers for cache in caches))])
+        layer_caches = [JointCacheLayer(parts) for parts in zip(*(cache.layers for cache in caches))]
+        cache = Cache(layers=layer_caches)  # type: ignore[arg-type]  # need not be subclasses of transformers'
     parts = [stream.state for stream in streams]
     batch, number = len(parts[0]), len(parts)
     calls = [

@@ -6,7 +6,7 @@ after the other. Every layer computes just what it would compute otherwise; only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,11 +15,11 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..forward.composition import Composition
 from ..forward.executor import Boundary, Executor, SequentialExecutor
+from ..forward.expert import Expert
 from ..forward.hooks import ForwardSettings
 from ..forward.state import ForwardState
-from ..forward.stream import Stream
+from ..forward.stream import Checkpoint, StreamLike
 from .stacking import Stack, stacked
 
 
@@ -30,10 +30,10 @@ _DEVICES = ("cpu", "cuda", "xpu", "mps")
 class ThreadedExecutor(SequentialExecutor):
     """Runs streams ahead on other threads, as soon as their states are final."""
 
-    def __init__(self, streams: dict[Hashable, Stream], pool: ThreadPoolExecutor) -> None:
+    def __init__(self, streams: Mapping[Hashable, StreamLike], pool: ThreadPoolExecutor) -> None:
         super().__init__(streams)
         self._pool = pool
-        self._begun: list[tuple[Future, Work]] = []
+        self._begun: list[tuple[Future[object], Work]] = []
 
     def look_ahead(self, boundary: Boundary) -> None:
         # Streams of one model take turns: layers that are offloaded, or repacked, change while they run.
@@ -43,7 +43,7 @@ class ThreadedExecutor(SequentialExecutor):
         for works in by_model.values():
             self._begin(partial(_in_turn, works))
 
-    def advance(self, boundary: Boundary, checkpoint: Optional[Callable] = None) -> dict[Hashable, Tensor]:
+    def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
         self._finish()
         return super().advance(boundary, checkpoint)
 
@@ -75,13 +75,15 @@ class ThreadedExecutor(SequentialExecutor):
 
 
 @contextmanager
-def parallel_streams(settings: ForwardSettings, threads: int, stacked_of: Optional[Composition]) -> Iterator[None]:
+def parallel_streams(
+    settings: ForwardSettings, threads: int, to_stack: Optional[Mapping[str, Expert]]
+) -> Iterator[None]:
     """Run the forwards of a model on threads for a while, and decode experts that are alike as one.
 
     Args:
         settings: The model's.
         threads: How many streams run at a time, the hub's among them.
-        stacked_of: The composition whose experts are to be stacked; `None` for none.
+        to_stack: Experts by name that are to be stacked where they are alike; `None` for none.
 
     Raises:
         ValueError: If there are no two experts to stack.
@@ -92,8 +94,8 @@ def parallel_streams(settings: ForwardSettings, threads: int, stacked_of: Option
     with ExitStack() as entered:
         entered.callback(settings.lock.release)
         stacks: Sequence[Stack] = ()
-        if stacked_of is not None:
-            stacks = entered.enter_context(stacked(dict(stacked_of.experts)))
+        if to_stack is not None:
+            stacks = entered.enter_context(stacked(to_stack))
         pool = entered.enter_context(_stream_threads(threads)) if threads > 1 else None
         before = settings.make_executor
         settings.make_executor = _SideBySide(pool, stacks)
@@ -113,9 +115,10 @@ class _SideBySide:
         streams = state.begin_streams()
         if not _may_run_otherwise():
             return SequentialExecutor(streams)
+        running: dict[Hashable, StreamLike] = {**streams}
         for stack in self.stacks:
-            streams = stack.join(streams, state.composition.experts, state.caches)
-        return SequentialExecutor(streams) if self.pool is None else ThreadedExecutor(streams, self.pool)
+            running |= stack.join(streams, state.composition.experts, state.caches)
+        return SequentialExecutor(running) if self.pool is None else ThreadedExecutor(running, self.pool)
 
 
 def _may_run_otherwise() -> bool:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Cache
 
+from .._compat.peft import CausalLM
 from .._compat.transformers import is_mixture
 from ..config import StitchConfig
 from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
@@ -178,15 +179,16 @@ def plan(
     for option, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{option} must be a whole number of at least 1, got {value!r}.")
-    dtypes = [getattr(torch, dtype) if isinstance(dtype, str) else dtype for dtype in dtypes]
+    of_models = [getattr(torch, dtype) if isinstance(dtype, str) else dtype for dtype in dtypes]
     memory: dict[str, Memory] = {}
     try:
         with no_weights():
             tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long)
-            for dtype in dtypes:
-                model = _stitched(hub, references, config, dtype)
+            for dtype in of_models:
+                model, blueprints = _stitched(hub, references, config, dtype)
                 memory[str(dtype).removeprefix("torch.")] = _memory(model, tokens)
-            parts, size = _parts(model, tokens), _file_size(model)  # the same for every dtype of the models
+            parts = _parts(model, blueprints, tokens)  # the same for every dtype of the models, as is the file
+            size = _file_size(model)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"These models cannot be counted without their weights: what they compute depends on numbers ({error})."
@@ -194,16 +196,19 @@ def plan(
     return Estimate(*parts, memory, size, batch_size, sequence_length)
 
 
-def _stitched(hub: ModelLike, experts: Mapping[str, ModelLike], config: StitchConfig, dtype: torch.dtype) -> PeftModel:
-    hub = hub_blueprint(hub, dtype)
-    blueprints = {name: expert_blueprint(name, expert, hub, dtype) for name, expert in sorted(experts.items())}
-    model = get_peft_model(hub, dataclasses.replace(config, experts={}))
+def _stitched(
+    hub: ModelLike, experts: Mapping[str, ModelLike], config: StitchConfig, dtype: torch.dtype
+) -> tuple[PeftModel, dict[str, CausalLM]]:
+    """The stitched model, without weights, and the experts in it by name."""
+    seed = hub_blueprint(hub, dtype)
+    blueprints = {name: expert_blueprint(name, expert, seed, dtype) for name, expert in sorted(experts.items())}
+    model = get_peft_model(seed, dataclasses.replace(config, experts={}))
     for name, expert in blueprints.items():
         model.attach_expert(name, expert)
-    return model.eval()
+    return model.eval(), blueprints
 
 
-def _parts(model: PeftModel, tokens: Tensor) -> tuple[Part, dict[str, Part], Part]:
+def _parts(model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor) -> tuple[Part, dict[str, Part], Part]:
     """Hub, experts and stitches. What is left of the whole after hub and experts is the stitches'."""
     counted: set[int] = set()
 
@@ -216,14 +221,13 @@ def _parts(model: PeftModel, tokens: Tensor) -> tuple[Part, dict[str, Part], Par
         trained = sum(weight.numel() for weight in weights if weight.requires_grad)
         return Part(sum(weight.numel() for weight in weights), trained, flops / tokens.numel())
 
-    experts = model.base_model.experts[model.active_adapter]
     stitch_weights = new(weight for name, weight in model.named_parameters() if is_stitch_weight(name))
     hub_weights = new(model.get_base_model().parameters())
     with model.disable_adapter():
         hub_flops = _flops(model, tokens)
     found, others = {}, hub_flops
     for name, expert in experts.items():
-        flops = _flops(find_decoder(expert.model, name).backbone, tokens)  # nobody asks for its head
+        flops = _flops(find_decoder(expert, name).backbone, tokens)  # nobody asks for its head
         found[name], others = part(new(expert.parameters()), flops), others + flops
     return part(hub_weights, hub_flops), found, part(stitch_weights, _flops(model, tokens) - others)
 

@@ -14,6 +14,7 @@ from torch import nn
 from .._compat.bitsandbytes import num_weights
 from ..formatting import human
 from ..keys import file_key, is_stitch_weight
+from ..model import stitch_tuner
 
 
 _BEGIN, _END = "<!-- peft_bts: begin -->", "<!-- peft_bts: end -->"
@@ -54,7 +55,7 @@ def update_model_card(
     above = os.path.join(os.path.dirname(os.path.abspath(folder)), "README.md")
     card = ModelCard.load(path if os.path.isfile(path) else above)
     gone = {name for section in _SECTION.findall(card.text) for name in _EXPERT_ROW.findall(section)}
-    names = {"stitch", "branch-train-stitch", *model.peft_config[adapter].experts}
+    names = {"stitch", "branch-train-stitch", *stitch_tuner(model).peft_config[adapter].experts}
     card.data.tags = sorted(({*(card.data.tags or []), *tags} - gone) | names)
     card.data["base_model_relation"] = "adapter"
     text = _SECTION.sub("", card.text).rstrip()
@@ -79,7 +80,7 @@ def _parameters(model: PeftModel, adapter: str) -> dict[str, str]:
     numbers = {"stitches": count(p for name, p in stitches.items() if file_key(name, adapter))}
     counted.update(map(id, stitches.values()))  # other adapters' are nobody's here
     numbers["hub"] = count(model.get_base_model().parameters())
-    for name, expert in sorted(model.base_model.experts[adapter].items()):
+    for name, expert in sorted(stitch_tuner(model).experts[adapter].items()):
         numbers[name] = count(expert.model.parameters())
     return {name: human(number) for name, number in numbers.items()}
 
@@ -93,7 +94,8 @@ def _results(model: PeftModel) -> dict[str, dict[str, Any]]:
 
 
 def _section(model: PeftModel, adapter: str, repo_id: Optional[str]) -> str:
-    config, parameters, results = model.peft_config[adapter], _parameters(model, adapter), _results(model)
+    config = stitch_tuner(model).peft_config[adapter]
+    parameters, results = _parameters(model, adapter), _results(model)
     rows = [
         ("seed", _code(config.base_model_name_or_path), config.revision or "", "", parameters["hub"]),
         *(
@@ -131,7 +133,7 @@ def _section(model: PeftModel, adapter: str, repo_id: Optional[str]) -> str:
     )
 
 
-def _table(columns: list[str], rows: Iterable[tuple]) -> str:
+def _table(columns: list[str], rows: Iterable[tuple[Any, ...]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

@@ -9,14 +9,16 @@ from typing import Any, Optional, Union
 
 from huggingface_hub import HfApi
 from peft import PeftModel
-from torch import nn
+from transformers import PreTrainedModel
 
 from .._compat.bitsandbytes import saves_repacked_weights
+from .._compat.peft import CausalLM, base_model
 from ..config import StitchConfig
 from ..experts.loading import resolve_reference
 from ..experts.weight_sharing import share_weights
+from ..forward.decoder import token_embeddings
 from ..forward.expert import Expert
-from ..model import StitchModel
+from ..model import StitchModel, stitch_tuner
 from ..reference import is_repo_id
 from ..stitch import HUB
 
@@ -101,28 +103,34 @@ class _Upload:
     """
 
     what: str
-    model: nn.Module
+    model: CausalLM
     folder: Optional[str]
     base: Optional[str] = None
     rest: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_expert(cls, name: str, expert: Expert, reference: dict[str, Any], hub: nn.Module) -> _Upload:
-        what, model, folder, base, kept = f"Expert {name!r}", expert.model, None, None, []
-        if expert.source is not None:  # or it was attached as an object, which may differ from what lies there
-            folder = os.path.join(_source(reference), reference.get("subfolder") or "")
+    def of_expert(cls, name: str, expert: Expert, reference: dict[str, Any], hub: PreTrainedModel) -> _Upload:
+        model, source = expert.model, _source(reference)
+        folder: Optional[str] = None
+        base: Optional[str] = None
+        kept: list[str] = []
+        # Without a source it was attached as an object, which may differ from what lies there.
+        if expert.source is not None and source is not None:
+            folder = os.path.join(source, reference.get("subfolder") or "")
             kept = ["quantization_config"]
         if isinstance(model, PeftModel):
-            loaded = model.get_base_model()
-            if loaded.get_input_embeddings().weight is not hub.get_input_embeddings().weight:
+            loaded = base_model(model)
+            if token_embeddings(loaded).weight is not token_embeddings(hub).weight:
                 base = reference.get("model") or loaded.name_or_path
                 base = None if base == hub.name_or_path else base
             kept = [*kept, "base_revision"]
-        return cls(what, model, folder, base, {key: reference[key] for key in kept if reference.get(key)})
+        rest = {key: reference[key] for key in kept if reference.get(key)}
+        return cls(f"Expert {name!r}", model, folder, base, rest)
 
     @property
-    def _has_folder(self) -> bool:
-        return self.folder is not None and any(Path(self.folder).glob("*.safetensors"))
+    def _saved(self) -> Optional[str]:
+        """The folder, if there are weights in it that others can load."""
+        return self.folder if self.folder and any(Path(self.folder).glob("*.safetensors")) else None
 
     def check(self) -> None:
         """Raise `ValueError` if it cannot be uploaded, or not so that others can load it."""
@@ -133,8 +141,9 @@ class _Upload:
             )
         quantizer = getattr(self.model, "hf_quantizer", None)
         repacked = saves_repacked_weights(self.model)
-        if quantizer is not None and not self._has_folder and (repacked or not quantizer.is_serializable()):
-            kind = self.model.config.quantization_config.quant_method
+        if quantizer is not None and self._saved is None and (repacked or not quantizer.is_serializable()):
+            config: Any = self.model.config
+            kind = config.quantization_config.quant_method
             raise ValueError(
                 f"{self.what} is quantised ({kind}) in a way that cannot be saved here. Load it by id or path "
                 "with `quantization_config=...`; the original is then what is uploaded."
@@ -142,13 +151,15 @@ class _Upload:
 
     def push(self, repo_id: str, api: HfApi, how: dict[str, Any]) -> tuple[str, str]:
         """Upload; return the repository's full id and the commit."""
-        if not self._has_folder:
-            commit = self.model.push_to_hub(repo_id, **how)
+        saved = self._saved
+        if saved is None:
+            model: Any = self.model  # transformers types this method wrongly, as one without `self`
+            commit = model.push_to_hub(repo_id, **how)
             return commit.repo_url.repo_id, commit.oid
         repo_id = api.create_repo(repo_id, private=how["private"], exist_ok=True).repo_id
         commit = api.upload_folder(
             repo_id=repo_id,
-            folder_path=self.folder,
+            folder_path=saved,
             commit_message=how["commit_message"],
             allow_patterns=_LORA_FILES if isinstance(self.model, PeftModel) else _FILES,
             ignore_patterns=_NOT_THOSE,
@@ -167,7 +178,8 @@ def check_others_can_load(model: PeftModel) -> None:
     Raises:
         ValueError: If an adapter refers to a model that exists only on this machine, or nowhere.
     """
-    for adapter, config in list(model.peft_config.items()):
+    tuner = stitch_tuner(model)
+    for adapter, config in list(tuner.peft_config.items()):
         problems = [
             f"expert {name!r} is {_source(reference) or 'a model object'}"
             for name, reference in sorted(config.experts.items())
@@ -187,7 +199,7 @@ def check_others_can_load(model: PeftModel) -> None:
             for name, reference in config.experts.items()
         }
         if pinned != config.experts:
-            model.base_model._note_experts(adapter, pinned)
+            tuner._note_experts(adapter, pinned)
 
 
 def _is_local(reference: dict[str, Any]) -> bool:

@@ -1,0 +1,620 @@
+"""The study's text: nothing that is tested on is trained on, and what is measured on it is what it says."""
+
+import itertools
+import math
+import random
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import polib
+import pytest
+import torch
+from study_archives import write_archives
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from study import answers, bootstrap, catalogues, losses, oracles, pages, problems, programs, sources, splits, tasks
+from study import tokens as study_tokens
+from study.building import build, draw_problems
+from study.corpora import DOMAINS, MIXED, Corpora, Sizes, load_corpora
+from study.documents import GIVEN, Document, Item, passages
+from study.models import EXPERTS, mix_of
+
+
+SIZES = Sizes(
+    documents={"validation": 6, "test": 12}, items={"examples": 20, "validation": 4, "test": 8}, problems=60, cross=20
+)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return write_archives(tmp_path_factory.mktemp("sources"), sources.SOURCES)
+
+
+@pytest.fixture(scope="module")
+def corpora(paths):
+    return build(paths, SIZES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpora):
+    return study_tokens.train_tokenizer(corpora.documents["train"], vocabulary=400)
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer):
+    made = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                             num_attention_heads=2, initializer_range=0.3, pad_token_id=0)  # fmt: skip
+        made.append(LlamaForCausalLM(config).eval().requires_grad_(False))
+    return made
+
+
+def predictor(model):
+    return lambda tokens, prompt: model(input_ids=tokens, use_cache=False).logits
+
+
+# --- The corpora as a whole -----------------------------------------------------------------------------------------
+
+
+def check_nothing_known(corpora: Corpora):
+    """No question with its answer, no message, no translation and no document for tests is in any training text."""
+    training = "\n".join(
+        [one.text for part in corpora.documents["train"].values() for one in part]
+        + [item.text for part in corpora.items["train"].values() for item in part]
+    )
+    held_out = {one.text for kind in MIXED for one in corpora.mixed[kind]}
+    for split in ("validation", "test"):
+        held_out |= {item.text for part in corpora.items[split].values() for item in part}
+        held_out |= {one.text for part in corpora.documents[split].values() for one in part}
+        for language in catalogues.LANGUAGES:
+            for (_, asked), (_, said) in (one.parts for one in corpora.documents[split][language]):
+                held_out |= {asked.partition("\n")[0].removeprefix("English: "), said.strip()}
+    assert not splits.found_in(held_out, training)
+
+
+def check_no_verbatim_stretches(corpora: Corpora):
+    stretches = splits.Stretches()
+    for domain in ("prose", "python", "javascript"):
+        for one in corpora.documents["train"][domain]:
+            stretches.add(one.text)
+    for domain in ("prose", "python", "javascript"):
+        for split in ("validation", "test"):
+            assert not any(stretches.shares(one.text) for one in corpora.documents[split][domain])
+    for kind in ("pages", "docstrings"):
+        assert not any(stretches.shares(one.text) for one in corpora.mixed[kind])
+
+
+def test_nothing_tested_on_is_trained_on(corpora):
+    check_nothing_known(corpora)
+    check_no_verbatim_stretches(corpora)
+
+
+def test_the_check_would_notice(corpora):
+    """An item, and a document, smuggled into training text."""
+    for smuggled in (corpora.items["test"]["sums"][0].text, corpora.documents["test"]["prose"][0].text):
+        train = {**corpora.documents["train"], "prose": [Document((("prose", f"See {smuggled}, there."),))]}
+        leaky = Corpora({**corpora.documents, "train": train}, corpora.items, corpora.mixed, {})
+        with pytest.raises(AssertionError):
+            check_nothing_known(leaky)
+
+
+def test_every_domain_task_and_mixture_is_there(corpora):
+    for split in ("train", "validation", "test"):
+        assert [*corpora.documents[split]] == DOMAINS
+        assert all(corpora.documents[split].values())
+    for split, count in SIZES.items.items():
+        assert corpora.items[split].keys() == {*tasks.TASKS, tasks.CROSS}
+        assert all(len(part) == count for part in corpora.items[split].values())
+    assert len(corpora.items["train"][tasks.CROSS]) == SIZES.cross
+    assert all(corpora.mixed[kind] for kind in MIXED)
+    assert all(len({kind for kind, _ in one.parts}) > 1 for part in corpora.mixed.values() for one in part)
+
+
+def test_a_file_or_message_is_in_one_split_only(corpora):
+    for domain in ("prose", "python", "javascript"):
+        files = [{one.source for one in corpora.documents[split][domain]} for split in ("train", "validation", "test")]
+        assert not any(one & other for one, other in itertools.combinations(files, 2))
+
+
+def test_both_translations_of_a_message_are_in_one_split(corpora):
+    def english(split):
+        return {one.parts[0][1].partition("\n")[0] for language in catalogues.LANGUAGES
+                for one in corpora.documents[split][language] if one.source != "generated"}  # fmt: skip
+
+    assert not english("train") & english("test")
+    assert not english("validation") & english("test")
+
+
+def test_a_copied_file_is_left_out_and_counted(corpora):
+    counts = corpora.counts["python"]["train"]
+    assert counts["found"] > counts["kept"]
+
+
+def test_building_again_gives_the_same(paths, corpora):
+    assert build(paths, SIZES) == corpora
+
+
+def test_corpora_are_kept_and_read_back(tmp_path, corpora, paths, monkeypatch):
+    monkeypatch.setattr("study.corpora.download", lambda folder: paths)
+    first = load_corpora(tmp_path, SIZES)
+    monkeypatch.setattr("study.corpora.download", lambda folder: pytest.fail("built twice"))
+    second = load_corpora(tmp_path, SIZES)
+    assert first == second
+    assert (second.documents, second.items, second.mixed) == (corpora.documents, corpora.items, corpora.mixed)
+
+
+# --- Sources --------------------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_is_there_is_not_downloaded_again(tmp_path, monkeypatch):
+    source = next(iter(sources.SOURCES.values()))
+    path = tmp_path / source.file
+    path.write_bytes(b"content")
+    monkeypatch.setattr(sources, "SOURCES", {source.name: source})
+    monkeypatch.setattr(sources, "digest", lambda path: source.sha256)
+    monkeypatch.setattr(sources, "download_one", lambda *_: pytest.fail("downloaded"))
+    assert sources.download(tmp_path) == {source.name: path}
+
+
+def test_a_broken_file_is_downloaded_again(tmp_path, monkeypatch):
+    source = next(iter(sources.SOURCES.values()))
+    (tmp_path / source.file).write_bytes(b"half of it")
+    monkeypatch.setattr(sources, "SOURCES", {source.name: source})
+    asked = []
+    monkeypatch.setattr(sources, "download_one", lambda source, path: asked.append(path))
+    sources.download(tmp_path)
+    assert asked == [tmp_path / source.file]
+
+
+def test_what_pip_says_is_passed_on(tmp_path, monkeypatch):
+    source = next(iter(sources.SOURCES.values()))
+    done = sources.subprocess.CompletedProcess([], 1, "", "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES")
+    monkeypatch.setattr(sources.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(SystemExit, match=r"(?s)pip did not bring django.*DO NOT MATCH THE HASHES.*start again"):
+        sources.download_one(source, tmp_path / source.file)
+
+
+@pytest.mark.slow
+def test_the_real_corpora(tmp_path):
+    """Downloads 149 MB; takes minutes. All sizes are as README.md says, and nothing of the tests is in training."""
+    corpora = load_corpora(tmp_path)
+    sizes = Sizes()
+    for split in ("validation", "test"):
+        assert all(len(part) == sizes.items[split] for part in corpora.items[split].values())
+        assert all(len(part) == sizes.documents[split] for part in corpora.documents[split].values())
+    assert all(len(part) >= 100 for part in corpora.mixed.values())
+    check_nothing_known(corpora)
+    check_no_verbatim_stretches(corpora)
+
+
+# --- Pages and programs ---------------------------------------------------------------------------------------------
+
+PAGE = """\
+Models
+======
+
+A model is the single source of information about data, and more besides.
+It holds fields, for example::
+
+    class Person(Model):
+
+        name = CharField()
+
+Fields are attributes of a class, and are described in a place of their own.
+
+.. code-block:: console
+
+    $ migrate
+
+That is all there is to say of them for now, until the next release is out.
+"""
+
+
+def test_stretches_of_a_page_are_the_page():
+    found = pages.stretches(PAGE)
+    assert "".join(text for _, text in found) == PAGE
+    assert [kind for kind, _ in found] == ["prose", "code", "prose", "code", "prose"]
+    assert found[1][1].split() == ["class", "Person(Model):", "name", "=", "CharField()"]
+
+
+def test_prose_has_no_code_and_no_markup():
+    (document,) = pages.prose(PAGE, "a")
+    assert "CharField" not in document.text
+    assert "code-block" not in document.text
+    assert "=====" not in document.text
+    assert "for example:\n" in document.text
+
+
+def test_mixed_pages_keep_the_order():
+    (document,) = pages.mixed(PAGE, "a")
+    assert document.text in PAGE
+    assert [kind for kind, _ in document.parts] == ["prose", "code", "prose", "code", "prose"]
+
+
+def test_passages_are_of_the_right_length_and_keep_lines():
+    text = "\n\n".join("\n".join(["x" * 50] * 5) for _ in range(20))
+    found = passages(text, longest=600, shortest=200)
+    assert all(200 <= len(piece) <= 600 for piece in found)
+    assert {line for piece in found for line in piece.split("\n")} == {"x" * 50, ""}
+    assert sum(piece.count("x" * 50) for piece in found) == 100
+
+
+def test_minified_programs_are_left_out():
+    assert not programs.program("\n".join(["x" * 500] * 10), "javascript", "a")
+    assert programs.program("\n".join(["let x = 1;"] * 30), "javascript", "a")
+
+
+def test_docstrings_with_sums():
+    source = 'def f():\n    """' + "Adds two numbers, as in the examples below. " * 3
+    source += '\n\n    >>> 12 + 30\n    42\n    >>> f()\n    "a"\n    """\n'
+    (document,) = programs.docstrings_with_sums(source, "a")
+    assert [kind for kind, _ in document.parts] == ["prose", "python", "maths", "python", "prose"]
+    assert document.parts[2][1] == "42\n"
+
+
+# --- Catalogues -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_catalogues_read_finished_translations_only(tmp_path, compiled):
+    made = polib.POFile()
+    made.metadata = {"Content-Type": "text/plain; charset=UTF-8"}
+    made.append(polib.POEntry(msgid="_Open the file", msgstr="Ouvrir le\u202ffichier"))
+    made.append(polib.POEntry(msgid="Open a page", msgstr="Open a page"))
+    made.append(polib.POEntry(msgid="<b>Bold</b> text", msgstr="Texte <b>gras</b>"))
+    made.append(polib.POEntry(msgid="Close the file", msgstr="Fermer la page", flags=["fuzzy"]))
+    made.append(polib.POEntry(msgid="Save the file", msgctxt="menu", msgstr="Enregistrer"))
+    made.append(polib.POEntry(msgid="Print the file", msgstr=""))
+    if compiled:
+        made.remove(made[3])  # compilers leave fuzzy entries out, polib does not
+        path = tmp_path / "a.mo"
+        made.save_as_mofile(str(path))
+        files = {"a/fr/LC_MESSAGES/a.mo": path.read_bytes()}
+    else:
+        files = {"a/fr/LC_MESSAGES/a.po": str(made).encode()}
+    found = catalogues.read_messages(files.items(), "french", "a")
+    assert found == [catalogues.Message("Open the file", "french", "Ouvrir le fichier", "a")]
+
+
+def test_messages_in_three_languages():
+    messages = [catalogues.Message(f"Message {i}", language, f"{language} {i}", "a")
+                for language in catalogues.LANGUAGES for i in range(5)]  # fmt: skip
+    (document,) = catalogues.three_languages(messages, per_document=4)
+    assert document.text.startswith("English: Message 0\nFrench: french 0\nGerman: german 0\nEnglish: Message 1\n")
+    assert [kind for kind, _ in document.parts] == ["english", "french", "german"] * 4
+
+
+# --- Problems -------------------------------------------------------------------------------------------------------
+
+
+def facts(text):
+    """Every equation in a text."""
+    found = re.findall(r"(\d+)([-+*])(\d+)=(\d+)", text)
+    assert all(len(answer) == problems.WIDTH for *_, answer in found)
+    return [((int(a), sign, int(b)), int(answer[::-1])) for a, sign, b, answer in found]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("language", ["english", "french"])
+def test_word_problems_are_right_and_of_their_split(split, language):
+    rng = random.Random(0)
+    for _ in range(100):
+        item = problems.draw_story(rng, split, language)
+        found = facts(item.answer)
+        assert len(found) == (2 if "two steps" in item.level else 1)
+        for step, answer in found:
+            assert problems.result(step) == answer >= 0
+            assert problems.split_of(step) == split
+        assert any(map(str.isdigit, item.prompt)) == (language == "english")
+        numbers = {str(number) for step, _ in found[:1] for number in (step[0], step[2])}
+        assert language == "french" or all(number in item.prompt for number in numbers)
+
+
+def test_sums_are_of_their_level():
+    rng = random.Random(0)
+    for level, kinds in problems.LEVELS.items():
+        signs = {sign for sign, _, _ in kinds}
+        assert {problems.draw_step(rng, level, "train")[1] for _ in range(50)} == signs
+    assert sum(problems.SHARES.values()) == pytest.approx(1)
+
+
+def test_training_sums_keep_the_levels_shares():
+    """However few sums an easy level has."""
+    documents = draw_problems("train", Sizes(problems=20_000))
+    sums = [one.parts[0][1] for one in documents if one.parts[0][1].endswith("=")]
+    assert len(sums) == 16_000
+    easy = [asked for asked in sums if re.fullmatch(r"\d+[+-]\d=", asked)]
+    assert len(easy) / len(sums) == pytest.approx(problems.SHARES["1"], abs=0.02)
+
+
+def test_order_does_not_matter_to_a_sum():
+    assert all(problems.split_of((a, "+", b)) == problems.split_of((b, "+", a)) for a in range(50) for b in range(50))
+    shares = [problems.split_of((a, "+", b)) for a in range(100) for b in range(a, 100)]
+    assert shares.count("test") / len(shares) == pytest.approx(0.1, abs=0.01)
+
+
+# --- Splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_near_duplicates_and_stretches_are_dropped():
+    rng = random.Random(0)
+    text = [f"word{rng.randrange(1000)}" for _ in range(100)]
+    other = [f"thing{rng.randrange(1000)}" for _ in range(100)]
+    near = text.copy()
+    near[25::25] = ["new"] * len(near[25::25])  # no long stretch is left
+    copied = other.copy()
+    copied[10 : 10 + splits.STRETCH] = text[: splits.STRETCH]  # little of the whole
+    texts = {"train": [" ".join(text)] * 2, "validation": [" ".join(near)], "test": map(" ".join, (other, copied))}
+    kept = splits.keep_new({split: list(part) for split, part in texts.items()}, "test")
+    assert kept == {"train": [0], "validation": [], "test": [0]}
+
+
+def test_near_duplicate_messages():
+    near = splits.NearDuplicates(letters=True)
+    near.add("Delete the selected page")
+    assert near.has_like("Delete the selected pages")
+    assert not near.has_like("Create an account")
+
+
+def test_found_in_agrees_with_in():
+    rng = random.Random(0)
+    text = "".join(rng.choices("ab", k=400))
+    strings = {"".join(rng.choices("ab", k=rng.randint(3, 12))) for _ in range(200)}
+    assert splits.found_in(strings, text) == {string for string in strings if string in text}
+
+
+# --- Tasks ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_in_the_prompt_and_its_tokens_are_those_of_the_whole(corpora, tokenizer):
+    for split, domain in itertools.product(("validation", "test"), ("prose", "python", "javascript")):
+        for item in corpora.items[split][domain]:
+            assert item.answer.strip() in item.prompt
+            asked, said, whole = tokenizer([item.prompt, item.answer, item.text], add_special_tokens=False)[
+                "input_ids"
+            ]
+            assert asked + said == whole
+            assert not item.ends
+
+
+def test_items_continue_their_document():
+    text = "def total(first, second):\n    subtotal = first * 2 + second\n    return subtotal + 1\n"
+    document = Document((("python", text * 2),))
+    items = tasks.names(document, random.Random(0), most=50)
+    assert items
+    assert all(item.text in document.text for item in items)
+
+
+def test_examples_differ_between_items_and_not_between_methods(tokenizer, corpora):
+    items, shown = corpora.items["test"]["sums"], corpora.items["examples"]["sums"]
+    one, two = (study_tokens.item_sequences(tokenizer, items, shown) for _ in range(2))
+    assert np.array_equal(one.tokens, two.tokens)
+    texts = [tokenizer.decode(ids) for ids in one.of(one.tokens)]
+    assert all(text.count(study_tokens.END) == tasks.EXAMPLES + 2 for text in texts)
+    assert all(text.endswith(f"{item.text}{study_tokens.END}") for text, item in zip(texts, items))
+
+
+def test_examples_that_fit_are_found_or_missed(tokenizer):
+    items, long = [Item("1+1=", "2")], Item("1" * 60, "1")
+    shown = [long] * 100 + [Item(f"{i}=", "3") for i in range(4)]
+    tokens = study_tokens.item_sequences(tokenizer, items, shown, length=40).tokens
+    assert tokenizer.decode(tokens).count("3") >= 4
+    with pytest.raises(ValueError, match=r"with 4 examples, this item takes more than 40 tokens: .*1\+1="):
+        study_tokens.item_sequences(tokenizer, items, [long] * 10, length=40)
+
+
+# --- Tokens ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["def f(x):\n\treturn 12", "Où est l'Œuvre ? 日本", "a  b", "\u202f\x00"])
+def test_any_text_has_tokens_and_its_bytes_are_counted(tokenizer, text):
+    sequences = study_tokens.document_sequences(tokenizer, [Document((("prose", text),))])
+    assert tokenizer.decode(sequences.tokens[1:]) == text
+    assert sequences.sums(sequences.bytes).sum() == len(text.encode())
+
+
+def test_what_is_given_is_not_scored(tokenizer):
+    document = Document(((GIVEN, "12+30="), ("maths", "42")))
+    sequences = study_tokens.document_sequences(tokenizer, [document])
+    assert tokenizer.decode(sequences.tokens[sequences.scored]) == "42"
+    assert sequences.prompt.tolist() == [1 + len("12+30=")]
+    blocks = study_tokens.make_blocks(tokenizer, [document] * 64, "test", seed=0, length=9)
+    scored = (blocks[:, 1] != -100).sum(1)
+    assert sorted(set(scored.tolist())) == [3, 9]
+    assert (scored == 9).float().mean().item() == pytest.approx(1 / 8, abs=0.01)
+
+
+def test_documents_are_cut_to_the_length(tokenizer):
+    document = Document((("prose", "a1" * 100), ("python", "b2" * 100)))
+    sequences = study_tokens.document_sequences(tokenizer, [document] * 2, length=250)
+    assert np.diff(sequences.starts).tolist() == [250, 250]
+    assert sequences.sums(sequences.bytes, "python").tolist() == [49, 49]
+
+
+def test_blocks_hold_all_documents_in_an_order_that_depends_on_the_seed(tokenizer, corpora):
+    documents = corpora.documents["train"]["python"]
+    one, same, other = (study_tokens.make_blocks(tokenizer, documents, "test", seed=s, length=64) for s in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert abs(one.numel() - other.numel()) <= 2 * 64
+    assert documents[0].text[:40] in tokenizer.decode(one[:, 0].flatten())
+
+
+def test_mixes_are_shares():
+    for name in ["seed", *EXPERTS]:
+        assert sum(mix_of(name).values()) == pytest.approx(1)
+        assert name == "seed" or max(mix_of(name), key=mix_of(name).get) == name
+
+
+# --- Losses and oracles ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer, corpora):
+    mixed = [one for part in corpora.mixed.values() for one in part[:3]]
+    return study_tokens.document_sequences(tokenizer, [*mixed, *corpora.documents["test"]["maths"][:4]])
+
+
+@pytest.fixture(scope="module")
+def nats(models, sequences):
+    return np.stack([losses.score(predictor(model), sequences, "test", batch=3).nats for model in models])
+
+
+def test_losses_are_the_models_own(models, sequences):
+    found = losses.score(predictor(models[0]), sequences, "test", batch=3)
+    for nats, hits, ids in zip(sequences.of(found.nats), sequences.of(found.hits), sequences.of(sequences.tokens)):
+        tokens = torch.from_numpy(ids).unsqueeze(0)
+        logits = models[0](input_ids=tokens).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+        assert nats[0] == 0
+        np.testing.assert_allclose(nats[1:], expected, rtol=1e-4, atol=1e-5)
+        assert hits[1:].tolist() == (logits.argmax(-1) == tokens[0, 1:]).tolist()
+
+
+def test_bits_per_byte_is_what_its_name_says(tokenizer):
+    """A model that finds every token equally likely."""
+    document = Document((("english", "Hello there"), ("french", "Où ça ?")))
+    sequences = study_tokens.document_sequences(tokenizer, [document, document])
+    nats = np.full(len(sequences.tokens), math.log(len(tokenizer)), np.float32)
+    nats[sequences.starts[:-1]] = 0
+    count = len(tokenizer.encode("Hello there", add_special_tokens=False))
+    more = len(tokenizer.encode("Où ça ?", add_special_tokens=False))
+    bits = math.log2(len(tokenizer))
+    assert losses.bits_per_byte(nats, sequences) == pytest.approx((count + more) * bits / (11 + 9), rel=1e-5)
+    assert losses.bits_per_byte(nats, sequences, "french") == pytest.approx(more * bits / 9, rel=1e-5)
+
+
+def test_losses_are_kept_and_guarded(tmp_path, models, sequences, tokenizer):
+    path = tmp_path / "model" / "text.npz"
+    first = losses.stored(path, sequences, lambda: losses.score(predictor(models[0]), sequences, "test"))
+    again = losses.stored(path, sequences, lambda: pytest.fail("computed twice"))
+    assert np.array_equal(first.nats, again.nats)
+    assert np.array_equal(first.hits, again.hits)
+    other = study_tokens.document_sequences(tokenizer, [Document((("prose", "something else"),))])
+    with pytest.raises(ValueError, match=r"text.npz holds losses of .* other tokens .* Delete the folder"):
+        losses.stored(path, other, lambda: pytest.fail("computed"))
+
+
+def test_btm_from_kept_losses_is_bayes_rule(nats, sequences):
+    mixed = sequences.of(oracles.btm(nats, sequences))
+    for row, each in enumerate(sequences.of(nats)):
+        p = np.exp(-each.astype(np.float64))
+        for place in range(1, p.shape[1]):
+            weights = p[:, :place].prod(1)
+            if weights.sum() < 1e-200:  # too unlikely for plain numbers
+                break
+            expected = (weights / weights.sum()) @ p[:, place]
+            assert mixed[row][place] == pytest.approx(-math.log(expected), rel=1e-4, abs=1e-6)
+
+
+def test_oracles_are_ordered_and_brute_force_agrees(nats, sequences):
+    token, document = oracles.best_per_token(nats), oracles.best_per_document(nats, sequences)
+    bits = [losses.bits_per_byte(values, sequences) for values in (token, document, *nats)]
+    assert bits[0] < bits[1] <= min(bits[2:])
+    for found, each, scored in zip(sequences.of(document), sequences.of(nats), sequences.of(sequences.scored)):
+        assert found[scored].sum() == pytest.approx(min(model[scored].sum() for model in each), rel=1e-6)
+
+
+def test_the_likeliest_model_looks_at_the_prompt_only(nats, sequences):
+    before = oracles.likeliest_by_prompt(nats, sequences)
+    behind = np.concatenate([np.arange(n) >= p for n, p in zip(np.diff(sequences.starts), sequences.prompt)])
+    changed = nats + np.where(behind, np.array([[0], [9], [99]]), 0)
+    assert np.array_equal(oracles.likeliest_by_prompt(changed, sequences), before)
+    best = int(before[0])
+    worse = nats.copy()
+    worse[best, 1 : sequences.prompt[0]] += 99
+    assert oracles.likeliest_by_prompt(worse, sequences)[0] != best
+
+
+# --- Answers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer, corpora):
+    return answers.prompts_of(study_tokens.item_sequences(tokenizer, corpora.items["test"]["stories"][:5]))
+
+
+def test_greedy_answers_are_those_of_generate(models, prompts, tokenizer):
+    end = tokenizer.eos_token_id
+    found = answers.greedy(lambda: answers.Stream(models[0]), prompts, end, "test", longest=8)
+    for answer, prompt in zip(found, prompts):
+        made = models[0].generate(prompt.unsqueeze(0), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=8,
+                                  do_sample=False, eos_token_id=end, pad_token_id=end)[0, len(prompt):]  # fmt: skip
+        assert answer == [token for token in made.tolist() if token != end]
+
+
+def test_btm_answers_are_those_of_the_rule_without_caches(models, prompts, tokenizer):
+    end = tokenizer.eos_token_id
+    found = answers.greedy(lambda: answers.BTMStream(models), prompts, end, "test", longest=6)
+    for answer, prompt in zip(found, prompts):
+        tokens = prompt
+        for token in [*answer, *([] if len(answer) == 6 else [end])]:
+            log_p = torch.stack([m(input_ids=tokens.unsqueeze(0)).logits[0].log_softmax(-1) for m in models])
+            evidence = log_p[:, :-1].gather(-1, tokens[1:].expand(3, -1).unsqueeze(-1)).sum((1, 2))
+            mixed = (evidence.log_softmax(0).unsqueeze(-1) + log_p[:, -1]).logsumexp(0)
+            assert mixed[token] == pytest.approx(mixed.max().item(), abs=1e-4)
+            tokens = torch.cat([tokens, torch.tensor([token])])
+
+
+def test_exact_from_kept_losses_is_what_greedy_decoding_answers(models, tokenizer):
+    """Items whose answers are the model's own, and some that are not."""
+    prompts = [Item(f"{i}+{i}=", "") for i in range(1, 7)]
+    asked = answers.prompts_of(study_tokens.item_sequences(tokenizer, prompts))
+    said = answers.greedy(lambda: answers.Stream(models[1]), asked, -1, "test", longest=3)
+    items = [Item(item.prompt, tokenizer.decode(ids) if i % 2 else "wrong", ends=False)
+             for i, (item, ids) in enumerate(zip(prompts, said))]  # fmt: skip
+    sequences = study_tokens.item_sequences(tokenizer, items)
+    found = losses.exact(losses.score(predictor(models[1]), sequences, "test").hits, sequences)
+    same = [tokenizer.encode(item.answer, add_special_tokens=False) == ids for item, ids in zip(items, said)]
+    assert any(same)
+    assert found.tolist() == same
+
+
+def test_chrf():
+    scores = answers.chrf(["Ouvrir le fichier", "Ouvrir", ""], ["Ouvrir le fichier"] * 3)
+    assert scores[0] == 100
+    assert 0 < scores[1] < 100
+    assert scores[2] == 0
+
+
+# --- Intervals ------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng, held = np.random.default_rng(0), 0
+    for trial in range(200):
+        amounts = {"a": 2 + rng.normal(size=(20, 1)) + rng.normal(size=(1, 40)) + rng.normal(size=(20, 40))}
+        found = bootstrap.interval(amounts, {"a": np.ones(40)}, draws=300, seed=trial)
+        held += found.low <= 2 <= found.high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_paired_differences_cancel_what_is_shared():
+    rng = np.random.default_rng(0)
+    hard = {"a": 100 * rng.random((3, 50)), "b": 10 * rng.random((3, 80))}
+    better = {domain: values - 0.5 for domain, values in hard.items()}
+    sizes = {"a": np.full(50, 2.0), "b": np.ones(80)}
+    found = bootstrap.paired(better, hard, sizes)
+    assert (found.value, found.low, found.high) == pytest.approx((-0.375, -0.375, -0.375))
+    alone = bootstrap.interval(hard, sizes)
+    assert alone.low < alone.value < alone.high
+    assert alone.value == pytest.approx((hard["a"].mean() / 2 + hard["b"].mean()) / 2)
+
+
+def test_intervals_refuse_what_does_not_match():
+    ones = np.ones((2, 3))
+    with pytest.raises(ValueError, match="must be the same"):
+        bootstrap.interval({"a": ones}, {"b": np.ones(3)})
+    with pytest.raises(ValueError, match="the same sets"):
+        bootstrap.interval({"a": ones, "b": np.ones((3, 3))}, {"a": np.ones(3), "b": np.ones(3)})
+    with pytest.raises(ValueError, match="a has amounts of 3 documents"):
+        bootstrap.interval({"a": ones}, {"a": np.ones(4)})
+    with pytest.raises(ValueError, match="different domains"):
+        bootstrap.paired({"a": ones}, {"b": ones}, {"a": np.ones(3)})
