@@ -188,7 +188,8 @@ def test_the_real_corpora(tmp_path):
     sizes = Sizes()
     for split in ("validation", "test"):
         assert all(len(part) == sizes.items[split] for part in corpora.items[split].values())
-        assert all(len(part) == sizes.documents[split] for part in corpora.documents[split].values())
+        for domain, part in corpora.documents[split].items():
+            assert len(part) == sizes.held_out(split, domain)
     assert all(len(part) >= 100 for part in corpora.mixed.values())
     check_nothing_known(corpora)
     check_no_verbatim_stretches(corpora)
@@ -286,7 +287,7 @@ def test_catalogues_read_finished_translations_only(tmp_path, compiled):
 def test_messages_in_three_languages():
     messages = [catalogues.Message(f"Message {i}", language, f"{language} {i}", "a")
                 for language in catalogues.LANGUAGES for i in range(5)]  # fmt: skip
-    (document,) = catalogues.three_languages(messages, per_document=4)
+    (document,) = catalogues.three_languages(messages, most=4)
     assert document.text.startswith("English: Message 0\nFrench: french 0\nGerman: german 0\nEnglish: Message 1\n")
     assert [kind for kind, _ in document.parts] == ["english", "french", "german"] * 4
 
