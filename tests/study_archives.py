@@ -1,4 +1,4 @@
-"""Tiny archives in the place of the study's sources, and fixtures of what the study makes of them."""
+"""Tiny archives in the place of the study's sources: pages, programs and catalogues made from nothing."""
 
 import io
 import itertools
@@ -9,16 +9,17 @@ import zipfile
 from pathlib import Path
 
 import polib
-import pytest
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from study import sources
-from study.building import build
 from study.corpora import Sizes
-from study.tokens import train_tokenizer
 
+
+# What is made of them.
+SIZES = Sizes(
+    documents={"validation": 6, "test": 12}, items={"examples": 20, "validation": 4, "test": 8}, problems=60, cross=20
+)
 
 WORDS = [first + last for first, last in itertools.product(
     ("ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu"), ("rin", "tas", "vel", "mok", "sid")
@@ -112,23 +113,3 @@ def write_archives(folder, sources):
         paths[source.name] = folder / source.file
         archive(paths[source.name], files)
     return paths
-
-
-SIZES = Sizes(
-    documents={"validation": 6, "test": 12}, items={"examples": 20, "validation": 4, "test": 8}, problems=60, cross=20
-)
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return write_archives(tmp_path_factory.mktemp("sources"), sources.SOURCES)
-
-
-@pytest.fixture(scope="module")
-def corpora(paths):
-    return build(paths, SIZES)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpora):
-    return train_tokenizer(corpora.documents["train"], vocabulary=400)

@@ -1,4 +1,4 @@
-"""The study's text: nothing that is tested on is trained on, and what is measured on it is what it says."""
+"""The study's text: nothing that is tested on is trained on, and all of it is what it is said to be."""
 
 import itertools
 import random
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import polib
 import pytest
-from study_archives import SIZES, corpora, paths, tokenizer  # noqa: F401 (fixtures)
+from study_archives import SIZES, write_archives
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -17,6 +17,23 @@ from study import catalogues, pages, problems, programs, sources, splits, tasks
 from study.building import build, draw_problems
 from study.corpora import DOMAINS, MIXED, Corpora, Sizes, load_corpora
 from study.documents import Document, passages
+from study.sources import SOURCES
+from study.tokens import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return write_archives(tmp_path_factory.mktemp("sources"), SOURCES)
+
+
+@pytest.fixture(scope="module")
+def corpora(paths):
+    return build(paths, SIZES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpora):
+    return train_tokenizer(corpora.documents["train"], vocabulary=400)
 
 
 # --- The corpora as a whole -----------------------------------------------------------------------------------------

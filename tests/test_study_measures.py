@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from study_archives import corpora, paths, tokenizer  # noqa: F401 (fixtures)
+from study_archives import SIZES, write_archives
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -16,8 +16,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from study import answers, bootstrap, losses, oracles, tasks
 from study import models as study_models
 from study import tokens as study_tokens
+from study.building import build
 from study.documents import GIVEN, Document, Item
 from study.models import EXPERTS, mix_of
+from study.sources import SOURCES
+from study.tokens import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    return build(write_archives(tmp_path_factory.mktemp("sources"), SOURCES), SIZES)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpora):
+    return train_tokenizer(corpora.documents["train"], vocabulary=400)
 
 
 @pytest.fixture(scope="module")
