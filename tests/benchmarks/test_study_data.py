@@ -3,23 +3,17 @@
 import itertools
 import random
 import re
-import sys
-from pathlib import Path
 
 import polib
 import pytest
 
-from tests.study_archives import SIZES, write_archives
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-from study import catalogues, pages, problems, programs, sources, splits, tasks
-from study.building import build, draw_problems
-from study.corpora import DOMAINS, MIXED, Corpora, Sizes, load_corpora
-from study.documents import Document, passages
-from study.sources import SOURCES
-from study.tokens import train_tokenizer
+from benchmarks.study import catalogues, pages, problems, programs, sources, splits, tasks
+from benchmarks.study.building import build, draw_problems
+from benchmarks.study.corpora import DOMAINS, MIXED, Corpora, Sizes, load_corpora
+from benchmarks.study.documents import Document, passages
+from benchmarks.study.sources import SOURCES
+from benchmarks.study.tokens import train_tokenizer
+from tests.helpers.study_archives import SIZES, write_archives
 
 
 @pytest.fixture(scope="module")
