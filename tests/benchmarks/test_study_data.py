@@ -113,9 +113,9 @@ def test_building_again_gives_the_same(paths, corpora):
 
 
 def test_corpora_are_kept_and_read_back(tmp_path, corpora, paths, monkeypatch):
-    monkeypatch.setattr("study.corpora.download", lambda folder: paths)
+    monkeypatch.setattr("benchmarks.study.corpora.download", lambda folder: paths)
     first = load_corpora(tmp_path, SIZES)
-    monkeypatch.setattr("study.corpora.download", lambda folder: pytest.fail("built twice"))
+    monkeypatch.setattr("benchmarks.study.corpora.download", lambda folder: pytest.fail("built twice"))
     second = load_corpora(tmp_path, SIZES)
     assert first == second
     assert (second.documents, second.items, second.mixed) == (corpora.documents, corpora.items, corpora.mixed)
