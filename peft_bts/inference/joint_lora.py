@@ -74,7 +74,7 @@ class JointLinear(nn.Module):
                 if adapter in lora.lora_A:
                     down: Any = lora.lora_A[adapter]  # a linear layer; PEFT's type is any module
                     up, scaling = lora.lora_B[adapter], lora.scaling[adapter]
-                    y[rows] += (up(down(x[rows].to(down.weight.dtype))) * scaling).to(y.dtype)
+                    y[rows] = (y[rows] + up(down(x[rows].to(down.weight.dtype))) * scaling).to(y.dtype)
         return y
 
 
