@@ -141,7 +141,7 @@ class StitchModel(BaseTuner):
 
     def _check_adapter_name(self, name: str) -> None:
         # PEFT drops every key with `.<name of another adapter>.` in it when it saves an adapter.
-        parts = {"base_model", "stitch_layer", "gate", "proj", "up", "down"}
+        parts = {"base_model", "stitch_layer", "stitch_output", "gate", "proj", "up", "down"}
         for path, _ in self.model.named_parameters():
             parts.update(path.split("."))
         if (name in parts and name not in self._expert_sets) or name.isdigit() or name.startswith(PerModel.PREFIX):

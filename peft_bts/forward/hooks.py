@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Optional
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
@@ -88,11 +87,20 @@ class ForwardRunner:
             hub: Runs the hub's backbone.
 
         Raises:
-            ValueError: For inputs that the experts cannot take; nothing has been computed then.
+            ValueError: For inputs that the experts cannot take, and for a mixture if nobody awaits what the models do
+                (`await_body`); nothing has been computed then.
         """
         outer = self._current.get()
         state = None
+        bodies = self._awaited.get() if composition is not None and composition.mixture else None
         if composition is not None:
+            if composition.mixture and bodies is None:
+                raise ValueError(
+                    "The hub's backbone was called without its head, as losses and servers do that compute the head's "
+                    "product themselves; they would get the hub's own distribution, not the mixture "
+                    "(output='mixture'). Call the whole model: it returns the mixture's logits, its loss, and hidden "
+                    "states if asked for."
+                )
             observers = self.settings.observers
             observation = Observation(composition, call, cache, observers) if observers else None
             state = self._make_state(composition, call, cache, self.settings.make_executor, observation)
@@ -103,25 +111,13 @@ class ForwardRunner:
                 return hub()
             state.start()
             out = hub()
-            if composition.mixture:
-                self._hand_over(state, out)
+            if bodies is not None:
+                bodies.append(Body(state, out[0], state.final_states()))
             return out
         finally:
             self._current.set(outer)
             if state is not None:
                 state.close()
-
-    def _hand_over(self, state: ForwardState, out: Any) -> None:
-        awaited = self._awaited.get()
-        if awaited is None:
-            if torch.is_grad_enabled():
-                raise ValueError(
-                    "The hub's backbone was called without its head, as losses do that compute the head's product "
-                    "themselves; they would train the hub's own distribution, not the mixture (output='mixture'). "
-                    "Call the whole model, with a loss that takes its logits or its own loss."
-                )
-            return
-        awaited.append(Body(state, out[0], state.final_states()))
 
     def await_body(self, call: Callable[[], Any]) -> tuple[Any, Body]:
         """Return what `call`, a call of the hub's causal LM, returns, and what its backbone and the experts did."""
