@@ -23,6 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ._compat.bitsandbytes import keep_repacked_weights
+from ._compat.trl import fused_output, is_fused
 from .config import StitchConfig, stitch_schedule
 from .experts.attaching import ExpertMaker, add_stitch_weights
 from .experts.expert_set import ActiveExperts, ExpertSet, NamedModules
@@ -504,6 +505,12 @@ class StitchModel(BaseTuner):
         return parallel_streams(self._forward.settings, threads, stacked_of)
 
     # ---------------------------------------------------------------- a forward (see forward/hooks.py)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the hub's `forward`. If TRL asks for its fused head and outputs are mixed, that is of the mixture."""
+        if self._active_mixture() is None or not is_fused(self.model.forward, kwargs):
+            return super().forward(*args, **kwargs)
+        return fused_output(self.model.forward, self._mixed_head.measure, kwargs)
 
     def _active_composition(self) -> Optional[Composition]:
         """What a forward that starts now runs; `None` for the hub alone."""

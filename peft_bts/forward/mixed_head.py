@@ -150,7 +150,7 @@ class MixedHead(InstanceForward):
         little = {"logits_to_keep": 1} if "logits_to_keep" in self.__signature__.parameters else {}
         alone = torch.is_grad_enabled() and not stitched and self._nothing_trained(call)
         with torch.no_grad() if alone else nullcontext():
-            out, body = self._runner.await_body(partial(self._forward, **call, **little, return_dict=True))
+            out, body = self._runner.await_body(partial(self._forward, **call | little | {"return_dict": True}))
         names = sorted(body.experts.by_name)
         body.state.see_output(body.hub_BTD, gates)
         log_gates_BTM = gates.log_gates(body.hub_BTD, names, _present_tokens(body))
