@@ -261,10 +261,11 @@ def test_dpo_against_the_seed(root, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(-F.logsigmoid(margins).mean().item(), rel=1e-4)
 
 
-def test_dpo_against_the_adapter_as_it_was(tmp_path):
+@pytest.mark.parametrize("output", ["hub", "mixture"])
+def test_dpo_against_the_adapter_as_it_was(output, tmp_path):
     """A stitched model is its own reference: a frozen copy of its stitches, with the very same experts."""
     experts = {name: fresh(arch, **o) for name, (arch, o) in EXPERTS.items()}  # objects, which no path leads to
-    model = stitch(fresh("llama"), experts)
+    model = stitch(fresh("llama"), experts, output=output)
     before = logits(model)
     trainer = dpo(model, tmp_path)
     assert trainer.evaluate()["eval_rewards/margins"] == 0
