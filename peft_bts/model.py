@@ -34,7 +34,7 @@ from .forward.decoder import find_decoder, text_config
 from .forward.expert import Expert
 from .forward.head import ModelHead
 from .forward.hooks import HubForward
-from .forward.layer import StitchLayer, StitchOutput
+from .forward.layer import AdapterPart, StitchLayer, StitchOutput
 from .forward.mixed_head import MixedHead
 from .forward.placement import place_for_stitch
 from .inference import generate as generation
@@ -62,7 +62,7 @@ class StitchModel(BaseTuner):
     """
 
     prefix: str = "stitch_"
-    tuner_layer_cls = StitchLayer
+    tuner_layer_cls = AdapterPart
     target_module_mapping: dict[str, list[str]] = {}
     uses_shared_state = True  # PEFT then refuses direct injection, which would lose this object and the experts
 
@@ -127,7 +127,7 @@ class StitchModel(BaseTuner):
             head = ModelHead.of(self.model, "The hub")
             self._mixed_head = MixedHead(self.model, self._forward, self._active_mixture, head)
         if not hasattr(self.model, "stitch_output"):
-            self.model.stitch_output = StitchOutput()
+            self.model.stitch_output = StitchOutput(self.active_adapters)
         device, dtype = place_for_stitch(self.model.get_output_embeddings())
         gates = OutputMixture(
             text_config(self.model).hidden_size,
@@ -240,7 +240,8 @@ class StitchModel(BaseTuner):
             for expert in self._expert_sets.pop(adapter).modules.values():
                 self._maker.release(expert)
         if hasattr(self.model, "stitch_output"):
-            self.model.stitch_output.delete_adapter(adapter)
+            if adapter in self.model.stitch_output:
+                del self.model.stitch_output[adapter]
             if not self.model.stitch_output:
                 del self.model.stitch_output
                 self._mixed_head.remove()
