@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from ._compat.bitsandbytes import keep_repacked_weights
 from ._compat.peft import CausalLM
 from ._compat.trained_copies import check_modules_to_save, drop_trained_copies
+from ._compat.trl import fused_output, is_fused
 from .config import StitchConfig, check_rank, stitch_schedule
 from .experts.attaching import ExpertMaker, add_stitch_weights
 from .experts.expert_set import ActiveExperts, ExpertSet, NamedModules
@@ -35,7 +36,7 @@ from .forward.decoder import find_decoder, text_config
 from .forward.expert import Expert
 from .forward.head import ModelHead
 from .forward.hooks import HubForward
-from .forward.layer import StitchLayer, StitchOutput, output_mixtures
+from .forward.layer import AdapterPart, StitchLayer, StitchOutput, output_mixtures
 from .forward.mixed_head import MixedHead
 from .forward.placement import place_for_stitch
 from .inference import generate as generation
@@ -67,7 +68,7 @@ class StitchModel(BaseTuner):
     peft_config: dict[str, StitchConfig]  # type: ignore[assignment]  # PEFT's dict is for configs of all methods
 
     prefix: str = "stitch_"
-    tuner_layer_cls = StitchLayer
+    tuner_layer_cls = AdapterPart
     target_module_mapping: dict[str, list[str]] = {}
     uses_shared_state = True  # PEFT then refuses direct injection, which would lose this object and the experts
 
@@ -138,7 +139,7 @@ class StitchModel(BaseTuner):
             head = ModelHead.of(self.model, "The hub")
             self._mixed_head = MixedHead(self.model, self._forward, self._active_mixture, head)
         if not hasattr(self.model, "stitch_output"):
-            self.model.stitch_output = StitchOutput()
+            self.model.stitch_output = StitchOutput(self.active_adapters)
         device, dtype = place_for_stitch(self.model.get_output_embeddings())
         gates = OutputMixture(
             text_config(self.model).hidden_size,
@@ -153,7 +154,7 @@ class StitchModel(BaseTuner):
 
     def _check_adapter_name(self, name: str) -> None:
         # PEFT drops every key with `.<name of another adapter>.` in it when it saves an adapter.
-        parts = {"base_model", "stitch_layer", "gate", "proj", "up", "down"}
+        parts = {"base_model", "stitch_layer", "stitch_output", "gate", "proj", "up", "down"}
         for path, _ in self.model.named_parameters():
             parts.update(path.split("."))
         if hasattr(nn.ModuleDict(), name):
@@ -259,7 +260,8 @@ class StitchModel(BaseTuner):
                 self._maker.release(expert)
         if hasattr(self.model, "stitch_output"):
             mixtures = output_mixtures(self.model)
-            mixtures.delete_adapter(adapter)
+            if adapter in mixtures:
+                del mixtures[adapter]
             if not mixtures:
                 del self.model.stitch_output
                 if self._mixed_head is not None:
@@ -526,6 +528,12 @@ class StitchModel(BaseTuner):
         return parallel_streams(self._forward.settings, threads, to_stack)
 
     # ---------------------------------------------------------------- a forward (see forward/hooks.py)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the hub's `forward`. If TRL asks for its fused head and outputs are mixed, that is of the mixture."""
+        if self._mixed_head is None or self._active_mixture() is None or not is_fused(self.model.forward, kwargs):
+            return super().forward(*args, **kwargs)
+        return fused_output(self.model.forward, self._mixed_head.measure, kwargs)
 
     def _active_composition(self) -> Optional[Composition]:
         """What a forward that starts now runs; `None` for the hub alone."""
