@@ -13,6 +13,7 @@ from torch import nn
 
 from .._compat.bitsandbytes import num_weights
 from ..formatting import human
+from ..install import how_to_install
 from ..keys import file_key, is_stitch_weight
 from ..model import stitch_tuner
 
@@ -123,8 +124,10 @@ def _section(model: PeftModel, adapter: str, repo_id: Optional[str]) -> str:
             *(results_table if results else []),
             "## Load",
             "",
+            f"It needs [PEFT](https://github.com/huggingface/peft) and peft_bts: {how_to_install()}.",
+            "",
             "```python",
-            "import peft_bts  # registers the method with PEFT: pip install peft_bts",
+            "import peft_bts  # registers the method with PEFT",
             "from peft import AutoPeftModelForCausalLM",
             "",
             f'model = AutoPeftModelForCausalLM.from_pretrained("{repo_id or "path or id of this adapter"}")',

@@ -111,9 +111,9 @@ def test_errors(trace, monkeypatch):
             call()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "rich.table", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib: pip install peft_bts\[viz\]"):
+    with pytest.raises(ModuleNotFoundError, match=r'needs matplotlib: `pip install "\.\[viz\]"`'):
         trace.plot()
-    with pytest.raises(ModuleNotFoundError, match=r"needs rich: pip install peft_bts\[viz\]"):
+    with pytest.raises(ModuleNotFoundError, match=r'needs rich: `pip install "\.\[viz\]"`'):
         str(trace.table())
 
 

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from peft_bts.install import how_to_install
 from tests.helpers.checkpoints import config, load, make, train_by_trainer
 from tests.helpers.models import logits
 from tests.helpers.zoo import tiny_model
@@ -16,6 +17,7 @@ from tests.helpers.zoo import tiny_model
 def check_card(folder, references):
     """The card has a working snippet, one section, a row for every expert and the tags; returns the snippet."""
     card = ModelCard.load(folder / "README.md")
+    assert how_to_install() in card.text
     assert card.text.count("import peft_bts") == card.text.count("2502.00075](") == 1
     for name, place in references.items():
         assert re.search(rf"^\|[^|]*\b{name}\b[^|]*\|[^|]*{re.escape(str(place))}", card.text, re.MULTILINE)
