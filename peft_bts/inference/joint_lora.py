@@ -307,6 +307,8 @@ def why_not(decoder: Decoder, expert: Expert) -> Optional[str]:
         for parameter in decoder.backbone.parameters()
     ):
         return "the hub's weights are not all in memory"
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in decoder.backbone.modules()):
+        return "the hub has trained modules besides the stitches (modules_to_save)"
     if is_dispatched(model.get_base_model()):
         return "accelerate has spread the hub over devices"
     for config in (model.peft_config[adapter] for adapter in model.active_adapters):

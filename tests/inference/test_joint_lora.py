@@ -267,3 +267,16 @@ def test_compiled_without_recompilation(tmp_path):
             got = step(input_ids=IDS[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]])).logits
             assert_near(got[:, 0], want[:, i], 1e-4)
     assert len(graphs) <= 2
+
+
+def test_a_hub_with_trained_embeddings(tmp_path, joint_forwards):
+    """What the hub has trained besides is the hub's alone: its LoRA experts read the seed's embeddings."""
+    model, _, _ = make(tmp_path, loras=("code",), modules_to_save=["embed_tokens"])
+    model.attach_expert("math", str(tmp_path / "code"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens.modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    assert "math: by itself (the hub has trained modules" in model.describe_execution()
+    got = logits(model)
+    assert not joint_forwards and torch.equal(got, alone(model, lambda: logits(model)))
