@@ -221,6 +221,13 @@ def test_links(page):
         assert not anchor or anchor in anchors(file), target
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_a_page_names(page):
+    """What a page says is tested, is tested there: the files exist."""
+    named = set(re.findall(r"tests/[\w/]*(?:\.py)?", (ROOT / page).read_text()))
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_index():
     """docs/README.md names every page."""
     named = set(re.findall(r"\]\((\w[\w-]*\.md)\)", (ROOT / "docs" / "README.md").read_text()))
