@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .data import Documents, make_documents
 from .tokens import LENGTH, VOCABULARY, make_blocks, mix_blocks, train_tokenizer
@@ -220,7 +221,7 @@ def train(model: Model, rows: torch.Tensor, stage: Stage, name: str) -> Model:
         ),
         train_dataset=[{"input_ids": tokens, "labels": labels} for tokens, labels in rows],
     )
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # another one in notebooks
     trainer.add_callback(StageBar(name))
     trainer.train()
     return model.eval()

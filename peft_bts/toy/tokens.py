@@ -26,7 +26,9 @@ def train_tokenizer(documents: Documents, vocabulary: int = VOCABULARY) -> PreTr
     limits = {"text": 1_000_000, "code": 1_000_000, "math": 10_000, "lang": 150_000}
     tokenizer.train_from_iterator(
         ["\n".join(map("".join, documents[domain]))[:limit] for domain, limit in limits.items()],
-        trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet),
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END} $A", special_tokens=[(END, tokenizer.token_to_id(END))]
