@@ -13,7 +13,7 @@ from torch import Tensor
 from ..mixture import OutputMixture
 
 
-_STEPS, _RATE = 1000, 0.02
+_STEPS, _RATE = 1000, 0.05
 _CHECK, _PATIENCE = 5, 20  # the held-out loss is looked at every 5 steps; 20 looks without a better one end it
 
 
