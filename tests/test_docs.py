@@ -2,6 +2,7 @@
 
 import ast
 import os
+import random
 import re
 import runpy
 import shutil
@@ -21,7 +22,7 @@ from peft_bts.cli import app
 from tests import ROOT
 from tests.helpers.models import fresh
 from tests.helpers.pages import blocks, run_blocks
-from tests.helpers.text import save_model, token_rows, word_tokenizer
+from tests.helpers.text import document, save_model, token_rows, word_tokenizer
 
 
 PAGES = [
@@ -122,8 +123,10 @@ def gates(page):
 
 
 def planning(page):
-    names = run_blocks(page)
+    texts = [document(3, 10, random.Random(seed)) for seed in range(4)]
+    names = run_blocks(page, {"code_documents": texts, "math_documents": texts})
     assert names["report"].ok and names["estimate"].to_dict()["batch_size"] == 1
+    assert names["assessment"].verdict in ("nothing", "gates", "stitches")
 
 
 def concepts(page):
