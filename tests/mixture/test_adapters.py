@@ -303,7 +303,7 @@ def test_a_failure_leaves_the_seed_alone(root, options, monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError("no room for gates")
 
-    monkeypatch.setattr("peft_bts.model.OutputMixture", fail)
+    monkeypatch.setattr("peft_bts.tuner.OutputMixture", fail)
     with pytest.raises(MemoryError, match="no room"):
         get_peft_model(seed, config(root, **options))
     assert_untouched(seed)
