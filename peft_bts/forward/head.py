@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .decoder import Decoder, find_decoder
+from .placement import execution_device
 from .recorder import with_layers, with_modules
 
 
@@ -45,7 +46,8 @@ class ModelHead:
         """
         plain = model.get_base_model() if isinstance(model, PeftModel) else model
         decoder = find_decoder(plain, what)
-        final = final_modules(decoder, plain.get_input_embeddings().weight.device, what)
+        embeddings = plain.get_input_embeddings()
+        final = final_modules(decoder, execution_device(embeddings) or embeddings.weight.device, what)
         return cls(plain, decoder.backbone_path, final)
 
     @property
