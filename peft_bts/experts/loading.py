@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -23,6 +23,7 @@ from .._compat.peft import CausalLM, adapters_where_layers_run, peft_type_name
 from .._compat.transformers import find_file
 from ..forward.placement import is_dispatched, place_for_stitch
 from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
+from .lora_base import check_layers
 from .weight_sharing import share_weights
 
 
@@ -233,8 +234,13 @@ def _load_adapter(base: PreTrainedModel, source: str, where: dict[str, Any]) -> 
     if is_dispatched(base):
         with adapters_where_layers_run(lambda layer: place_for_stitch(layer)[0]):
             # Made like its layers, on the meta device, then replaced by what is loaded.
-            return PeftModel.from_pretrained(base, source, low_cpu_mem_usage=True, **where)
-    return PeftModel.from_pretrained(base, source, **where).to(place_for_stitch(base)[0])
+            model = PeftModel.from_pretrained(base, source, low_cpu_mem_usage=True, **where)
+    else:
+        model = PeftModel.from_pretrained(base, source, **where).to(place_for_stitch(base)[0])
+    file = _find(source, SAFETENSORS_WEIGHTS_NAME, **where)
+    if file is not None:
+        check_layers(model, file)
+    return model
 
 
 def how_to_replace(name: str, key: str = "model") -> str:
