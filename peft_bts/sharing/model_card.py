@@ -19,7 +19,8 @@ from ..model import stitch_tuner
 
 
 _BEGIN, _END = "<!-- peft_bts: begin -->", "<!-- peft_bts: end -->"
-_SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+# Never across another beginning: where a mark was deleted, what a user wrote in between stays.
+_SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}(?:(?!{re.escape(_BEGIN)}).)*?{re.escape(_END)}", re.DOTALL)
 _EXPERT_ROW = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
 
 

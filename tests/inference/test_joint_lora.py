@@ -280,3 +280,24 @@ def test_a_hub_with_trained_embeddings(tmp_path, joint_forwards):
     assert "math: by itself (the hub has trained modules" in model.describe_execution()
     got = logits(model)
     assert not joint_forwards and torch.equal(got, alone(model, lambda: logits(model)))
+
+
+@pytest.mark.parametrize("who", ["hub", "expert"])
+def test_hooks_of_users_are_called(who, tmp_path, joint_forwards):
+    """Probes and steering see the rows of their own model; without them, all is as before."""
+    model, _, _ = make(tmp_path)
+    hub, expert = model.get_base_model(), model.base_model.experts["default"]["code"].model.get_base_model()
+    layers, shapes = (hub if who == "hub" else expert).model.layers, []
+
+    def note(module, args, output):
+        shapes.append((output[0] if isinstance(output, tuple) else output).shape)
+
+    want = logits(model)
+    hooks = [part.register_forward_hook(note) for part in (layers[0].mlp, layers[2], layers[1].self_attn.o_proj)]
+    joint_forwards.clear()
+    assert_near(logits(model), want, 1e-10)
+    assert shapes == [(*IDS.shape, 32)] * 3 and not joint_forwards
+    for hook in hooks:
+        hook.remove()
+    logits(model)
+    assert joint_forwards

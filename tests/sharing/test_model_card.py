@@ -204,3 +204,13 @@ def test_only_the_section_is_ours(root, tmp_path):
     assert text[begin:end] in once
     model.save_pretrained(tmp_path)
     assert path.read_text() == once
+
+
+def test_a_section_that_was_cut_is_no_reason_to_lose_words(root, tmp_path):
+    """Without its end mark the old section cannot be told from what follows: it stays, and a whole one is added."""
+    model, path = make(root), tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    path.write_text(path.read_text().replace("<!-- peft_bts: end -->", "Precious words."))
+    model.save_pretrained(tmp_path)
+    assert path.read_text().count("Precious words.") == 1
+    assert path.read_text().count("<!-- peft_bts: end -->") == 1
