@@ -165,7 +165,7 @@ class StitchTuner(BaseTuner):
         prepared.target_modules = rf"{re.escape(self._decoder.path)}\.({layers})" if schedule else DUMMY_TARGET_MODULES
         return prepared
 
-    def _create_and_replace(  # type: ignore[override]  # as above
+    def _create_and_replace(  # type: ignore[override]  # configs of its own class
         self,
         peft_config: StitchConfig,
         adapter_name: str,
@@ -345,7 +345,7 @@ class StitchTuner(BaseTuner):
         return file_key(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # as above
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # configs of its own class
         cls, model: PeftModel, config: StitchConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         return fit_to_model(model, adapter_name, state_dict, with_embeddings=config.save_embedding_layers)
