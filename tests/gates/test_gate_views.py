@@ -31,9 +31,10 @@ class NastyTokenizer:
         return "".join(NASTY[token % len(NASTY)] for token in ids)
 
 
-@pytest.fixture(scope="module")
-def trace():
-    model = stitch(fresh("llama"), {"code": fresh("llama", seed=1), "math": fresh("gpt2", seed=2)})
+@pytest.fixture(scope="module", params=["hub", "mixture"])
+def trace(request):
+    experts = {"code": fresh("llama", seed=1), "math": fresh("gpt2", seed=2)}
+    model = stitch(fresh("llama"), experts, output=request.param)
     with trace_gates(model) as trace:
         with trace.domain("<b>math $x"):
             model.generate(IDS, attention_mask=LEFT, max_new_tokens=4, do_sample=False)
