@@ -25,8 +25,8 @@ class PerModel(TypedModuleDict[M]):
     """Modules by model name.
 
     In memory a module's key is `for_<name>`. The prefix lets an expert have the name of an `nn.Module` attribute
-    (`eval`, `half`, `type`). It also keeps PEFT, which looks for `.<adapter>.` in keys, from mistaking an expert for an
-    adapter of the same name. The adapter file has the plain names.
+    (`eval`, `half`, `type`). It also keeps PEFT, which looks for `.<adapter>.` in keys, from mistaking an expert for
+    an adapter of the same name. The adapter file has the plain names.
     """
 
     PREFIX = "for_"
