@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Optional
@@ -184,11 +185,12 @@ def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, StitchKi
 
 
 def check_rank(config: StitchConfig, hub_width: int) -> None:
-    """Raise `ValueError` for a rank above the hub's width, which is the most that any projection can have."""
+    """Warn of a rank above the hub's width: projections work with it, but full matrices take less."""
     if config.r is not None and config.r > hub_width:
-        raise ValueError(
+        warnings.warn(
             f"r={config.r} is above the hub's width, {hub_width}: no projection has such a rank, and full matrices "
-            "(r=None) take less. Use a smaller r, or None."
+            "(r=None) take less. Use a smaller r, or None.",
+            stacklevel=2,
         )
 
 
