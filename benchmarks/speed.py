@@ -38,7 +38,6 @@ class Arguments:
     threads: int = field(default=2, metadata={"help": "of the CPU"})
     only: str = field(default="", metadata={"help": "sections to measure, separated by commas [the preset's]"})
     fresh: bool = field(default=False, metadata={"help": "measure again what the results file has already"})
-    machine: str = field(default="", metadata={"help": "what to call this machine in file names [cpu-2-cores, h200]"})
     results: str = field(default="", metadata={"help": "file to write [benchmarks/results/speed-MACHINE.json]"})
 
 
@@ -55,7 +54,7 @@ def main() -> None:
     if unknown := [section for section in sections if section not in SECTIONS]:
         raise SystemExit(f"Unknown section(s) {unknown}; there are {', '.join(SECTIONS)}.")
 
-    path = Path(arguments.results or Path(__file__).parent / "results" / f"speed-{file_name(arguments, case)}.json")
+    path = Path(arguments.results or Path(__file__).parent / "results" / f"{file_name(arguments, case)}.json")
     results = read_results(path, settings_of(arguments, preset, case), arguments.fresh)
     found = results["rows"]
     rows = [(section, *row) for section in sections for row in SECTIONS[section][1](preset, case)]
@@ -88,10 +87,10 @@ def keep_freed_memory() -> None:
 
 
 def file_name(arguments: Arguments, case: Case) -> str:
-    machine = arguments.machine or f"cpu-{arguments.threads}-core{'s' * (arguments.threads > 1)}"
-    if case.device.startswith("cuda") and not arguments.machine:
-        machine = torch.cuda.get_device_name().lower().replace("nvidia", "").strip().replace(" ", "-")
-    return machine if arguments.preset == "base" else f"{machine}-{arguments.preset}"
+    machine = f"cpu {arguments.threads} core{'s' * (arguments.threads > 1)}"
+    if case.device.startswith("cuda"):
+        machine = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
+    return "-".join(["speed", *machine.split(), *([] if arguments.preset == "base" else [arguments.preset])])
 
 
 def settings_of(arguments: Arguments, preset: Preset, case: Case) -> dict:

@@ -59,7 +59,6 @@ def quickstart(arguments):
     clock = Clock()
 
     with clock("data"):
-        models.blocks  # noqa: B018  made when first asked for
         test_blocks, test_documents = models.held_out_blocks(arguments.split), models.documents[arguments.split]
 
     # Branch and train.

@@ -27,6 +27,8 @@ from .forward.layer import StitchLayer  # noqa: E402
 from .gates.callback import GateLogger  # noqa: E402
 from .gates.trace import GateTrace, trace_gates  # noqa: E402
 from .model import StitchModel  # noqa: E402
+from .planning.assess import assess  # noqa: E402
+from .planning.assessment import Assessment  # noqa: E402
 from .planning.estimate import Estimate, plan  # noqa: E402
 from .reference import check_config_file  # noqa: E402
 from .sharing.model_card import card_after_peft, card_before_upload, update_model_card  # noqa: E402
@@ -45,6 +47,7 @@ around_push(before=check_others_can_load, card=card_before_upload)
 
 __version__ = "0.1.0"
 __all__ = [
+    "Assessment",
     "CompatibilityReport",
     "Estimate",
     "ExpertsIntoHub",
@@ -57,6 +60,7 @@ __all__ = [
     "StitchExportModel",
     "StitchLayer",
     "StitchModel",
+    "assess",
     "check_compatibility",
     "plan",
     "push_experts",

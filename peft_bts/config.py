@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Optional
 
 from peft import PeftConfig, PeftType
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .reference import as_reference, without_placement
 
@@ -14,6 +17,8 @@ EXPERTS_INTO_HUB: Final = "experts_into_hub"
 HUB_INTO_EXPERTS: Final = "hub_into_experts"
 StitchKind = Literal["experts_into_hub", "hub_into_experts"]
 OUTPUT_MIXTURE: Final = "output_mixture"  # in traces, beside the kinds of stitches
+# What the tuner fills in, and adapter files therefore hold: the decoder layers; or PEFT's word for none.
+_OUR_TARGETS = rf".*\\\.\((\d+\|)*\d+\)|{DUMMY_TARGET_MODULES}"
 
 
 @dataclass
@@ -107,15 +112,30 @@ class StitchConfig(PeftConfig):
             )
         if self.r is not None and (not _is_int(self.r) or self.r < 1):
             raise ValueError(f"r must be None or a whole number of at least 1, got {self.r!r}.")
-        if not 0.0 <= self.gate_dropout < 1.0:
-            raise ValueError(f"gate_dropout must lie in [0, 1), got {self.gate_dropout!r}.")
+        if not _is_number(self.gate_dropout) or not 0.0 <= self.gate_dropout < 1.0:
+            raise ValueError(f"gate_dropout must be a number in [0, 1), got {self.gate_dropout!r}.")
+        for option in ("gate_bias", "init_weights"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}.")
         if self.layers_to_stitch is not None:
-            layers = list(self.layers_to_stitch)
+            layers = list(self.layers_to_stitch) if isinstance(self.layers_to_stitch, Iterable) else []
             if not layers or not all(map(_is_int, layers)) or layers != sorted(set(layers)) or layers[0] < 0:
                 raise ValueError(
                     f"layers_to_stitch must be a rising list of 0-based layer numbers, got {self.layers_to_stitch!r}."
                 )
             self.layers_to_stitch = layers
+        if self.modules_to_save is not None:
+            names = self.modules_to_save
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+                raise ValueError(
+                    "modules_to_save must be a list of names of the hub's modules, such as ['lm_head'], got "
+                    f"{names!r}."
+                )
+        if self.target_modules is not None and not re.fullmatch(_OUR_TARGETS, str(self.target_modules)):
+            raise ValueError(
+                f"target_modules={self.target_modules!r} means nothing to stitches: which layers they sit behind "
+                "follows from num_stitches or layers_to_stitch. Leave it out."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it is saved: without the experts' places on this machine."""
@@ -124,6 +144,10 @@ class StitchConfig(PeftConfig):
         if not self.save_embedding_layers:
             del values["save_embedding_layers"]
         return values
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
 
 
 def _is_int(value: Any) -> bool:
@@ -157,6 +181,15 @@ def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, StitchKi
         for from_end in reversed(range(len(layers)))
     ]
     return dict(zip(layers, kinds))
+
+
+def check_rank(config: StitchConfig, hub_width: int) -> None:
+    """Raise `ValueError` for a rank above the hub's width, which is the most that any projection can have."""
+    if config.r is not None and config.r > hub_width:
+        raise ValueError(
+            f"r={config.r} is above the hub's width, {hub_width}: no projection has such a rank, and full matrices "
+            "(r=None) take less. Use a smaller r, or None."
+        )
 
 
 def expert_boundary(hub_layers_done: int, hub_layers: int, expert_layers: int) -> int:

@@ -79,7 +79,7 @@ class OutputMixture(nn.Module):
             present: Which tokens each of them takes part in, boolean (..., N) by name; `None`: all.
         """
         gates = [self.gate.of(name) for name in (HUB, *names)]
-        h = hub_ND.to(gates[0].weight.dtype)
+        h = hub_ND.to(gates[0].weight.device, gates[0].weight.dtype)
         logits_NM = torch.cat([gate(h) for gate in gates], dim=-1)
         if present is not None:
             everywhere = torch.ones_like(logits_NM[..., 0], dtype=torch.bool)

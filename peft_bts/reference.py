@@ -26,6 +26,7 @@ from typing import Any, Optional, TypeGuard, Union
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 from transformers.utils.hub import extract_commit_hash
 
 
@@ -33,6 +34,7 @@ REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "base_revision", 
 PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this machine, so never in a file
 MAX_DOWNLOADED = 64  # each expert is a whole model in memory; the paper has three
 _NAME = re.compile(r"[A-Za-z0-9_]+")
+_ATTRIBUTES = frozenset(vars(nn.Module()))  # torch assigns them, and then an expert of that name is in the way
 
 
 class RepoId(str):
@@ -57,7 +59,8 @@ def check_expert_name(name: Any) -> None:
     """Check that `name` can be part of a tensor's key.
 
     Raises:
-        ValueError: Unless it is made of letters, digits and `_` only, and is not `hub`.
+        ValueError: Unless it is made of letters, digits and `_` only, and is not `hub` or `training` (or another
+            attribute that every module has).
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
@@ -66,6 +69,10 @@ def check_expert_name(name: Any) -> None:
         )
     if name == "hub":
         raise ValueError("Expert name 'hub' is taken: it stands for the seed model. Choose another name.")
+    if name in _ATTRIBUTES:
+        raise ValueError(
+            f"Expert name {name!r} is taken: every module of torch has an attribute of that name. Choose another name."
+        )
 
 
 def as_reference(name: str, value: Union[str, os.PathLike[str], dict[str, Any], None]) -> dict[str, Any]:
@@ -98,6 +105,11 @@ def as_reference(name: str, value: Union[str, os.PathLike[str], dict[str, Any], 
     for key in ("revision", "subfolder", "base_revision"):  # parts of paths: in the local cache, and below `model`
         if _leads_out(reference.get(key)):
             raise ValueError(f"Expert {name!r} has {key}={reference[key]!r}, which leads out of its repository.")
+    if not isinstance(reference.get("config"), (dict, type(None))):
+        raise ValueError(
+            f"Expert {name!r} has config={reference['config']!r}; expected a dict of the sizes that its stitches were "
+            "made for, which is written when it is attached. Leave it out if you do not have them."
+        )
     quantization: Any = reference.get("quantization_config")
     if hasattr(quantization, "to_dict"):
         reference["quantization_config"] = json.loads(quantization.to_json_string(use_diff=False))

@@ -261,7 +261,8 @@ class ExpertsIntoHub(_Stitch):
         projected = {name: self.proj.of(name)(expert_states[name].to(dtype)) for name in names}
         mixed_BTD = g[0] * h_BTD
         for gate_BTD, p_BTD in zip(g[1:], projected.values()):
-            mixed_BTD = torch.addcmul(mixed_BTD, gate_BTD, p_BTD)
+            # 0 * inf would be NaN: an expert that has no part in a token at all cannot spoil it by overflowing.
+            mixed_BTD = torch.addcmul(mixed_BTD, gate_BTD, p_BTD.masked_fill(gate_BTD == 0, 0))
         return mixed_BTD.to(hub_BTD.dtype), {n: p.to(expert_states[n].dtype) for n, p in projected.items()}
 
     def project(self, name: str, state: Tensor) -> Tensor:

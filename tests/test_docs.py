@@ -2,6 +2,7 @@
 
 import ast
 import os
+import random
 import re
 import runpy
 import shutil
@@ -21,7 +22,7 @@ from peft_bts.cli import app
 from tests import ROOT
 from tests.helpers.models import fresh
 from tests.helpers.pages import blocks, run_blocks
-from tests.helpers.text import save_model, token_rows, word_tokenizer
+from tests.helpers.text import document, save_model, token_rows, word_tokenizer
 
 
 PAGES = [
@@ -122,8 +123,10 @@ def gates(page):
 
 
 def planning(page):
-    names = run_blocks(page)
+    texts = [document(3, 10, random.Random(seed)) for seed in range(4)]
+    names = run_blocks(page, {"code_documents": texts, "math_documents": texts})
     assert names["report"].ok and names["estimate"].to_dict()["batch_size"] == 1
+    assert names["assessment"].verdict in ("nothing", "gates", "stitches")
 
 
 def concepts(page):
@@ -219,6 +222,13 @@ def test_links(page):
         file = (ROOT / page).parent / path if path else ROOT / page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_a_page_names(page):
+    """What a page says is tested, is tested there: the files exist."""
+    named = set(re.findall(r"tests/[\w/]*(?:\.py)?", (ROOT / page).read_text()))
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_index():

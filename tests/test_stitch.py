@@ -209,6 +209,21 @@ def test_closed_expert_takes_less_than_one_percent(gate):
         assert (stitch(hub, states)[0] - old).abs().max() < 0.01 * max(s.abs().max() for s in (hub, states["b"])) * 2
 
 
+@pytest.mark.parametrize("gate", ["channel", "token"])
+@pytest.mark.parametrize("overflow", [torch.inf, torch.nan])
+@torch.no_grad()
+def test_closed_gates_shut_out_what_overflows(gate, overflow):
+    """A gate of exactly 0 is no part at all, whatever stands behind it; any other gate hands it on."""
+    stitch = random_stitch(ExpertsIntoHub, 8, {"a": 4, "b": 4}, gate=gate)
+    hub, states = random_states(8, {"a": 4, "b": 4})
+    stitch.gate.of("b").bias.fill_(-1000.0)
+    expected, _ = stitch(hub, states)
+    states["b"].fill_(overflow)
+    assert torch.equal(stitch(hub, states)[0], expected)
+    stitch.gate.of("b").bias.fill_(-6.0)
+    assert not stitch(hub, states)[0].isfinite().any()
+
+
 def test_inits_that_need_a_bias():
     """Without a bias a gate cannot be closed: said clearly, and nothing is added."""
     stitch = ExpertsIntoHub(8, {"a": 8}, gate_bias=False)

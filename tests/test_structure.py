@@ -1,6 +1,7 @@
 """Imports go one way: from the command line down to the equations, never up, and never in a circle."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -10,10 +11,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "peft_bts"
 FLOORS = [  # from low to high; what stands on one floor may import from it and from those below
-    {"_compat", "config", "reference", "stitch", "mixture", "keys", "formatting", "modules", "toy"},
+    {"_compat", "config", "reference", "stitch", "mixture", "keys", "formatting", "modules", "install", "toy"},
     {"forward"},
     {"experts"},
     {"inference", "export", "planning"},
+    {"tuner"},
     {"model"},
     {"gates", "sharing"},
     {"cli"},
@@ -51,5 +53,15 @@ def test_no_import_from_a_higher_floor(module):
 
 def test_no_circle():
     graph = {module: imports(module) for module in FILES}
-    assert {"peft_bts.stitch", "peft_bts.forward.layer", "peft_bts._compat.bitsandbytes"} <= graph["peft_bts.model"]
+    assert {"peft_bts.stitch", "peft_bts.forward.layer", "peft_bts._compat.bitsandbytes"} <= graph["peft_bts.tuner"]
     TopologicalSorter(graph).prepare()  # raises CycleError, with the modules of the circle
+
+
+def test_every_module_has_its_tests():
+    """The table in CONTRIBUTING.md names every module of the package, and test files that exist."""
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## Which tests guard what")[2]
+    table = re.findall(r"^\| (`.*) \| (`.*) \|$", page.partition("\n## ")[0], re.MULTILINE)[1:]
+    modules, tests = (re.findall(r"`([^`]+)`", " ".join(cells)) for cells in zip(*table))
+    there = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    assert sorted(modules) == sorted(there)
+    assert not [name for name in tests if not (PACKAGE.parent / "tests" / name).exists()]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ..measuring import Peak, in_fresh_process, take_turns
 from ..random_models import Case, bytes_of, llama, llamas, stitched, to_train, token_ids
 from .presets import Preset
-from .rows import Rows
+from .rows import Rows, sizes_of
 from .runners import Decoding, Forward, TrainingStep, alone
 
 
@@ -36,9 +36,9 @@ def sizes(preset: Preset, case: Case) -> Rows:
     """Each in a process of its own; MiB that a forward and a training step need beside the models, and of the adapter
     file; seconds to attach one loaded model, and to load the adapter with its experts, and the experts alone."""
     yield "base", of_one_size, preset, case
-    for size, value in preset.scaling:
+    for name, size, value in sizes_of(preset):
         if size in ("experts", "stitches"):
-            yield f"{size} = {value}", of_one_size, preset, replace(case, **{size: value})
+            yield name, of_one_size, preset, replace(case, **{size: value})
 
 
 SECTIONS = {
@@ -71,14 +71,14 @@ def peak(name: str, preset: Preset, case: Case) -> dict:
 
     def measure(preset: Preset, case: Case) -> dict:
         parts = llamas(case) if kind == "models alone" else to_train(case, kind)
-        ids = token_ids(case, *preset.training)
-        held = sum(map(bytes_of, parts))
+        held, ids = sum(map(bytes_of, parts)), token_ids(case, *preset.training)
         for part in parts if checkpointed else ():
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if what == "decode":
-            run = Decoding(parts, token_ids(case, 1, preset.prompt), preset.tokens)
-        else:
-            run = TrainingStep(parts, ids) if what == "training" else Forward(alone(parts[0], parts[1:]), ids)
+        run = {
+            "inference": lambda: Forward(alone(parts[0], parts[1:]), ids),
+            "training": lambda: TrainingStep(parts, ids),
+            "decode": lambda: Decoding(parts, token_ids(case, 1, preset.prompt), preset.tokens),
+        }[what]()
         watched = Peak(case.device)
         run()
         again = run()  # with the optimizer's state in memory, which the first step has made
@@ -130,14 +130,14 @@ def load(case: Case, folder: Path) -> dict:
 
 def with_checkpoints(measure: Callable[[Case, Path], dict], case: Case) -> dict:
     """`measure` in a fresh process, with a folder of checkpoints: hub, experts and adapter."""
-    with tempfile.TemporaryDirectory() as name:
-        save_checkpoints(case, Path(name))
-        return in_fresh_process(measure, case, Path(name))
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoints(case, Path(folder))
+        return in_fresh_process(measure, case, Path(folder))
 
 
 def save_checkpoints(case: Case, folder: Path) -> None:
     hub, *experts = llamas(case)
-    for name, model in {"hub": hub, **{f"e{number}": expert for number, expert in enumerate(experts)}}.items():
+    for name, model in [("hub", hub), *((f"e{number}", expert) for number, expert in enumerate(experts))]:
         model.save_pretrained(folder / name)
         model.config._name_or_path = str(folder / name)
     stitched(case, hub, experts).save_pretrained(folder / "adapter")

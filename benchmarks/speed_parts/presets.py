@@ -1,12 +1,13 @@
 """How large everything is that is measured."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..random_models import PATTERNS, Case
 
 
 CPU = Case()
 CUDA = Case(device="cuda", dtype="bfloat16")
+SCALING = {"experts": (1, 7), "stitches": (1, 2, 12), "width": (256, 512), "length": (64, 128, 256, 512)}
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,7 @@ class Preset:
     training: tuple = (2, 256)
     vocabularies: tuple = (32_000,)  # to train with besides; experts have heads only in full training
     train_one_of_all: bool = False  # full training: time one model and multiply, where they do not fit together
-    scaling: tuple = (  # one size at a time, around the case
-        *(("experts", value) for value in (1, 7)),
-        *(("stitches", value) for value in (1, 2, 12)),
-        *(("width", value) for value in (256, 512)),
-        *(("length", value) for value in (64, 128, 256, 512)),
-    )
+    scaling: dict = field(default_factory=lambda: SCALING)  # one size at a time, around the case
     stitch_dtypes: tuple = ("float32",)
     processes: tuple = (
         *(f"{what}, {pattern}" for what in ("inference", "training") for pattern in PATTERNS),
@@ -49,12 +45,7 @@ PRESETS = {
         tokens=3,
         training=(2, 8),
         vocabularies=(128,),
-        scaling=(
-            ("experts", 1),
-            *(("stitches", k) for k in (1, 4)),
-            ("width", 128),
-            *(("length", n) for n in (4, 8, 16)),
-        ),
+        scaling={"experts": (1,), "stitches": (1, 4), "width": (128,), "length": (4, 8, 16)},
         processes=(*Preset.processes, "training, alternating, checkpointed", "decode, alternating"),
         seconds=0.1,
         scaling_seconds=0.05,
@@ -83,7 +74,7 @@ PRESETS = {
         tokens=64,
         processes=(
             "decode, alternating",
-            *(f"training, {pattern}{more}" for more in (", checkpointed", "") for pattern in PATTERNS),
+            *(f"training, {p}{how}" for how in (", checkpointed", "") for p in PATTERNS),
         ),
         sections="memory",
     ),

@@ -95,11 +95,10 @@ def scaling(preset: Preset, case: Case) -> Rows:
         yield f"{name}, prefill", in_E, preset, case, Forward, 1, length
         yield f"{name}, decode", in_E, preset, case, decoding(preset), 1, prompt
         if not name.startswith(("width", "length")):
-            yield f"{name}, training", training_in_E, preset, case
+            yield f"{name}, training", in_E, preset, case, TrainingStep, 1, length
 
     yield from scaled("base", case, length, prompt)
-    for size, value in preset.scaling:
-        name = f"{size} = {value}"
+    for name, size, value in sizes_of(preset):
         if size == "length":
             base = f"length = {length}, prefill", f"length = {prompt}, decode"
             yield from (row for row in scaled(name, case, value, value) if row[0] not in base)
@@ -129,6 +128,10 @@ def by_dtype(preset: Preset, case: Case) -> Iterator[tuple[str, Case]]:
         yield f", {dtype} stitches" * (len(preset.stitch_dtypes) > 1), replace(case, stitch_dtype=dtype)
 
 
+def sizes_of(preset: Preset) -> list[tuple[str, str, int]]:
+    return [(f"{size} = {value}", size, value) for size, values in preset.scaling.items() for value in values]
+
+
 def sequences(batch: int) -> str:
     return f"{batch} sequence{'s' * (batch > 1)}"
 
@@ -145,16 +148,11 @@ def turns(preset: Preset, runners: dict[str, Runner], units: dict[str, Runner], 
 
 
 def in_E(preset: Preset, case: Case, work: Callable, batch: int, length: int, flops: bool = False) -> dict:
-    """The stitched model, and E, both doing the same work."""
+    """The stitched model, and E, both doing the same work; a training step is measured in forwards."""
     model, hub, experts = models(case)
     ids = token_ids(case, batch, length)
-    return turns(preset, {"stitched": work([model], ids)}, {"E": work(alone(hub, experts), ids)}, flops)
-
-
-def training_in_E(preset: Preset, case: Case) -> dict:
-    model, hub, experts = models(case)
-    ids = token_ids(case, *preset.prefill[0])
-    return turns(preset, {"stitched": TrainingStep([model], ids)}, {"E": Forward(alone(hub, experts), ids)})
+    unit = Forward if work is TrainingStep else work
+    return turns(preset, {"stitched": work([model], ids)}, {"E": unit(alone(hub, experts), ids)}, flops)
 
 
 def training_step(preset: Preset, case: Case) -> dict:

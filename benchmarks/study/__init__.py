@@ -17,5 +17,5 @@ oracles.py     BTM, and the best that choices by document or token could do, fro
 answers.py     answers that models write, and chrF
 bootstrap.py   intervals over sets and items
 
-`PYTHONPATH=benchmarks python -m study` downloads and builds the corpora, and prints the tables of README.md.
+`python -m benchmarks.study` downloads and builds the corpora, and prints the tables of README.md.
 """

@@ -1,4 +1,4 @@
-"""Build the corpora, and print the tables of README.md: `PYTHONPATH=benchmarks python -m study [cache]`."""
+"""Build the corpora, and print the tables of README.md: `python -m benchmarks.study [cache]`."""
 
 import sys
 from pathlib import Path

@@ -63,8 +63,10 @@ def build(paths: dict[str, Path], sizes: Sizes) -> Corpora:
     leave_out_known(items, "\n".join(training), counts)
 
     documents = {"train": {domain: by_split["train"] for domain, by_split in found.items()}}
-    for split, count in sizes.documents.items():
-        documents[split] = {domain: tasks.take(by_split[split], count) for domain, by_split in found.items()}
+    for split in SPLITS[1:]:
+        documents[split] = {
+            domain: tasks.take(by_split[split], sizes.held_out(split, domain)) for domain, by_split in found.items()
+        }
     for split, count in sizes.items.items():
         items[split] = {task: tasks.take(part, count) for task, part in items[split].items()}
     mixed["catalogues"] = catalogues.three_languages(messages["test"])
@@ -139,7 +141,7 @@ def draw_problems(split: str, sizes: Sizes) -> list[Document]:
     Those for training are drawn with replacement: of different ones there would soon be only hard ones left.
     """
     rng = random.Random(f"maths, {split}")
-    count = sizes.documents.get(split, sizes.problems)
+    count = sizes.problems if split == "train" else sizes.held_out(split, "maths")
     counts = {problems.draw_sum: count - count // 5, problems.draw_story: count // 5}
     items = []
     for draw, many in counts.items():

@@ -93,21 +93,29 @@ def item(message: Message) -> Item:
     return Item(asked(message.english, message.language), f" {message.translation}")
 
 
-def three_languages(messages: list[Message], per_document: int = 4, longest: int = 600) -> list[Document]:
-    """Messages that have both translations, several of one package to a document: English, French, German, English."""
+def three_languages(messages: list[Message], most: int = 4, longest: int = 600) -> list[Document]:
+    """Messages that have both translations, two to `most` of one package to a document: English, French, German."""
     by_message: dict[tuple[str, str], dict[str, Message]] = {}
     for message in messages:
         by_message.setdefault((message.source, message.english), {})[message.language] = message
-    whole = [found for found in by_message.values() if len(found) == len(LANGUAGES)]
-    documents, window, source = [], [], ""
-    for found in whole:
-        here = next(iter(found.values()))
-        if here.source != source:
-            window, source = [], here.source
-        window.append(("english", f"English: {here.english}\n"))
-        window += [(name, f"{_NAMES[name]}: {found[name].translation}\n") for name in LANGUAGES]
-        if len(window) == per_document * (1 + len(LANGUAGES)):
-            if sum(len(text) for _, text in window) <= longest:
-                documents.append(Document(tuple(window), source))
-            window = []
-    return documents
+    documents: list[Document] = []
+    window: list[tuple[str, str]] = []
+    source, step = "", 1 + len(LANGUAGES)
+
+    def close() -> None:
+        if len(window) >= 2 * step:
+            documents.append(Document(tuple(window), source))
+        window.clear()
+
+    for (package, english), found in by_message.items():
+        if len(found) < len(LANGUAGES):
+            continue
+        parts = [("english", f"English: {english}\n")]
+        parts += [(name, f"{_NAMES[name]}: {found[name].translation}\n") for name in LANGUAGES]
+        length = sum(len(text) for _, text in window + parts)
+        if package != source or len(window) == most * step or length > longest:
+            close()
+        source = package
+        window += parts
+    close()
+    return [one for one in documents if len(one.text) <= longest]

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from replication.training import mix, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..replication.training import mix, train
 from .corpora import Corpora
 from .losses import bits_per_byte, score
 from .tokens import LENGTH, document_sequences

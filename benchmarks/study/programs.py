@@ -57,7 +57,7 @@ def docstring_parts(docstring: str) -> list[tuple[str, str]]:
     return parts
 
 
-def docstrings_with_sums(text: str, source: str, longest: int = 600) -> list[Document]:
+def docstrings_with_sums(text: str, source: str, longest: int = 480) -> list[Document]:
     """Windows of docstrings that hold an example whose result is a number: prose, what is typed, the result."""
     documents = []
     for docstring in docstrings(text):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import typer
 
+from .assess import assess
 from .check import check
 from .common import run
 from .eval import eval
@@ -21,11 +22,11 @@ from .run_module import run_module
 
 
 app = typer.Typer(
-    help="Plan, check, inspect, evaluate and export Branch-Train-Stitch adapters.",
+    help="Check, plan, assess, inspect, evaluate and export Branch-Train-Stitch adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (check, plan, inspect, eval, gates, export):
+for command in (check, plan, assess, inspect, eval, gates, export):
     app.command()(run(command))
 app.command("run", context_settings={"allow_interspersed_args": False})(run_module)

@@ -5,6 +5,8 @@ All or nothing: whatever is wrong with an expert is found before anything of the
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Optional, Union
 
@@ -21,6 +23,8 @@ from ..stitch import HUB, Init
 from .compatibility import compare, sizes
 from .loading import describe_model, load_expert, resolve_reference
 
+
+logger = logging.getLogger(__name__)
 
 Made = tuple[Expert, dict[str, Any]]  # an expert, and its reference
 
@@ -76,6 +80,10 @@ class ExpertMaker:
             name, model, self._hub, expected=reference.get("config"), expert_streams=config.expert_streams
         )
         report.raise_errors()
+        for text in report.warnings:
+            warnings.warn(text, stacklevel=4)
+        for note in report.notes:
+            logger.info("Expert %r: %s", name, note)
         known = next((expert for expert in self._present() if expert.model is model), None)
         expert = Expert(model, f"Expert {name!r}", source) if known is None else known
         if config.output == "mixture":

@@ -23,6 +23,7 @@ from ..forward.layer import StitchLayer
 from ..reference import check_expert_name
 from .blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
 from .loading import how_to_replace
+from .lora_base import another_base
 
 
 # What stitches are made for; kept in the reference, compared at every later load.
@@ -61,6 +62,7 @@ class CompatibilityReport:
         name: The expert's.
         hub, expert: What was compared; `None` for a model that could not be read or is of an unknown architecture.
         errors: Why the two cannot be stitched, each with what was found, what was expected, and what to do.
+        warnings: What may make the expert's outputs wrong, though nothing proves it.
         notes: Differences that stitching bridges, but one may want to know of.
     """
 
@@ -68,6 +70,7 @@ class CompatibilityReport:
     hub: Optional[ModelFacts] = None
     expert: Optional[ModelFacts] = None
     errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -94,7 +97,8 @@ class CompatibilityReport:
         ]
         verdict = f"Expert {self.name!r} {'fits' if self.ok else 'does not fit'} the hub."
         parts = [verdict, table("", ["", *known], rows, left=1 + len(known))] if known else [verdict]
-        parts += [f"error: {error}" for error in self.errors] + [f"note: {note}" for note in self.notes]
+        for kind, texts in (("error", self.errors), ("warning", self.warnings), ("note", self.notes)):
+            parts += [f"{kind}: {text}" for text in texts]
         return as_text(*parts)
 
 
@@ -156,14 +160,19 @@ def compare(
             report.errors.append(str(error))
     if report.ok:
         tokenizers = _tokenizer(expert), _tokenizer(hub)
+        shared = False
         if isinstance(expert, PeftModel):
             shared = token_embeddings(expert).weight is token_embeddings(hub).weight
             whose = "of the hub, whose weights it shares" if shared else "on a model of its own"
             report.notes.append(f"{peft_type_name(expert.peft_type)} adapter {whose}.")
+            proven, suspected = another_base(name, expert)
+            report.errors += [] if proven is None else [proven]
+            report.warnings += [] if suspected is None else [suspected]
         facts = _facts(expert, tokenizers[0]), _facts(hub, tokenizers[1])
         report.expert, report.hub = facts
         _compare_sizes(report, *facts, sizes(expert), expected or {}, expert_streams)
-        _compare_tokens(report, facts[0].embedding_rows, facts[1].embedding_rows, *tokenizers)
+        if not shared:
+            _compare_tokens(report, *facts, *tokenizers)
         _note_differences(report, *facts, text_config(expert), text_config(hub), *tokenizers)
     return report
 
@@ -215,14 +224,18 @@ def _compare_sizes(
 
 
 def _compare_tokens(
-    report: CompatibilityReport, rows: int, hub_rows: int, theirs: Optional[_Tokenizer], ours: Optional[_Tokenizer]
+    report: CompatibilityReport,
+    of_expert: ModelFacts,
+    of_hub: ModelFacts,
+    theirs: Optional[_Tokenizer],
+    ours: Optional[_Tokenizer],
 ) -> None:
     """Would the expert read other tokens out of the hub's ids?
 
     Vocabularies that only pad differently are fine. Where a tokenizer is unknown, the expert needs as many embeddings
     as the hub.
     """
-    name = report.name
+    name, rows, hub_rows = report.name, of_expert.embedding_rows, of_hub.embedding_rows
     if theirs is None or ours is None:
         if rows < hub_rows:
             report.errors.append(
@@ -231,8 +244,14 @@ def _compare_tokens(
                 "hub's vocabulary."
             )
         else:
-            who = "either model" if theirs is ours else "the expert" if theirs is None else "the hub"
-            report.notes.append(f"No tokenizer lies beside {who}: only the numbers of embeddings were compared.")
+            came_from = [of_expert.source if theirs is None else None, of_hub.source if ours is None else None]
+            texts = report.warnings if any(came_from) else report.notes
+            who = f"expert {name!r}" if ours else "the hub" if theirs else f"expert {name!r} and the hub"
+            texts.append(
+                f"No tokenizer lies beside {who}, so only the numbers of embeddings were compared. "
+                f"If expert {name!r} reads other words out of the hub's ids, its outputs are noise: save the "
+                "tokenizers beside the models to have that checked."
+            )
         return
     for token, id_ in ours.ids.items():
         if theirs.ids.get(token, id_) != id_:

@@ -11,9 +11,11 @@ from typing import Any, Optional
 
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import extract_commit_hash
 
 from .._compat.accelerate import real_weights
@@ -21,9 +23,12 @@ from .._compat.peft import CausalLM, adapters_where_layers_run, peft_type_name
 from .._compat.transformers import find_file
 from ..forward.placement import is_dispatched, place_for_stitch
 from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
+from .lora_base import check_layers
 from .weight_sharing import share_weights
 
 
+MAX_LAYERS = 4096  # of an expert that is described by its config alone; the deepest models have some hundreds
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 _find = functools.partial(find_file, out_of_reach_is_none=True)  # what loads the file says why it is not there
 
 
@@ -53,12 +58,15 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
             model_file = _find(source, "config.json", **where)
             if file is not None and model_file is None:
                 reference.update(model=None, adapter=source)
+            _check_depth(model_file, MAX_LAYERS, "more than any model has")
             file = model_file or file
         _pin(reference, "revision", file)
     if reference.get("adapter") and reference.get("model"):
         where = _base_where(reference)
         with _loading(name, reference["model"], where):
-            _pin(reference, "base_revision", _find(reference["model"], "config.json", **where))
+            file = _find(reference["model"], "config.json", **where)
+            _check_depth(file, MAX_LAYERS, "more than any model has")
+            _pin(reference, "base_revision", file)
     return reference
 
 
@@ -66,6 +74,32 @@ def _pin(reference: dict[str, Any], key: str, file: Optional[str]) -> None:
     commit = extract_commit_hash(file, None)
     if commit is not None:
         reference[key] = commit
+
+
+def _check_depth(config_file: Optional[str], most: int, why: str) -> None:
+    """Raise `ValueError` if a config.json asks for more layers than `most`: making them would take all memory.
+
+    All other sizes are compared with the weights' shapes before memory is taken for them.
+    """
+    if config_file is None:
+        return
+    config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    for values in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _DEPTHS:
+            if isinstance(values.get(key), int) and values[key] > most:
+                raise ValueError(f"its config.json has {key}={values[key]}, {why}.")
+
+
+def _num_tensors(source: str, where: dict[str, Any]) -> Optional[int]:
+    """How many tensors a checkpoint has, from its index or header; `None` where it has neither."""
+    index = _find(source, SAFE_WEIGHTS_INDEX_NAME, **where)
+    if index is not None:
+        return len(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    file = _find(source, SAFE_WEIGHTS_NAME, **where)
+    if file is None:
+        return None
+    with safe_open(file, "pt") as weights:
+        return len(weights.keys())
 
 
 def load_expert(name: str, reference: dict[str, Any], hub: PreTrainedModel) -> CausalLM:
@@ -180,6 +214,10 @@ def _is_stored_quantized(source: str) -> bool:
 def _load_model(source: str, hub: PreTrainedModel, **how: Any) -> PreTrainedModel:
     device, dtype = place_for_stitch(hub)
     how.setdefault("device_map", device)  # straight to its place: quantised weights cannot all be moved later
+    where = _where(how)
+    tensors = _num_tensors(source, where)
+    if tensors is not None:  # and every layer has at least one
+        _check_depth(_find(source, "config.json", **where), tensors, f"but its weights are {tensors} tensors")
     # References come out of downloaded files: no code of theirs may run (`None` would ask the user), and only known
     # arguments are passed on.
     return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **how)
@@ -196,8 +234,13 @@ def _load_adapter(base: PreTrainedModel, source: str, where: dict[str, Any]) -> 
     if is_dispatched(base):
         with adapters_where_layers_run(lambda layer: place_for_stitch(layer)[0]):
             # Made like its layers, on the meta device, then replaced by what is loaded.
-            return PeftModel.from_pretrained(base, source, low_cpu_mem_usage=True, **where)
-    return PeftModel.from_pretrained(base, source, **where).to(place_for_stitch(base)[0])
+            model = PeftModel.from_pretrained(base, source, low_cpu_mem_usage=True, **where)
+    else:
+        model = PeftModel.from_pretrained(base, source, **where).to(place_for_stitch(base)[0])
+    file = _find(source, SAFETENSORS_WEIGHTS_NAME, **where)
+    if file is not None:
+        check_layers(model, file)
+    return model
 
 
 def how_to_replace(name: str, key: str = "model") -> str:

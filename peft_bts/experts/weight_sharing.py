@@ -37,7 +37,7 @@ def share_weights(hub: M, adapter: Optional[str] = None) -> M:
     twin.__dict__.pop("peft_config", None)
     twin._modules.pop("stitch_output", None)
     twin.__dict__.pop("hf_device_map", None)  # PEFT would have accelerate place the shared weights a second time
-    for path, module in list(twin.named_modules()):
+    for path, module in reversed(list(twin.named_modules())):  # from the inside out: paths stay true
         _restore_forward(module, memo)
         if isinstance(module, StitchLayer):
             _set_module(twin, path, module.base_layer)

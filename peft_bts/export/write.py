@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Union
 
 import torch
@@ -21,10 +22,35 @@ from ..forward.expert import Expert
 from ..forward.head import ModelHead
 from ..forward.layer import output_mixtures
 from ..forward.recorder import layer_return_sizes
+from ..install import how_to_install
 from ..mixture import OutputMixture
 from ..stitch import HUB, PerModel, Stitch
 from .config import StitchExportConfig
 from .model import StitchExportForCausalLM
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- stitch
+- branch-train-stitch
+---
+
+# A stitched model
+
+`import peft_bts` before loading it: transformers does not know the architecture otherwise. To install: {install}.
+
+```python
+import peft_bts
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path or id of this model")
+```
+
+Several models ({models}) and the stitches between them in one checkpoint, made by Branch-Train-Stitch
+([arXiv 2502.00075](https://arxiv.org/abs/2502.00075)). The original models are not needed.
+"""
 
 
 def export_composition(
@@ -112,6 +138,9 @@ def export_composition(
     generation_config: Any = getattr(models[HUB], "generation_config", None)
     standalone.generation_config = copy.deepcopy(generation_config)
     standalone.save_pretrained(path, **kwargs)
+    card = Path(path, "README.md")
+    if not card.exists():  # or it is the user's by now
+        card.write_text(_CARD.format(install=how_to_install(), models=", ".join(models)), encoding="utf-8")
     source = getattr(models[HUB].config, "_name_or_path", "")
     if os.path.isdir(source) and os.path.isfile(os.path.join(source, "tokenizer_config.json")):
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(path)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .._compat.peft import CausalLM, base_model
 from .decoder import Decoder, find_decoder, token_embeddings
+from .placement import execution_device
 from .recorder import with_layers, with_modules
 
 
@@ -47,7 +48,8 @@ class ModelHead:
         """
         plain = base_model(model) if isinstance(model, PeftModel) else model
         decoder = find_decoder(plain, what)
-        final = final_modules(decoder, token_embeddings(plain).weight.device, what)
+        embeddings = token_embeddings(plain)
+        final = final_modules(decoder, execution_device(embeddings) or embeddings.weight.device, what)
         return cls(plain, decoder.backbone_path, final)
 
     @property

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
@@ -94,17 +93,26 @@ class ForwardRunner:
             hub: Runs the hub's backbone.
 
         Raises:
-            ValueError: For inputs that the experts cannot take; nothing has been computed then.
+            ValueError: For inputs that the experts cannot take, and for a mixture if nobody awaits what the models do
+                (`await_body`); nothing has been computed then.
         """
         if composition is None:
             return self.inside(None, hub)
+        bodies = self._awaited.get() if composition.mixture else None
+        if composition.mixture and bodies is None:
+            raise ValueError(
+                "The hub's backbone was called without its head, as losses and servers do that compute the head's "
+                "product themselves; they would get the hub's own distribution, not the mixture "
+                "(output='mixture'). Call the whole model: it returns the mixture's logits, its loss, and hidden "
+                "states if asked for."
+            )
         observers = self.settings.observers
         observation = Observation(composition, call, cache, observers) if observers else None
         make_executor = self.settings.make_executor or self.make_executor
         state = self._make_state(composition, call, cache, make_executor, observation)
         state.check()
         try:
-            return self.inside(state, functools.partial(self._run, state, hub))
+            return self.inside(state, functools.partial(self._run, state, hub, bodies))
         finally:
             state.close()
 
@@ -117,24 +125,12 @@ class ForwardRunner:
         finally:
             self._current.set(outer)
 
-    def _run(self, state: ForwardState, hub: Callable[[], Any]) -> Any:
+    def _run(self, state: ForwardState, hub: Callable[[], Any], bodies: Optional[list[Body]]) -> Any:
         state.start()
         out = state.executor.run_hub(hub)
-        if state.composition.mixture:
-            self._hand_over(state, out)
+        if bodies is not None:
+            bodies.append(Body(state, out[0], state.final_states()))
         return out
-
-    def _hand_over(self, state: ForwardState, out: Any) -> None:
-        awaited = self._awaited.get()
-        if awaited is None:
-            if torch.is_grad_enabled():
-                raise ValueError(
-                    "The hub's backbone was called without its head, as losses do that compute the head's product "
-                    "themselves; they would train the hub's own distribution, not the mixture (output='mixture'). "
-                    "Call the whole model, with a loss that takes its logits or its own loss."
-                )
-            return
-        awaited.append(Body(state, out[0], state.final_states()))
 
     def await_body(self, call: Callable[[], Any]) -> tuple[Any, Body]:
         """Return what `call`, a call of the hub's causal LM, returns, and what its backbone and the experts did."""

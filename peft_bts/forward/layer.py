@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,7 +16,11 @@ from .hooks import ForwardRunner, checkpoint_function
 from .placement import place_for_stitch
 
 
-class StitchLayer(nn.Module, BaseTunerLayer):
+class AdapterPart(BaseTunerLayer):
+    """What adapters add in one place of a hub; PEFT finds these to switch adapters, and to turn them on and off."""
+
+
+class StitchLayer(nn.Module, AdapterPart):
     """Runs the wrapped decoder layer, then the active adapter's stitch on its hidden states.
 
     Args:
@@ -71,35 +75,25 @@ class StitchLayer(nn.Module, BaseTunerLayer):
         return place_for_stitch(base_layer)[0], None
 
 
-class StitchOutput(TypedModuleDict[OutputMixture], BaseTunerLayer):
-    """The output mixtures of a hub, by adapter name; the hub has it as `stitch_output`.
+class StitchOutput(TypedModuleDict[OutputMixture], AdapterPart):
+    """The output mixtures of a hub, by adapter name; the hub has it as `stitch_output`. `MixedHead` uses them.
 
-    `MixedHead` does what they are for. Here PEFT turns them on and off, as it does with layers.
+    Args:
+        active: Names of the adapters that are active now.
     """
 
-    adapter_layer_names = ()
+    adapter_layer_names = ("mixtures",)
     weight = bias = None  # type: ignore[assignment]  # PEFT would ask a wrapped layer for them, and there is none
 
-    def __init__(self) -> None:
+    def __init__(self, active: list[str]) -> None:
         super().__init__()
         self.merged_adapters: list[str] = []  # never any; PEFT asks
+        self._active_adapter = active
 
-    def set_adapter(self, adapter_names: Union[str, list[str]], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name, mixture in self.items():
-            mixture.requires_grad_(name in names and not inference_mode)
-        self._active_adapter = names
-
-    def enable_adapters(self, enabled: bool) -> None:
-        if enabled:
-            self.set_adapter(self.active_adapters)
-        else:
-            self.requires_grad_(False)
-        self._disable_adapters = not enabled
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        if adapter_name in self:
-            del self[adapter_name]
+    @property
+    def mixtures(self) -> StitchOutput:
+        """Where PEFT finds the adapters: in this dict itself, since nothing is wrapped."""
+        return self
 
 
 def output_mixtures(hub: nn.Module) -> StitchOutput:

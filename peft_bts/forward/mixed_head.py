@@ -7,10 +7,10 @@ all models for all tokens are never in memory at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..mixture import OutputMixture, log_probs, mix
+from .composition import StitchableExpert
 from .head import ModelHead
 from .hooks import Body, ForwardRunner, InstanceForward
 
@@ -28,7 +29,27 @@ from .hooks import Body, ForwardRunner, InstanceForward
 _CHUNK = 2**24
 
 _IGNORED = -100  # of labels, as everywhere in transformers
-_LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
+
+# What is wanted of a chunk of tokens: from the gates' logarithms (N, M), each model's log probabilities (N, V) and the
+# targets (N,), if there are any, to tensors (N, ...).
+Read = Callable[[Tensor, list[Tensor], Optional[Tensor]], tuple[Tensor, ...]]
+Measure = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # the same from the mixture's log probabilities and targets
+
+
+class _Ready(NamedTuple):
+    """What there is before any head has run.
+
+    Attributes:
+        states: What the hub's head reads, and the states behind the last layers of the experts, (B, T, D_i).
+        experts: The experts, in the order of their states.
+        log_gates_BTM: Logarithms of the gates.
+        vocab: The hub's vocabulary.
+    """
+
+    states: list[Tensor]
+    experts: list[StitchableExpert]
+    log_gates_BTM: Tensor
+    vocab: int
 
 
 class MixedHead(InstanceForward):
@@ -56,86 +77,144 @@ class MixedHead(InstanceForward):
         active = self._active()
         if active is None:
             return self._forward(*args, **kwargs)
-        gates, stitched = active
         call = self._by_name(args, kwargs)
         labels, keep = call.pop("labels", None), call.pop("logits_to_keep", 0)
         as_tuple = call.pop("return_dict", None) is False
-        loss_arguments = {name: call[name] for name in _LOSS_ARGUMENTS if name in call}
-        # The hub's logits are made below, in chunks; here its own head has as little to do as possible.
+        out, ready = self._run_models(call, *active)
+        positions = slice(-keep, None) if isinstance(keep, int) else keep
+
+        def select(of_tokens: Tensor) -> Tensor:
+            return of_tokens[:, positions].flatten(0, 1)
+
+        batch, tokens = ready.log_gates_BTM[:, positions].shape[:2]
+        loss = None
+        if labels is None:
+            (logits_NV,) = self._in_chunks(ready, select, None, _mixture)
+        else:
+            loss_arguments = {name: call[name] for name in call if name not in self.__signature__.parameters}
+            ignored = loss_arguments.get("ignore_index", _IGNORED)
+            targets_N = select(_next_tokens(labels, loss_arguments.get("shift_labels"), ignored))
+            known = targets_N != ignored
+            logits_NV, of_targets_NM = self._in_chunks(
+                ready, select, targets_N.masked_fill(~known, 0), _mixture_and_targets
+            )
+            if self._hub.loss_function is ForCausalLMLoss:
+                # The same number, with no gradient the size of the vocabulary.
+                log_likelihood_N = (select(ready.log_gates_BTM).to(of_targets_NM.dtype) + of_targets_NM).logsumexp(-1)
+                loss = _mean(-log_likelihood_N, known, loss_arguments.get("num_items_in_batch"))
+            else:
+                logits = logits_NV.unflatten(0, (batch, tokens))
+                loss = self._hub.loss_function(logits=logits, labels=labels, vocab_size=ready.vocab, **loss_arguments)
+            if out.get("aux_loss") is not None:  # of a hub that is a mixture of experts, as its own forward adds it
+                loss = loss + self._hub.router_aux_loss_coef * out["aux_loss"].to(loss.device)
+        rest = {name: value for name, value in out.items() if name not in ("loss", "logits")}
+        mixed = type(out)(loss=loss, logits=logits_NV.unflatten(0, (batch, tokens)), **rest)
+        return mixed.to_tuple() if as_tuple else mixed
+
+    def measure(self, call: Mapping[str, Any], targets_BT: Tensor, measure: Measure) -> tuple[Any, list[Tensor]]:
+        """Run the models and say something of each token of a batch, without logits of all tokens at once.
+
+        Args:
+            call: The arguments of the causal LM by name, but labels.
+            targets_BT: What the first T tokens of each sequence are to predict; -100: nothing. Such are left out.
+            measure: From the mixture's log probabilities at some tokens, (N, V), and their targets (N,), to tensors
+                (N,).
+
+        Returns:
+            What the causal LM returns, whose logits are meaningless; and what `measure` has found, (B, T) each, zero
+            where there is no target.
+        """
+        active = self._active()
+        assert active is not None  # the caller has seen to it
+        out, ready = self._run_models(dict(call), *active)
+        counted_BT = targets_BT != _IGNORED
+
+        def select(of_tokens: Tensor) -> Tensor:
+            return of_tokens[:, : counted_BT.shape[1]][counted_BT.to(of_tokens.device)]
+
+        def read(log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor]) -> tuple[Tensor, ...]:
+            assert targets_N is not None
+            return measure(mix(log_gates_NM, logps), targets_N)
+
+        found = self._in_chunks(ready, select, targets_BT[counted_BT], read)
+        spread = [values_N.new_zeros(counted_BT.shape) for values_N in found]
+        # Scattering keeps a batch without any target connected to the weights: its gradient is zero, not missing.
+        return out, [
+            zeros.masked_scatter(counted_BT.to(zeros.device), values_N) for zeros, values_N in zip(spread, found)
+        ]
+
+    def _run_models(self, call: dict[str, Any], gates: OutputMixture, stitched: bool) -> tuple[Any, _Ready]:
+        """What the hub's causal LM returns, and what its head and the experts' are to read."""
+        # The hub's logits are made later, in chunks; here its own head has as little to do as possible.
         little = {"logits_to_keep": 1} if "logits_to_keep" in self.__signature__.parameters else {}
-        with torch.no_grad() if not stitched and self._nothing_trained(call) else nullcontext():
-            out, body = self._runner.await_body(partial(self._forward, **call, **little, return_dict=True))
+        alone = torch.is_grad_enabled() and not stitched and self._nothing_trained(call)
+        with torch.no_grad() if alone else nullcontext():
+            out, body = self._runner.await_body(partial(self._forward, **call | little | {"return_dict": True}))
         names = sorted(body.experts.by_name)
         body.state.see_output(body.hub_BTD, gates)
         log_gates_BTM = gates.log_gates(body.hub_BTD, names, _present_tokens(body))
         body.state.note_output_gates(names, log_gates_BTM.detach())
         body.state.finish()
-        positions = slice(-keep, None) if isinstance(keep, int) else keep
-        targets_BT = None
-        if labels is not None:
-            targets_BT = _next_tokens(labels, loss_arguments.get("shift_labels"))[:, positions]
-        logits, log_likelihood_BT = self._mix(body, names, log_gates_BTM, positions, targets_BT, out.logits.shape[-1])
-        loss = None
-        if targets_BT is not None and log_likelihood_BT is not None:
-            loss_function = self._hub.loss_function
-            if loss_function is ForCausalLMLoss:  # the same number, with no gradient the size of the vocabulary
-                loss = _mean(-log_likelihood_BT, targets_BT != _IGNORED, loss_arguments.get("num_items_in_batch"))
-            else:
-                loss = loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
-        rest = {name: value for name, value in out.items() if name not in ("loss", "logits")}
-        mixed = type(out)(loss=loss, logits=logits, **rest)
-        return mixed.to_tuple() if as_tuple else mixed
+        states = [body.hub_BTD, *(body.experts.by_name[name] for name in names)]
+        experts = [body.state.composition.experts[name] for name in names]
+        return out, _Ready(states, experts, log_gates_BTM, out.logits.shape[-1])
 
     def _nothing_trained(self, call: dict[str, Any]) -> bool:
         """Whether the gates alone are trained: what the models compute then needs no gradient."""
         embeds = call.get("inputs_embeds")
         return not (embeds is not None and embeds.requires_grad) and not any(
-            p.requires_grad for name, p in self._module.named_parameters() if "stitch_output." not in name
+            p.requires_grad for name, p in self._hub.named_parameters() if "stitch_output." not in name
         )
 
-    def _mix(
-        self,
-        body: Body,
-        names: Sequence[str],
-        log_gates_BTM: Tensor,
-        positions: Union[slice, Tensor],
-        targets_BT: Optional[Tensor],
-        vocab: int,
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        """The mixture's log probabilities at some T' positions, (B, T', V); and of targets (B, T'), if given."""
-        states = [body.hub_BTD, *(body.experts.by_name[name] for name in names)]
-        states = [state[:, positions].flatten(0, 1) for state in states]  # (N, D) each
-        log_gates_NM = log_gates_BTM[:, positions]
-        batch, tokens = log_gates_NM.shape[:2]
-        log_gates_NM = log_gates_NM.flatten(0, 1)
-        targets_N = None if targets_BT is None else targets_BT.to(log_gates_NM.device).flatten()
-        run = partial(self._chunk, [body.state.composition.experts[name] for name in names], vocab)
+    def _in_chunks(
+        self, ready: _Ready, select: Callable[[Tensor], Tensor], targets_N: Optional[Tensor], read: Read
+    ) -> tuple[Tensor, ...]:
+        """Read what all models say at N tokens, some tokens at a time; with gradients, the heads run again for them.
+
+        Args:
+            ready: What the heads are to read.
+            select: From a value per token of the batch, (B, T, ...), to those of N tokens, (N, ...).
+            targets_N: What each of them is to predict, if that is asked for.
+            read: What is wanted of them.
+        """
+        states, log_gates_NM = [select(state) for state in ready.states], select(ready.log_gates_BTM)
+        targets_N = None if targets_N is None else targets_N.to(log_gates_NM.device)
+        run = partial(self._chunk, ready.experts, ready.vocab, read)
         if torch.is_grad_enabled() and (log_gates_NM.requires_grad or any(state.requires_grad for state in states)):
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-        size = max(1, _CHUNK // vocab)
+        size = max(1, _CHUNK // ready.vocab)
         pieces = [
             run(log_gates_NM[start : start + size], targets, *(state[start : start + size] for state in states))
-            for start in range(0, len(log_gates_NM), size)
+            for start in range(0, max(1, len(log_gates_NM)), size)
             for targets in [None if targets_N is None else targets_N[start : start + size]]
         ]
-        logits_BTV = torch.cat([mixed_NV for mixed_NV, _ in pieces]).unflatten(0, (batch, tokens))
-        if targets_N is None:
-            return logits_BTV, None
-        of_targets_NM = torch.cat([piece for _, piece in pieces if piece is not None])
-        log_likelihood_N = (log_gates_NM.to(of_targets_NM.dtype) + of_targets_NM).logsumexp(dim=-1)
-        return logits_BTV, log_likelihood_N.unflatten(0, (batch, tokens))
+        return pieces[0] if len(pieces) == 1 else tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def _chunk(
-        self, experts: Sequence[Any], vocab: int, log_gates_NM: Tensor, targets_N: Optional[Tensor], *states: Tensor
-    ) -> tuple[Tensor, Optional[Tensor]]:
+        self,
+        experts: Sequence[StitchableExpert],
+        vocab: int,
+        read: Read,
+        log_gates_NM: Tensor,
+        targets_N: Optional[Tensor],
+        *states: Tensor,
+    ) -> tuple[Tensor, ...]:
         hub_ND, *others = states
         logits = [self._head.logits(hub_ND[None]), *(e.logits(state[None]) for e, state in zip(experts, others))]
         logps = [log_probs(logits_1NV[0].to(log_gates_NM.device), vocab) for logits_1NV in logits]
-        mixed_NV = mix(log_gates_NM, logps)
-        if targets_N is None:
-            return mixed_NV, None
-        index_N1 = targets_N.clamp(min=0)[:, None]
-        return mixed_NV, torch.cat([logp_NV.gather(1, index_N1) for logp_NV in logps], dim=1)
+        return read(log_gates_NM, logps, targets_N)
+
+
+def _mixture(log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor]) -> tuple[Tensor, ...]:
+    """The mixture's log probabilities, (N, V)."""
+    return (mix(log_gates_NM, logps),)
+
+
+def _mixture_and_targets(log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor]) -> tuple[Tensor, ...]:
+    """The mixture's log probabilities, (N, V), and each model's of the targets, (N, M)."""
+    assert targets_N is not None
+    of_targets = [logp_NV.gather(1, targets_N[:, None]) for logp_NV in logps]
+    return mix(log_gates_NM, logps), torch.cat(of_targets, dim=1)
 
 
 def _present_tokens(body: Body) -> Optional[dict[str, Tensor]]:
@@ -146,9 +225,9 @@ def _present_tokens(body: Body) -> Optional[dict[str, Tensor]]:
     return {name: present_B[:, None].expand(shape) for name, present_B in body.experts.present.items()}
 
 
-def _next_tokens(labels: Tensor, shift_labels: Optional[Tensor]) -> Tensor:
+def _next_tokens(labels: Tensor, shift_labels: Optional[Tensor], ignored: int) -> Tensor:
     """What every token is to predict, (B, T), as `ForCausalLMLoss` has it."""
-    return F.pad(labels, (0, 1), value=_IGNORED)[:, 1:] if shift_labels is None else shift_labels
+    return F.pad(labels, (0, 1), value=ignored)[:, 1:] if shift_labels is None else shift_labels
 
 
 def _mean(values: Tensor, counted: Tensor, number: Union[int, Tensor, None]) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from ..install import how_to_install
+
 
 def needs(module: str) -> ModuleType:
     """Import a module of the `viz` extra.
@@ -16,4 +18,4 @@ def needs(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
-        raise ModuleNotFoundError(f"This needs {package}: pip install peft_bts[viz]", name=package) from error
+        raise ModuleNotFoundError(f"This needs {package}: {how_to_install('viz')}.", name=package) from error

@@ -118,7 +118,7 @@ class GateTrace:
 
     def record(self, forward: Observation) -> None:
         """Take in a forward (called by the model)."""
-        if threading.get_ident() != self._thread:
+        if not self._is_ours():
             return
         tokens = forward.call.get("input_ids")
         kinds = {forward.composition.hub_layers: OUTPUT_MIXTURE, **forward.composition.schedule}
@@ -155,9 +155,16 @@ class GateTrace:
             )
         )
 
+    def _is_ours(self) -> bool:
+        """Whether this is the thread that the trace was opened in."""
+        return threading.get_ident() == self._thread
+
     @contextmanager
     def generating(self, prompt: int, ends: list[int]) -> Iterator[None]:
         """Inside of the `with`, the tokens behind the first `prompt` are generated, up to one of `ends`."""
+        if not self._is_ours():
+            yield
+            return
         outer, self._generation = self._generation, Generation(prompt, ends)
         try:
             yield

@@ -414,10 +414,11 @@ class DroppingForwardState(ForwardState):
         if self.catch_up is not None:
             self.catch_up.close(list(self.running.values()))
             if self.observation is not None:
-                observed = self.observation.gates
-                closed = torch.zeros_like(observed[self.composition.hub_layers - 1][HUB])
-                for layer in self.composition.schedule:
-                    gates = observed.setdefault(layer, {})
+                observed, places = self.observation.gates, [*self.composition.schedule]
+                places += [self.composition.hub_layers] if self.composition.mixture else []
+                closed = torch.zeros_like(observed[places[-1]][HUB])
+                for place in places:
+                    gates = observed.setdefault(place, {})
                     gates.update({name: closed for name in self.catch_up.names if name not in gates})
         super().finish()
 

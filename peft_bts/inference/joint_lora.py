@@ -47,6 +47,7 @@ from .stacking import for_all
 logger = logging.getLogger(__name__)
 
 _CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+_COLLECTOR = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked for
 _NOT_COLLECTED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -74,7 +75,7 @@ class JointLinear(nn.Module):
                 if adapter in lora.lora_A:
                     down: Any = lora.lora_A[adapter]  # a linear layer; PEFT's type is any module
                     up, scaling = lora.lora_B[adapter], lora.scaling[adapter]
-                    y[rows] += (up(down(x[rows].to(down.weight.dtype))) * scaling).to(y.dtype)
+                    y[rows] = (y[rows] + up(down(x[rows].to(down.weight.dtype))) * scaling).to(y.dtype)
         return y
 
 
@@ -127,12 +128,23 @@ class JointModel:
         self.backbone = with_layers(decoder.backbone, decoder.list_name, self._layers)
         # What it was built of: somebody may exchange modules, or adapters in them, later.
         parts = [*hub_layers, *(expert.layers for expert in experts.values())]
-        modules = [decoder.backbone, *(module for part in parts for module in part.modules())]
-        self._built = [(module._modules, dict(module._modules)) for module in modules if module._modules]
+        self._runner, self._backbone = runner, decoder.backbone
+        self._modules = [decoder.backbone, *(module for part in parts for module in part.modules())]
+        self._built = [(module._modules, dict(module._modules)) for module in self._modules if module._modules]
 
     def is_whole(self) -> bool:
-        """Whether the models are built as they were."""
-        return all(now == then for now, then in self._built)
+        """Whether the models are built as they were, and nobody watches or has replaced what their modules do."""
+        return all(now == then for now, then in self._built) and not any(map(self._is_watched, self._modules))
+
+    def _is_watched(self, module: nn.Module) -> bool:
+        """Whether hooks of others, or a `forward` of its own, would not be called, or called for all rows at once."""
+        if "forward" in vars(module) and module is not self._backbone:
+            return True
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        return any(
+            getattr(hook, "__self__", None) is not self._runner and getattr(hook, "__module__", "") != _COLLECTOR
+            for hook in hooks
+        )
 
 
 class JointExecutor:
@@ -307,6 +319,8 @@ def why_not(decoder: Decoder, expert: Expert) -> Optional[str]:
         for parameter in decoder.backbone.parameters()
     ):
         return "the hub's weights are not all in memory"
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in decoder.backbone.modules()):
+        return "the hub has trained modules besides the stitches (modules_to_save)"
     if is_dispatched(model.get_base_model()):
         return "accelerate has spread the hub over devices"
     for config in (model.peft_config[adapter] for adapter in model.active_adapters):

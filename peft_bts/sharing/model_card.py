@@ -13,12 +13,14 @@ from torch import nn
 
 from .._compat.bitsandbytes import num_weights
 from ..formatting import human
+from ..install import how_to_install
 from ..keys import file_key, is_stitch_weight
 from ..model import stitch_tuner
 
 
 _BEGIN, _END = "<!-- peft_bts: begin -->", "<!-- peft_bts: end -->"
-_SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+# Never across another beginning: where a mark was deleted, what a user wrote in between stays.
+_SECTION = re.compile(rf"\n*{re.escape(_BEGIN)}(?:(?!{re.escape(_BEGIN)}).)*?{re.escape(_END)}", re.DOTALL)
 _EXPERT_ROW = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
 
 
@@ -123,8 +125,10 @@ def _section(model: PeftModel, adapter: str, repo_id: Optional[str]) -> str:
             *(results_table if results else []),
             "## Load",
             "",
+            f"It needs [PEFT](https://github.com/huggingface/peft) and peft_bts: {how_to_install()}.",
+            "",
             "```python",
-            "import peft_bts  # registers the method with PEFT: pip install peft_bts",
+            "import peft_bts  # registers the method with PEFT",
             "from peft import AutoPeftModelForCausalLM",
             "",
             f'model = AutoPeftModelForCausalLM.from_pretrained("{repo_id or "path or id of this adapter"}")',

@@ -104,7 +104,13 @@ def test_modules_to_save_are_trained_saved_and_loaded(root):
     assert torch.equal(logits(loaded), logits(model))
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded), logits(load(root, "seed")))
-    model.attach_expert("late", str(root / "lora"))  # shares the seed's weights, not the trained head
+
+
+@pytest.mark.parametrize("module", ["lm_head", "down_proj"])
+def test_lora_experts_share_the_seed_without_trained_copies(root, module):
+    """A LoRA runs on the seed that it was made for, whatever this adapter trains of it; in stitched layers, too."""
+    model = train(make(root, "code", modules_to_save=[module]))
+    model.attach_expert("late", str(root / "lora"))
     alone = PeftModel.from_pretrained(load(root, "seed"), root / "lora")
     assert torch.equal(logits(model.base_model.experts["default"]["late"].model), logits(alone))
 

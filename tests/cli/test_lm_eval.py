@@ -1,4 +1,4 @@
-"""Stitched models in lm-evaluation-harness, as in docs/evaluating.md. Needs `pip install peft_bts[eval]`."""
+"""Stitched models in lm-evaluation-harness, as in docs/evaluating.md. Needs `pip install ".[eval]"`."""
 
 import json
 import random

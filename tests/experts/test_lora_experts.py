@@ -42,9 +42,10 @@ def stitched(root, **options):
     return randomize(get_peft_model(plain(root / "seed"), config)).eval()
 
 
-def test_forward(folder):
+@pytest.mark.parametrize("output", ["hub", "mixture"])
+def test_forward(folder, output):
     """Two LoRAs and a full expert equal the reference, which stitches standalone PEFT models."""
-    model = stitched(folder)
+    model = stitched(folder, output=output)
     loras = {name: with_lora(folder, name) for name in ("law", "bio")}
     for name, alone in loras.items():
         assert torch.equal(logits(model.base_model.experts["default"][name].model), logits(alone))
@@ -76,9 +77,10 @@ def test_gradient_checkpointing(folder, use_reentrant):
     assert all("stitch_layer" in name for name in expected)
 
 
-def test_train_save_load_generate(folder, tmp_path):
+@pytest.mark.parametrize("output", ["hub", "mixture"])
+def test_train_save_load_generate(folder, output, tmp_path):
     """Trainer, then the whole composition again from the adapter's folder: same logits, same tokens."""
-    model = stitched(folder, num_stitches=2)
+    model = stitched(folder, num_stitches=2, output=output)
     before = {n: p.clone() for n, p in model.named_parameters() if "lora_" in n}
     rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
     arguments = TrainingArguments(

@@ -66,21 +66,22 @@ def load_anew(path, quantization=None):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **how)
 
 
-def stitched(hub, **experts):
-    model = get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM", num_stitches=3))
+def stitched(hub, output="hub", **experts):
+    model = get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM", num_stitches=3, output=output))
     for name, (expert, how) in experts.items():
         model.attach_expert(name, expert, **how)
     return randomize(model).eval()
 
 
+@pytest.mark.parametrize("output", ["hub", "mixture"])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize("who", ["hub", "expert", "both"])
-def test_forward(folder, quantization, who):
+def test_forward(folder, quantization, who, output):
     """Quantised models beside plain ones compute what they compute alone; stitches are in float32."""
     hub = quantization if who != "expert" else None
     expert = quantization if who != "hub" else None
     how = {} if expert is None else {"quantization_config": QUANTIZATIONS[expert]()}
-    model = stitched(load_anew(folder / "seed", hub), code=(folder / "code", how), math=(folder / "math", {}))
+    model = stitched(load_anew(folder / "seed", hub), output, code=(folder / "code", how), math=(folder / "math", {}))
     experts = {"code": load(folder / "code", expert), "math": load(folder / "math")}
     actual = logits(model, attention_mask=LEFT)[:, -3:]
     expected = expected_logits(model, load(folder / "seed", hub), experts, attention_mask=LEFT)[:, -3:]
@@ -92,13 +93,15 @@ def test_forward(folder, quantization, who):
     assert stitches and {p.dtype for p in stitches} == {torch.float32}
 
 
+@pytest.mark.parametrize("output", ["hub", "mixture"])
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_train_save_load(folder, quantization, tmp_path):
+def test_train_save_load(folder, quantization, output, tmp_path):
     """Gradients reach the stitches only; the adapter names experts with their quantisation, and loads as it was."""
     config = QUANTIZATIONS[quantization]()
     code = load_anew(folder / "code", quantization)  # as an object: what it was loaded from and how is noted
     model = stitched(
         load_anew(folder / "seed", quantization),
+        output,
         code=(code, {}),
         math=(folder / "math", {"quantization_config": config}),
         plain=(folder / "code", {}),
@@ -113,7 +116,7 @@ def test_train_save_load(folder, quantization, tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert not [n for n, p in model.named_parameters() if p.grad is not None and "stitch_layer" not in n]
+    assert not [n for n, p in model.named_parameters() if p.grad is not None and ".stitch_" not in n]
 
     model.eval()
     alone = logits(load_anew(folder / "code", quantization))

@@ -1,6 +1,7 @@
 """Experts that are lost, broken, changed or of the wrong kind: each error names the expert and says what to do."""
 
 import json
+import re
 import shutil
 from contextlib import suppress
 
@@ -9,7 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_bts import StitchConfig
+from peft_bts import StitchConfig, check_compatibility
 from tests.helpers.bad_input import every_load_refused, load, refused, save, stitched
 from tests.helpers.models import assert_near, expected_logits, fresh, logits, pristine, randomize, stitch
 
@@ -59,6 +60,20 @@ def test_broken_expert(adapter):
     model = stitched()
     with refused(model, match=rf"'new' could not be loaded from '{adapter}/empty'"):
         model.attach_expert("new", str(adapter / "empty"))
+
+
+@pytest.mark.parametrize(("layers", "match"), [(10**9, "more than any model has"), (40, "its weights are 39 tensors")])
+def test_layers_that_a_config_only_claims(adapter, layers, match):
+    """Sizes are not believed before memory is taken for them; of all sizes, depth alone needs no weights."""
+    config = (adapter / "code" / "config.json").read_text()
+    claims = json.loads(config) | {"num_hidden_layers": layers}
+    (adapter / "code" / "config.json").write_text(json.dumps(claims))
+    match = f"(?s)'code' could not be loaded from.*its config.json has num_hidden_layers={layers}, .*{match}"
+    with every_load_refused(adapter, match):
+        if layers > 4096:
+            report = check_compatibility(str(adapter / "hub"), str(adapter / "code"), name="code")
+            assert not report.ok and re.search(match, report.errors[0])
+        (adapter / "code" / "config.json").write_text(config)
 
 
 def test_expert_that_came_from_nowhere(tmp_path):

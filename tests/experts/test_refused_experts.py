@@ -1,5 +1,6 @@
 """Names and models that cannot be experts get an error that says why; everything stays usable as it was."""
 
+import copy
 import re
 
 import pytest
@@ -68,6 +69,39 @@ def test_names_that_are_words_of_torch(name, tmp_path):
     model.detach_expert(name)
     remaining = {"a": experts["a"]}
     assert_near(logits(model), expected_logits(model, pristine("llama"), remaining), 1e-4)
+
+
+ATTRIBUTES = vars(torch.nn.Module())
+
+
+@torch.no_grad()
+def test_every_name_that_modules_know():
+    """Names of methods and class attributes work in all that torch does to modules; those of each instance do not."""
+    expert = fresh("llama", seed=1)
+    model = stitched()
+    for name in sorted(set(dir(torch.nn.Module())) - set(ATTRIBUTES)):
+        model.attach_expert(name, expert)
+    before = logits(model)
+    model.train().eval()
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), before)
+    assert twin.half().base_model.experts["default"]["half"].model.dtype == torch.float16
+    for name in ATTRIBUTES:
+        with refused(model, match=rf"'{name}' is taken: every module"):
+            model.attach_expert(name, expert)
+    with pytest.raises(ValueError, match="'training' is taken"):
+        config(experts={"training": "org/model"})
+
+
+@pytest.mark.parametrize("name", ["training", "eval", "items", "_modules"])
+def test_adapter_names_that_modules_know(name):
+    """PEFT keeps stitches by adapter in a module, too."""
+    hub = fresh("llama")
+    with refused(hub, match=f"Adapter name {name!r} is taken"):
+        get_peft_model(hub, config(), adapter_name=name)
+    model = stitched()
+    with refused(model, match=f"Adapter name {name!r} is taken"):
+        model.add_adapter(name, config())
 
 
 # --------------------------------------------------------------------------------------------------- the expert itself

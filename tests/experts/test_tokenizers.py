@@ -4,6 +4,7 @@ import pytest
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from peft_bts import check_compatibility
 from tests.helpers.bad_input import TOKENS, config, refused, save
 from tests.helpers.models import fresh, logits, randomize, stitch
 
@@ -75,3 +76,25 @@ def test_too_few_embeddings(tmp_path, tokens, hub_tokens, match):
     model = stitch(hub, {"a": fresh("llama", seed=1)})
     with refused(model, match=match):
         model.attach_expert("new", path)
+
+
+@pytest.mark.parametrize(
+    ("hub_tokens", "tokens", "who"),
+    [(TOKENS, None, "expert 'new'"), (None, TOKENS, "the hub"), (None, None, "expert 'new' and the hub")],
+)
+def test_unknown_tokenizers(tmp_path, hub_tokens, tokens, who):
+    """Nobody can tell whether they agree, so whoever attaches is told."""
+    hub = AutoModelForCausalLM.from_pretrained(save(tmp_path / "hub", hub_tokens))
+    with pytest.warns(UserWarning, match=f"No tokenizer lies beside {who}, so only .*'new' reads other words"):
+        get_peft_model(hub, config(experts={"new": save(tmp_path / "expert", tokens)}))
+
+
+def test_differences_are_logged(tmp_path, caplog):
+    """What `peft-bts check` notes, those find in the log who attach without asking it."""
+    hub = AutoModelForCausalLM.from_pretrained(save(tmp_path / "hub"))
+    path = save(tmp_path / "expert", [*TOKENS, "<chat>"], 66, arch="gpt2")
+    with caplog.at_level("INFO", logger="peft_bts"):
+        get_peft_model(hub, config(experts={"new": path}))
+    notes = check_compatibility(str(tmp_path / "hub"), path).notes
+    logged = [record.getMessage() for record in caplog.records if record.name == "peft_bts.experts.attaching"]
+    assert len(notes) > 2 and logged == [f"Expert 'new': {note}" for note in notes]

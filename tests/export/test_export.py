@@ -1,5 +1,6 @@
 """`model.export(path)`: a whole composition as one checkpoint, loaded by the Auto classes alone."""
 
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from peft_bts import StitchConfig, StitchExportForCausalLM, StitchExportModel
+from peft_bts.install import how_to_install
 from tests.helpers.zoo import ARCHITECTURES, tiny_model
 
 
@@ -73,6 +75,23 @@ def test_equals_the_adapter_model(arch, tmp_path):
     if arch != "gpt_neo":  # its own static cache differs from its dynamic one, stitched or not
         assert torch.equal(expected, alone.generate(**generate, cache_implementation="static", disable_compile=True))
     assert torch.equal(model.generate(**generate, num_beams=2), alone.generate(**generate, num_beams=2))
+
+
+def test_the_card(tmp_path):
+    """It begins with what transformers' own error does not say; it runs, and is not written over."""
+    model = stitched("llama")
+    model.export(tmp_path)
+    path = tmp_path / "README.md"
+    card = path.read_text()
+    assert "import peft_bts" in card.partition("# A stitched model\n")[2].strip().splitlines()[0]
+    assert how_to_install() in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found = {}
+    exec(snippet.replace("path or id of this model", str(tmp_path)), found)
+    assert_same(model, found["model"].eval())
+    path.write_text("My own words.")
+    model.export(tmp_path)
+    assert path.read_text() == "My own words."
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,11 @@ from tests.helpers.zoo import ARCHITECTURES
 
 NEW = 8
 STATEFUL = ["qwen3_next", "lfm2", "bamba"]  # transformers: with such layers a cache takes on one token at a time
+OPTIONS = {
+    "stitched": {},
+    "mixture": {"output": "mixture", "num_stitches": 2},
+    "gates": {"output": "mixture", "num_stitches": 0},
+}
 EXPERTS = {"a": ("llama", {"seed": 1, "layers": 6}), "b": ("gpt2", {"seed": 2, "layers": 3, "width": 48})}
 
 
@@ -19,9 +24,9 @@ def stitched(arch="llama", experts=EXPERTS, **options):
     return stitch(fresh(arch), {name: fresh(other, **kwargs) for name, (other, kwargs) in experts.items()}, **options)
 
 
-def pair(arch):
+def pair(arch, **options):
     """A stitched model of which hub and first expert are of this architecture."""
-    return stitched(arch, {"a": (arch, {"seed": 1, "layers": 6}), "b": EXPERTS["b"]})
+    return stitched(arch, {"a": (arch, {"seed": 1, "layers": 6}), "b": EXPERTS["b"]}, **options)
 
 
 def generate(model, input_ids=IDS, **kwargs):
@@ -35,10 +40,11 @@ def same(actual, expected, tolerance=1e-3):
     assert_near(torch.stack(actual.logits), torch.stack(expected.logits), tolerance)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_greedy(arch):
+def test_greedy(arch, options):
     """Token for token what the model without a cache says, in a left-padded batch: every generate() relies on it."""
-    model = pair(arch)
+    model = pair(arch, **OPTIONS[options])
     same(generate(model, attention_mask=LEFT), generate(model, attention_mask=LEFT, use_cache=False))
 
 
@@ -83,10 +89,11 @@ def in_chunks(model, sizes, cache=None, mask=None, positions=False):
     return torch.cat(out, dim=1)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_chunks(arch):
+def test_chunks(arch, options):
     """A prompt in two or more forwards is one prompt: chunked prefill, prompt caching, conversations."""
-    model = pair(arch)
+    model = pair(arch, **OPTIONS[options])
     sizes = [7, 1, 1, 1, 1, 1] if arch in STATEFUL else [3, 6, 1, 2]
     positions = arch == "bamba"  # which counts from 0 in every forward, unless told otherwise
     assert_near(in_chunks(model, sizes, positions=positions), logits(model, use_cache=False), 1e-4)

@@ -61,20 +61,22 @@ def in_memory(path, scratch):
 
 
 PLACES = {"disk": on_disk, "memory": in_memory}
+OPTIONS = {"hub": {}, "mixture": {"output": "mixture"}, "gates alone": {"output": "mixture", "num_stitches": 0}}
 
 
 def offloaded(model):
     return sum(parameter.device.type == "meta" for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_offloaded_expert(folder, tmp_path, arch, place):
+def test_offloaded_expert(folder, tmp_path, arch, place, options):
     """An expert whose layers wait elsewhere computes what it would in memory, cached too, and stays where it is."""
     expert = PLACES[place](folder / arch, tmp_path)
     waiting = offloaded(expert)
     assert waiting
-    model = get_peft_model(plain(folder / "llama"), StitchConfig(task_type="CAUSAL_LM"))
+    model = get_peft_model(plain(folder / "llama"), StitchConfig(task_type="CAUSAL_LM", **OPTIONS[options]))
     model.attach_expert("a", expert)
     randomize(model).eval()
     expected = expected_logits(model, plain(folder / "llama"), {"a": plain(folder / arch)}, attention_mask=LEFT)
@@ -84,12 +86,14 @@ def test_offloaded_expert(folder, tmp_path, arch, place):
     assert torch.equal(model.detach_expert("a")(IDS).logits, PLACES[place](folder / arch, tmp_path)(IDS).logits)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_offloaded_hub(folder, tmp_path, arch, place):
+def test_offloaded_hub(folder, tmp_path, arch, place, options):
     """The same for the hub; its stitches are not offloaded, and can be trained."""
     hub = PLACES[place](folder / arch, tmp_path)
-    model = get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM", experts={"a": str(folder / "gpt2")}))
+    config = StitchConfig(task_type="CAUSAL_LM", experts={"a": str(folder / "gpt2")}, **OPTIONS[options])
+    model = get_peft_model(hub, config)
     randomize(model)
     experts = {"a": plain(folder / "gpt2")}
     assert_near(logits(model.eval()), expected_logits(model, plain(folder / arch), experts), 1e-5)
@@ -104,16 +108,18 @@ def test_offloaded_hub(folder, tmp_path, arch, place):
     )
 
 
-def save_stitched(folder, tmp_path, **experts):
-    model = get_peft_model(plain(folder / "llama"), StitchConfig(task_type="CAUSAL_LM", experts=experts))
+def save_stitched(folder, tmp_path, options="hub", **experts):
+    config = StitchConfig(task_type="CAUSAL_LM", experts=experts, **OPTIONS[options])
+    model = get_peft_model(plain(folder / "llama"), config)
     randomize(model).eval().save_pretrained(tmp_path / "adapter")
     return model
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("how", ["auto class", "peft model", "load_adapter"])
-def test_load_with_everything_on_disk(folder, tmp_path, how):
+def test_load_with_everything_on_disk(folder, tmp_path, how, options):
     """An adapter loads onto an offloaded hub, with experts on disk; generation gives the same tokens."""
-    model = save_stitched(folder, tmp_path, a=str(folder / "gpt2"), b=str(folder / "llama"))
+    model = save_stitched(folder, tmp_path, options, a=str(folder / "gpt2"), b=str(folder / "llama"))
     config = StitchConfig.from_pretrained(tmp_path / "adapter")
     for name, arch in (("a", "gpt2"), ("b", "llama")):
         config.experts[name] |= {"device_map": device_map(folder / arch), "offload_folder": str(tmp_path / name)}

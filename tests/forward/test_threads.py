@@ -90,11 +90,12 @@ def check(calls):
         assert all(torch.equal(r, result) for r in results)
 
 
+@pytest.mark.parametrize("output", ["hub", "mixture"])
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("call", [forward, generate, static, beams])
-def test_one_model_in_many_threads(arch, call):
+def test_one_model_in_many_threads(arch, call, output):
     """A shared run, tape or cache would hand one user the hidden states of another."""
-    model = make(arch)
+    model = make(arch, output=output)
     check([lambda i=i: call(model, i) for i in range(THREADS)])
 
 

@@ -13,8 +13,9 @@ DATA = [{"input_ids": ids, "attention_mask": mask, "labels": ids} for ids, mask 
 MODELS = {0: {"code", "math"}, 1: {"hub", "code", "math"}, 2: {"code", "math"}, 3: {"hub", "code", "math"}}
 
 
-def train(tmp_path, callbacks, **options):
-    model = stitch(fresh("llama"), {"code": fresh("llama", seed=1), "math": fresh("gpt2", seed=2)})
+def train(tmp_path, callbacks, config=None, **options):
+    experts = {"code": fresh("llama", seed=1), "math": fresh("gpt2", seed=2)}
+    model = stitch(fresh("llama"), experts, **(config or {}))
     defaults = {
         "output_dir": str(tmp_path),
         "max_steps": 6,
@@ -68,6 +69,22 @@ def test_values_in_history_and_tensorboard(tmp_path, monkeypatch):
         written = events.Scalars(f"train/{key}")
         assert [event.step for event in written] == [2, 4, 6]
         assert [event.value for event in written] == pytest.approx([value] * 3, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_stitches", [0, 2])
+def test_output_gates(tmp_path, num_stitches):
+    """The gates of an output mixture come under a name of their own, beside those of stitches or alone."""
+    config = {"output": "mixture", "num_stitches": num_stitches}
+    trainer = train(tmp_path, [GateLogger()], config, max_steps=2, per_device_train_batch_size=16)
+    with trace_gates(trainer.model) as trace, torch.no_grad():
+        trainer.model(input_ids=IDS, attention_mask=LEFT)
+    row = trace.table().rows[0]
+    assert row["kind"] == "output_mixture" and set(row["gates"]) == {"hub", "code", "math"}
+    expected = {f"gate/output/{name}": gate for name, gate in row["gates"].items()}
+    expected["gate_entropy/output"] = row["normalised_entropy"]
+    (logged,) = [gates_in(logs) for logs in trainer.state.log_history if "loss" in logs]
+    assert {key: value for key, value in logged.items() if "output" in key} == pytest.approx(expected, abs=1e-5)
+    assert any("layer_3" in key for key in logged) == (num_stitches > 0)
 
 
 class Reporter(TrainerCallback):

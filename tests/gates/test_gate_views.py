@@ -31,9 +31,10 @@ class NastyTokenizer:
         return "".join(NASTY[token % len(NASTY)] for token in ids)
 
 
-@pytest.fixture(scope="module")
-def trace():
-    model = stitch(fresh("llama"), {"code": fresh("llama", seed=1), "math": fresh("gpt2", seed=2)})
+@pytest.fixture(scope="module", params=["hub", "mixture"])
+def trace(request):
+    experts = {"code": fresh("llama", seed=1), "math": fresh("gpt2", seed=2)}
+    model = stitch(fresh("llama"), experts, output=request.param)
     with trace_gates(model) as trace:
         with trace.domain("<b>math $x"):
             model.generate(IDS, attention_mask=LEFT, max_new_tokens=4, do_sample=False)
@@ -111,9 +112,9 @@ def test_errors(trace, monkeypatch):
             call()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "rich.table", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib: pip install peft_bts\[viz\]"):
+    with pytest.raises(ModuleNotFoundError, match=r'needs matplotlib: `pip install "\.\[viz\]"`'):
         trace.plot()
-    with pytest.raises(ModuleNotFoundError, match=r"needs rich: pip install peft_bts\[viz\]"):
+    with pytest.raises(ModuleNotFoundError, match=r'needs rich: `pip install "\.\[viz\]"`'):
         str(trace.table())
 
 

@@ -23,6 +23,8 @@ CHANNEL, TOKEN, INTO_HUB = {}, {"gate": "token", "r": 2}, {"pattern": "experts_i
 CASES = [(arch, CHANNEL, mask) for arch in FAMILIES for mask in ("full", "left") if (arch, mask) != ("bloom", "left")]
 CASES += [(arch, options, "left") for arch in ("llama", "gpt2") for options in (TOKEN, INTO_HUB)]
 CASES += [("llama", options, "right") for options in (CHANNEL, TOKEN, INTO_HUB)]
+MIXTURE, GATES_ALONE = {"output": "mixture"}, {"output": "mixture", "num_stitches": 0}
+CASES += [(arch, options, "left") for arch in FAMILIES[:-2] for options in (MIXTURE, GATES_ALONE)]
 
 
 def make(arch="llama", **options):
@@ -40,6 +42,14 @@ def reference_gates(model, plain, experts, monkeypatch, mask=None, ids=IDS):
     monkeypatch.setattr(
         reference.Stitch, "__call__", lambda self, states: met.append((self, states["hub"])) or apply(self, states)
     )
+    mixed = []
+    mix = reference.output_mixture
+
+    def output_mixture(h_hub, logits, gate, *args):
+        mixed.append({name: reference.linear(h_hub, *one)[..., 0] for name, one in gate.items()})
+        return mix(h_hub, logits, gate, *args)
+
+    monkeypatch.setattr(reference, "output_mixture", output_mixture)
     expected_logits(model, plain, experts, ids, attention_mask=mask)
     gates = []
     for one, h_hub in met:
@@ -50,6 +60,9 @@ def reference_gates(model, plain, experts, monkeypatch, mask=None, ids=IDS):
         else:
             values = {name: 1 / (1 + torch.exp(-logit)) for name, logit in logits.items()}
         gates.append({name: value.mean(-1) for name, value in values.items()})
+    for logits in mixed:
+        total = sum(torch.exp(logit) for logit in logits.values())
+        gates.append({name: torch.exp(logit) / total for name, logit in logits.items()})
     return gates
 
 
@@ -77,11 +90,12 @@ def test_gates_equal_the_equations(arch, options, mask, monkeypatch):
     assert trace.sequences[0].gates[-1].std(0).min() > 1e-3  # gates do differ from token to token
 
 
+@pytest.mark.parametrize("options", [CHANNEL, MIXTURE, GATES_ALONE], ids=str)
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "bloom", "bamba"])
-def test_generate_equals_one_forward(arch, cache):
+def test_generate_equals_one_forward(arch, cache, options):
     """A prompt and cached steps have the gates of one forward over all tokens; the two parts are told apart."""
-    model, _, _ = make(arch)
+    model, _, _ = make(arch, **options)
     with trace_gates(model) as trace:
         out = model.generate(IDS, attention_mask=LEFT, max_new_tokens=5, do_sample=False, cache_implementation=cache)
     mask = torch.cat([LEFT, torch.ones(2, 4, dtype=torch.long)], 1)
@@ -126,9 +140,10 @@ def test_finished_rows_are_left_out(how):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_modes_of_generate(options):
+@pytest.mark.parametrize("config", [CHANNEL, GATES_ALONE], ids=["stitches", "gates alone"])
+def test_modes_of_generate(options, config):
     """Sequences that are continued token by token come out whole, whatever was drafted, rejected or chunked."""
-    model, _, _ = make()
+    model, _, _ = make(**config)
     if "assistant_model" in options:
         options = {"assistant_model": fresh("llama")}
     prompt = torch.cat([IDS[:1], IDS[:1]], 1)
@@ -229,10 +244,42 @@ def test_other_threads_are_not_recorded():
     assert len(trace.sequences) == 1
 
 
+def test_other_threads_generate_meanwhile():
+    """A call that begins in another thread during a traced one, and outlives it, is served; the flags are our own."""
+    model, _, _ = make()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with trace_gates(model) as alone:
+        expected = [model.generate(IDS[:, :width], **options) for width in (5, 12)]
+    theirs_runs, ours_is_over = threading.Event(), threading.Event()
+
+    def theirs_waits(ids, scores):
+        theirs_runs.set()
+        assert ours_is_over.wait(60)
+        return scores
+
+    def ours_waits(ids, scores):
+        if ids.shape[1] == 6:
+            thread.start()
+            assert theirs_runs.wait(60)
+        return scores
+
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(model.generate(IDS, logits_processor=[theirs_waits], **options))
+    )
+    with trace_gates(model) as trace:
+        found.append(model.generate(IDS[:, :5], logits_processor=[ours_waits], **options))
+        ours_is_over.set()
+        thread.join()
+    assert len(found) == 2 and all(torch.equal(*pair) for pair in zip(found, expected))
+    assert [s.generated for s in trace.sequences] == [s.generated for s in alone.sequences[:2]]
+
+
+@pytest.mark.parametrize("options", [CHANNEL, MIXTURE, GATES_ALONE], ids=str)
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["stored", "recomputed", "reentrant"])
-def test_train_mode(reentrant, monkeypatch):
+def test_train_mode(reentrant, options, monkeypatch):
     """In training every token is recorded once, also where activations are recomputed; gradients do not change."""
-    model, plain, experts = make()
+    model, plain, experts = make(**options)
     model.train()
     if reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -260,9 +307,10 @@ def test_dropout_is_recorded_as_used():
     torch.testing.assert_close(dropped.sum(1), torch.ones(12))
 
 
-def test_active_experts_and_switched_off_adapter():
+@pytest.mark.parametrize("options", [CHANNEL, MIXTURE, GATES_ALONE], ids=str)
+def test_active_experts_and_switched_off_adapter(options):
     """Gates exist for models that ran; a forward of the hub alone has none."""
-    model, _, _ = make()
+    model, _, _ = make(**options)
     with trace_gates(model) as trace:
         with model.disable_adapter():
             logits(model)
@@ -277,9 +325,10 @@ def test_active_experts_and_switched_off_adapter():
     assert not torch.stack([s.gates[-1] for s in trace.sequences[2:]]).isnan().any()
 
 
-def test_exported_composition(tmp_path):
+@pytest.mark.parametrize("config", [CHANNEL, MIXTURE, GATES_ALONE], ids=str)
+def test_exported_composition(config, tmp_path):
     """The standalone checkpoint runs the same stitches, and is traced alike."""
-    model, _, _ = make()
+    model, _, _ = make(**config)
     model.export(tmp_path)
     alone = AutoModelForCausalLM.from_pretrained(tmp_path)
     options = {"attention_mask": LEFT, "max_new_tokens": 4, "do_sample": False}

@@ -138,7 +138,8 @@ def assert_untouched(hub):
 
 
 def stitches(model, adapter="default"):
-    return [p for name, p in model.named_parameters() if f".stitch_layer.{adapter}." in name]
+    parts = (f".stitch_layer.{adapter}.", f".stitch_output.{adapter}.")
+    return [p for name, p in model.named_parameters() if any(part in name for part in parts)]
 
 
 def trainable(model):

@@ -39,13 +39,15 @@ MIXED = [  # hub<expert+expert: every kind of state beside every kind of hub
     "gemma3_text<qwen3_next+llama",
     "opt<gpt_oss+bloom",
 ]
+# With output="mixture", behind the @ the number of stitches.
+MIXED += ["llama@0", "gemma3_text@2", "llama<mistral+gpt2@2", "gpt2<mistral+llama@0"]
 NAMES = ["code", "lang", "math"]  # of experts, where all are of one architecture
 STATEFUL = {"qwen3_next", "bamba"}  # a recurrence cannot be rolled back
 
 
 def members(name):
     """Hub and experts of a composition; `llama` alone means a llama with two llamas."""
-    hub, _, experts = name.partition("<")
+    hub, _, experts = name.partition("@")[0].partition("<")
     return hub, experts.split("+") if experts else [hub, hub]
 
 
@@ -54,7 +56,8 @@ def expert_models(name, make):
 
 
 def new_model(name, **options):
-    return stitch(fresh(members(name)[0]), expert_models(name, fresh), **{"num_stitches": 2} | options)
+    output = {"num_stitches": int(name.partition("@")[2]), "output": "mixture"} if "@" in name else {}
+    return stitch(fresh(members(name)[0]), expert_models(name, fresh), **{"num_stitches": 2} | output | options)
 
 
 @cache

@@ -43,7 +43,7 @@ def randomize(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".stitch_layer." in name:
+            if ".stitch_layer." in name or ".stitch_output." in name:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_((noise / parameter.shape[-1] ** 0.5).to(parameter.dtype))
     return model

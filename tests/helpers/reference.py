@@ -2,8 +2,9 @@
 
 Nothing here comes from the package. Each model is a plain causal LM that runs its own unchanged forward in a thread
 of its own; hooks on its decoder layers make all models meet at each stitch, where the paper's equations are applied
-with loops over the models. Inputs are the tensors and the config of an adapter *file*, so that the format is checked
-along with the maths: every tensor must be used, and none may be missing.
+with loops over the models. With `output="mixture"` the distributions that the models' own heads give are mixed at the
+end. Inputs are the tensors and the config of an adapter *file*, so that the format is checked along with the maths:
+every tensor must be used, and none may be missing.
 
     logits = reference_forward(hub, {"code": model}, load_file("adapter_model.safetensors"), config, input_ids)
 """
@@ -38,6 +39,16 @@ def experts_into_hub(h_hub, h, gate, proj, present=None, watch=None):
     watch is given the gates as they were if it took part everywhere, {model: (B, T, d_hub or 1)}.
     Returns the hub's new state (..., d_hub) and the projected {expert: (..., d_hub)}.
     """
+    g = softmax_gates(h_hub, gate, present, watch)
+    p = {name: linear(h[name], proj[name]) for name in h}
+    new_hub = g["hub"] * h_hub
+    for name in h:
+        new_hub = new_hub + g[name] * p[name]
+    return new_hub, p
+
+
+def softmax_gates(h_hub, gate, present=None, watch=None):
+    """The gates by model, {model: (..., rows of its gate)}; they add up to 1. Arguments as for `experts_into_hub`."""
     logits = {name: linear(h_hub, weight, bias) for name, (weight, bias) in gate.items()}
     largest = reduce(torch.maximum, logits.values()).detach()  # cancels in the softmax; keeps exp in range
     scores = {name: torch.exp(logit - largest) for name, logit in logits.items()}
@@ -46,13 +57,7 @@ def experts_into_hub(h_hub, h, gate, proj, present=None, watch=None):
     for name in present or ():
         scores[name] = scores[name] * present[name][..., None]
     total = sum(scores.values())
-    g = {name: score / total for name, score in scores.items()}
-
-    p = {name: linear(h[name], proj[name]) for name in h}
-    new_hub = g["hub"] * h_hub
-    for name in h:
-        new_hub = new_hub + g[name] * p[name]
-    return new_hub, p
+    return {name: score / total for name, score in scores.items()}
 
 
 def hub_into_experts(h_hub, h, gate, proj):
@@ -63,6 +68,23 @@ def hub_into_experts(h_hub, h, gate, proj):
         g = torch.sigmoid(linear(h_hub, *gate[name]))
         new[name] = (1 - g) * h[name] + g * linear(h_hub, proj[name])
     return new
+
+
+def output_mixture(h_hub, logits, gate, present=None, watch=None):
+    """log of the sum over models of g_m p_m(x), in float64: the output mixture, (..., V) of the hub's vocabulary.
+
+    h_hub (..., d_hub): what the hub's own head reads; logits {model: (..., V_m)}, each by the model's own head; gate
+    {model: (weight (1, d_hub), bias (1,))}; present, watch: as for `experts_into_hub`. Models know no token beyond the
+    hub's vocabulary, and give no probability to tokens that they have no logit for.
+    """
+    g = softmax_gates(h_hub.double(), {n: (w.double(), b.double()) for n, (w, b) in gate.items()}, present, watch)
+    vocabulary = logits["hub"].shape[-1]
+    probability = torch.zeros_like(logits["hub"], dtype=torch.float64)
+    for name, of_model in logits.items():
+        p = torch.softmax(of_model[..., :vocabulary].double(), dim=-1)
+        p = torch.cat([p, p.new_zeros(*p.shape[:-1], vocabulary - p.shape[-1])], dim=-1)
+        probability = probability + g[name] * p
+    return torch.log(probability)
 
 
 # ---------------------------------------------------------------------- where stitches sit, and what the file holds
@@ -87,6 +109,8 @@ def schedule(config, depth):
     indices = config.get("layers_to_stitch")
     if indices is None:
         k = config.get("num_stitches", 4)
+        if k == 0:
+            return []
         indices = [i * (depth // k) - 1 for i in range(1, k)] + [depth - 1]
     if config.get("pattern", "alternating") == "experts_into_hub":
         return [(index, True) for index in indices]
@@ -117,7 +141,10 @@ class Stitch:
 
 
 def make_stitches(hub, experts, config, take):
-    """All stitches, in order. `take(key, shape)` supplies each tensor of the file: this is the format's definition."""
+    """All stitches, in order, and the gates of the output mixture, or `None`.
+
+    `take(key, shape)` supplies each tensor of the file: this is the format's definition.
+    """
     path, hub_layers = decoder_layers(hub)
     depth = {name: len(decoder_layers(model)[1]) for name, model in {"hub": hub, **experts}.items()}
     dim = {name: width(model) for name, model in {"hub": hub, **experts}.items()}
@@ -149,11 +176,18 @@ def make_stitches(hub, experts, config, take):
         # Halves go to the even side: the middle of the hub meets 5 layers after the 2nd, 7 layers after the 4th.
         boundary = {name: round((index + 1) * depth[name] / depth["hub"]) for name in depth}
         stitches.append(Stitch(into_hub, boundary, gate, proj, projected))
-    return stitches
+
+    if config.get("output", "hub") == "hub":
+        return stitches, None
+    prefix = "base_model.model.stitch_output.gate"
+    return stitches, {
+        name: (take(f"{prefix}.{name}.weight", (1, dim["hub"])), take(f"{prefix}.{name}.bias", (1,)))
+        for name in ["hub", *experts]
+    }
 
 
 def read_stitches(hub, experts, config, tensors):
-    """The stitches of an adapter file; KeyError or ValueError for a missing, misshapen or leftover tensor."""
+    """`make_stitches` of an adapter file; KeyError or ValueError for a missing, misshapen or leftover tensor."""
     unused = dict(tensors)
 
     def take(key, shape):
@@ -162,10 +196,10 @@ def read_stitches(hub, experts, config, tensors):
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}, expected {shape}")
         return tensor
 
-    stitches = make_stitches(hub, experts, config, take)
+    made = make_stitches(hub, experts, config, take)
     if unused:
         raise ValueError(f"no stitch uses {sorted(unused)}")
-    return stitches
+    return made
 
 
 def random_stitch_tensors(hub, experts, config, seed=0, dtype=torch.float32):
@@ -243,16 +277,19 @@ def reference_forward(
 ):
     """The hub's logits (B, T, V) with `experts` {name: model}, all plain causal LMs, stitched into it.
 
+    With `output="mixture"` they are log probabilities of the mixture, in float64.
+
     tensors: what adapter_model.safetensors holds; config: what adapter_config.json holds (gate_dropout is ignored);
-    present, watch: see `experts_into_hub`, watch of the last stitch; kwargs go to every model. An error in any model
-    is raised here; BrokenBarrierError is a model that never came to a stitch. Gradients reach `tensors` (and the
-    models) if grad mode is on.
+    present, watch: see `experts_into_hub`; watch is told of the last stitch, or of the output gates where there is
+    none. kwargs go to every model. An error in any model is raised here; BrokenBarrierError is a model that never came
+    to a stitch. Gradients reach `tensors` (and the models) if grad mode is on.
     """
     models = {"hub": hub, **experts}
-    stitches = read_stitches(hub, experts, config, tensors)
+    stitches, output_gate = read_stitches(hub, experts, config, tensors)
     for stitch in stitches:
         stitch.present = present
-    stitches[-1].watch = watch
+    if stitches:
+        stitches[-1].watch, watch = watch, None
     meetings = [Meeting(stitch, len(models)) for stitch in stitches]
     grad = torch.is_grad_enabled()
     this_thread = threading.local()
@@ -268,10 +305,15 @@ def reference_forward(
                 meeting.barrier.abort()
             raise
 
-    hooks = []
+    hooks, read_by_head = [], {}
+
+    def note(head, args):
+        read_by_head[this_thread.name] = args[0]
+
     try:
         for name, model in models.items():
             hooks.extend(hook_layers(name, model, meetings, this_thread))
+        hooks.append(hub.get_output_embeddings().register_forward_pre_hook(note))
         with ThreadPoolExecutor(len(models)) as pool:
             runs = {name: pool.submit(run, name) for name in models}
     finally:
@@ -282,4 +324,7 @@ def reference_forward(
     errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))  # the cause, not who waited for it
     if errors:
         raise errors[0]
-    return runs["hub"].result()
+    logits = {name: run.result() for name, run in runs.items()}
+    if output_gate is None:
+        return logits["hub"]
+    return output_mixture(read_by_head["hub"], logits, output_gate, present, watch)

@@ -59,6 +59,26 @@ def test_active_experts_as_a_statement():
     assert torch.equal(tokens(model), alone)
 
 
+def test_experts_that_come_and_go_meanwhile():
+    """An expert that is attached takes part and trains, whatever was left out; the last one that is there runs."""
+    model = new_model("llama")
+    model.set_active_experts(["a"])
+    b = model.detach_expert("b")
+    only_a = logits(model)
+    model.attach_expert("b", b)
+    with calls_of(model, "b") as calls:
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert calls and not torch.equal(logits(model.eval()), only_a)
+    grads = [p.grad for name, p in model.named_parameters() if ".stitch_layer." in name and "for_b." in name]
+    assert grads and all(grad is not None for grad in grads)
+
+    model.set_active_experts(["a"])
+    model.detach_expert("a")
+    with calls_of(model, "b") as calls:
+        logits(model)
+    assert calls
+
+
 @pytest.mark.parametrize("names", [["c"], ["a", "c"], []], ids=str)
 def test_active_experts_that_are_none(names):
     model = new_model("llama")

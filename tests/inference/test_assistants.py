@@ -28,6 +28,7 @@ ROLLING = [
     "gpt_oss",
     "llama<mistral+gpt2",
     "llama<lfm2+deepseek_v3",
+    "llama<mistral+gpt2@2",
 ]
 
 

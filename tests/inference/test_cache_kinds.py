@@ -44,7 +44,9 @@ def quantised(backend, config):
         raise
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3_moe", "llama<gpt2+falcon", "bloom<falcon+llama"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "opt", "qwen3_moe", "llama<gpt2+falcon", "bloom<falcon+llama", "llama<gpt2+falcon@0"]
+)
 @pytest.mark.parametrize("backend", QUANTISED)
 def test_quantised_cache(backend, name):
     """Quantising loses bits, so the model without a cache is no measure: each model quantises as it would alone."""
@@ -106,6 +108,7 @@ class Device:
 
 OLD_BLOOM = version.parse(transformers.__version__) < version.parse("5.23")
 OFFLOADABLE = ["llama", "gpt2", "gemma3_text", "llama<mistral+gpt2", "llama<qwen3_next+gpt2", "opt<gpt_oss+bloom"]
+OFFLOADABLE += ["llama@0", "llama<mistral+gpt2@2"]
 
 
 @pytest.mark.parametrize("name", [*OFFLOADABLE, "mistral"])

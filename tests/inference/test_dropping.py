@@ -16,6 +16,7 @@ from tests.helpers.reference import reference_forward
 PROMPT = 6
 RECENT = 4  # tokens whose gates count
 NAMES = ["code", "lang", "math"]
+MIXTURE, GATES_ALONE = {"num_stitches": 2, "output": "mixture"}, {"num_stitches": 0, "output": "mixture"}
 
 
 def choose(gates, k, threshold):
@@ -69,7 +70,7 @@ def three(arch, experts=None, **config):
     model = stitch(mine, {name: one for name, (one, _) in pairs.items()}, **config).double()
     with torch.no_grad():  # gates that differ by token as much as by expert, so that experts come and go
         for name, parameter in model.named_parameters():
-            if ".stitch_layer." in name and ".gate." in name:
+            if ".stitch_" in name and ".gate." in name:
                 parameter.mul_(3 if name.endswith("weight") else 0.3)
     return model, copy.deepcopy(theirs).double(), {n: copy.deepcopy(one).double() for n, (_, one) in pairs.items()}
 
@@ -107,6 +108,9 @@ def test_skipped_experts_make_up_for_what_they_missed(arch, mask):
         {"num_stitches": 2, "expert_streams": "projected"},
         {"num_stitches": 2, "gate": "token", "r": 2},
         {"num_stitches": 1},
+        {"num_stitches": 0, "output": "mixture"},
+        {"num_stitches": 2, "output": "mixture"},
+        {"num_stitches": 2, "output": "mixture", "expert_streams": "projected"},
     ],
     ids=lambda config: "-".join(map(str, config.values())),
 )
@@ -129,9 +133,10 @@ def test_experts_of_another_architecture_and_depth():
     assert_near(got[LONG_LEFT.bool()], want[LONG_LEFT.bool()], 1e-9)
 
 
-def test_recurrent_experts_run_on_behind_closed_gates():
+@pytest.mark.parametrize("config", [{"num_stitches": 2}, MIXTURE, GATES_ALONE], ids=str)
+def test_recurrent_experts_run_on_behind_closed_gates(config):
     # They cannot make up for what they missed: with a state, they read one token at a time.
-    model, hub, experts = three("llama", experts="bamba", num_stitches=2)
+    model, hub, experts = three("llama", experts="bamba", **config)
     mask = torch.ones_like(LONG)  # without one, bamba alone goes wrong with a cache
     want, present = expected(model, hub, experts, LONG, mask, k=1)
     assert comes_and_goes(present)
@@ -140,8 +145,9 @@ def test_recurrent_experts_run_on_behind_closed_gates():
     assert_near(got, want, 1e-5)
 
 
-def test_all_kept_is_the_same_to_the_bit():
-    model = stitch(fresh("llama"), {name: fresh("llama", seed=i) for i, name in enumerate(NAMES, 1)}, num_stitches=2)
+@pytest.mark.parametrize("config", [{"num_stitches": 2}, MIXTURE, GATES_ALONE], ids=str)
+def test_all_kept_is_the_same_to_the_bit(config):
+    model = stitch(fresh("llama"), {name: fresh("llama", seed=i) for i, name in enumerate(NAMES, 1)}, **config)
     plain = decode(model, LONG, LONG_LEFT)
     with model.drop_experts(max_active_experts=3):
         assert torch.equal(decode(model, LONG, LONG_LEFT), plain)
@@ -156,8 +162,9 @@ def count_calls(model, name):
     return calls
 
 
-def test_skipped_experts_do_not_run():
-    model, _, _ = three("llama", num_stitches=2)
+@pytest.mark.parametrize("config", [{"num_stitches": 2}, MIXTURE, GATES_ALONE], ids=str)
+def test_skipped_experts_do_not_run(config):
+    model, _, _ = three("llama", **config)
     calls = {name: count_calls(model, name) for name in NAMES}
     with model.drop_experts(max_active_experts=1):
         decode(model, LONG, None)
@@ -204,8 +211,9 @@ def test_a_filled_cache_may_drop_later():
     assert_near(got, want, 1e-9)
 
 
-def test_generate():
-    model, hub, experts = three("llama", num_stitches=2)
+@pytest.mark.parametrize("config", [{"num_stitches": 2}, MIXTURE, GATES_ALONE], ids=str)
+def test_generate(config):
+    model, hub, experts = three("llama", **config)
     ids, mask = IDS[:, :PROMPT], LEFT[:, :PROMPT]
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=10, max_active_experts=1, do_sample=False,
@@ -227,8 +235,9 @@ def test_threshold_in_generate_and_parallel_streams():
         assert torch.equal(model.generate(input_ids=IDS[:, :PROMPT], expert_threshold=0.3, **options), want)
 
 
-def test_traces_show_dropped_experts_as_closed_gates():
-    model, _, _ = three("llama", num_stitches=2)
+@pytest.mark.parametrize("config", [{"num_stitches": 2}, MIXTURE, GATES_ALONE], ids=str)
+def test_traces_show_dropped_experts_as_closed_gates(config):
+    model, _, _ = three("llama", **config)
     out = model.generate(input_ids=IDS[:1, :PROMPT], max_new_tokens=8, do_sample=False, pad_token_id=0)
     with trace_gates(model) as trace:
         model.generate(
@@ -282,8 +291,9 @@ def test_bad_values():
         logits(model, LONG[:, :1], past_key_values=cache)
 
 
-def test_padding_does_not_choose():
-    model, _, _ = three("llama", num_stitches=2)
+@pytest.mark.parametrize("config", [{"num_stitches": 2}, GATES_ALONE], ids=str)
+def test_padding_does_not_choose(config):
+    model, _, _ = three("llama", **config)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     for seed in range(6):
         ids = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(seed))
@@ -293,8 +303,9 @@ def test_padding_does_not_choose():
         assert torch.equal(batch[1, 6:], alone[0])
 
 
-def test_gradients_are_those_of_any_forward():
-    model, _, _ = three("llama", num_stitches=4)
+@pytest.mark.parametrize("config", [{"num_stitches": 4}, MIXTURE, GATES_ALONE], ids=str)
+def test_gradients_are_those_of_any_forward(config):
+    model, _, _ = three("llama", **config)
 
     def gradients():
         model.zero_grad()
@@ -361,13 +372,16 @@ def test_what_was_missed_must_be_gone_on_with():
     model(input_ids=LONG[:, :2], past_key_values=cache)
 
 
-def test_traces_without_any_expert():
-    model, _, _ = three("llama", num_stitches=2)
+@pytest.mark.parametrize("config", [{"num_stitches": 2}, MIXTURE, GATES_ALONE], ids=str)
+def test_traces_without_any_expert(config):
+    model, _, _ = three("llama", **config)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with trace_gates(model) as trace:
         model.generate(input_ids=IDS[:1, :PROMPT], max_active_experts=0, **options)
-    into_experts, into_hub = trace.sequences[0].gates
-    assert (into_experts[PROMPT:] == 0).all() and (into_hub[PROMPT:] == torch.tensor([1.0, 0, 0, 0])).all()
+    for traced, gates in zip(trace.stitches, trace.sequences[0].gates, strict=True):
+        closed = [0.0, 0, 0] if traced.kind == "hub_into_experts" else [1.0, 0, 0, 0]
+        assert (gates[PROMPT:] == torch.tensor(closed)).all()
+    assert len(trace.stitches) == config["num_stitches"] + ("output" in config)
 
 
 def test_options_in_a_positional_generation_config():

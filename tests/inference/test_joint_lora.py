@@ -62,6 +62,11 @@ def joint_forwards(monkeypatch):
     return made
 
 
+def precision(arch):
+    """The dtype to compare in, and the tolerance: a mixture's kernel after loading knows no float64."""
+    return (torch.float32, 1e-4) if arch == "gpt_oss" else (torch.float64, 1e-10)
+
+
 def alone(model, function):
     """What `function` returns while every expert runs by itself."""
     forward = model.base_model._forward
@@ -77,15 +82,17 @@ def alone(model, function):
 def test_equals_the_reference(arch, mask, tmp_path, joint_forwards):
     if arch == "gemma2" and mask == "left":
         pytest.skip("float64 and padding give NaN in transformers' own gemma2")
-    model, hub, plain = make(tmp_path, arch)
+    dtype, tolerance = precision(arch)
+    model, hub, plain = make(tmp_path, arch, dtype)
     got = logits(model, attention_mask=MASKS[mask])
     assert joint_forwards
-    assert_near(got, expected_logits(model, hub, plain, attention_mask=MASKS[mask]), 1e-10)
+    assert_near(got, expected_logits(model, hub, plain, attention_mask=MASKS[mask]), tolerance)
 
 
 @pytest.mark.parametrize("arch", JOINT)
 def test_token_by_token(arch, tmp_path, joint_forwards):
-    model, _, _ = make(tmp_path, arch)
+    dtype, tolerance = precision(arch)
+    model, _, _ = make(tmp_path, arch, dtype)
 
     def decode():
         cache, found = DynamicCache(config=model.get_base_model().config), []
@@ -96,7 +103,7 @@ def test_token_by_token(arch, tmp_path, joint_forwards):
 
     got = decode()
     assert len(joint_forwards) == 6
-    assert_near(got, alone(model, decode), 1e-10)
+    assert_near(got, alone(model, decode), tolerance)
 
 
 @pytest.mark.parametrize("arch", [*ALIBI, *MIXTURES, *RECURRENT])
@@ -260,3 +267,37 @@ def test_compiled_without_recompilation(tmp_path):
             got = step(input_ids=IDS[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]])).logits
             assert_near(got[:, 0], want[:, i], 1e-4)
     assert len(graphs) <= 2
+
+
+def test_a_hub_with_trained_embeddings(tmp_path, joint_forwards):
+    """What the hub has trained besides is the hub's alone: its LoRA experts read the seed's embeddings."""
+    model, _, _ = make(tmp_path, loras=("code",), modules_to_save=["embed_tokens"])
+    model.attach_expert("math", str(tmp_path / "code"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens.modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    assert "math: by itself (the hub has trained modules" in model.describe_execution()
+    got = logits(model)
+    assert not joint_forwards and torch.equal(got, alone(model, lambda: logits(model)))
+
+
+@pytest.mark.parametrize("who", ["hub", "expert"])
+def test_hooks_of_users_are_called(who, tmp_path, joint_forwards):
+    """Probes and steering see the rows of their own model; without them, all is as before."""
+    model, _, _ = make(tmp_path)
+    hub, expert = model.get_base_model(), model.base_model.experts["default"]["code"].model.get_base_model()
+    layers, shapes = (hub if who == "hub" else expert).model.layers, []
+
+    def note(module, args, output):
+        shapes.append((output[0] if isinstance(output, tuple) else output).shape)
+
+    want = logits(model)
+    hooks = [part.register_forward_hook(note) for part in (layers[0].mlp, layers[2], layers[1].self_attn.o_proj)]
+    joint_forwards.clear()
+    assert_near(logits(model), want, 1e-10)
+    assert shapes == [(*IDS.shape, 32)] * 3 and not joint_forwards
+    for hook in hooks:
+        hook.remove()
+    logits(model)
+    assert joint_forwards

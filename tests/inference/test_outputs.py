@@ -10,7 +10,10 @@ from tests.helpers.models import IDS, assert_near, fresh, pristine, stitch
 from tests.helpers.zoo import ARCHITECTURES
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom", "gpt_oss", "llama<mistral+gpt2", "qwen3_next<mistral+llama"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "bloom", "gpt_oss", "llama<mistral+gpt2", "qwen3_next<mistral+llama", "llama@0", "gpt2<mistral+llama@2"],
+)
 def test_outputs(name):
     """Scores, logits, hidden states and attentions are the hub's, step by step; experts add none."""
     hub = members(name)[0]

@@ -30,7 +30,16 @@ def test_the_same_to_the_bit(arch, threads):
     assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("config", [{"pattern": "experts_into_hub"}, {"expert_streams": "projected"}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pattern": "experts_into_hub"},
+        {"expert_streams": "projected"},
+        {"output": "mixture"},
+        {"output": "mixture", "num_stitches": 0},
+    ],
+    ids=str,
+)
 def test_patterns(config):
     model = three(**config)
     want = decode(model)

@@ -28,7 +28,7 @@ def tokenizer():
 
 
 TEXTS = ["w3 w4 w5 w6 w7 w8 w9", "w20 w21 w22"]
-TALKING = ["llama", "mistral", "bloom", "llama<mistral+gpt2", "gemma3_text<qwen3_next+llama"]
+TALKING = ["llama", "mistral", "bloom", "llama<mistral+gpt2", "gemma3_text<qwen3_next+llama", "llama@0", "gpt2@2"]
 
 
 def answer(model, text):

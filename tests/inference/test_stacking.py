@@ -71,7 +71,16 @@ def test_the_same_but_for_rounding(arch, threads):
 
 
 @pytest.mark.parametrize(
-    "config", [{"pattern": "experts_into_hub"}, {"expert_streams": "projected"}, {"num_stitches": 1}, {"r": 4}]
+    "config",
+    [
+        {"pattern": "experts_into_hub"},
+        {"expert_streams": "projected"},
+        {"num_stitches": 1},
+        {"r": 4},
+        {"output": "mixture"},
+        {"output": "mixture", "num_stitches": 0},
+    ],
+    ids=str,
 )
 def test_patterns(config):
     model = three(**config)

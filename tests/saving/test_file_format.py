@@ -111,7 +111,7 @@ def test_the_config_to_the_letter(root, tmp_path):
     assert [saved[option] for option in options] == [3, None, "alternating", "intact", "token", True, 0.1]
     assert (saved["r"], saved["init_weights"], saved["modules_to_save"]) == (2, False, None)
 
-    own = {*options, "experts", "r", "init_weights", "modules_to_save", "target_modules"}
+    own = {*options, "output", "experts", "r", "init_weights", "modules_to_save", "target_modules"}
     assert set(saved) == own | {field.name for field in dataclasses.fields(PeftConfig)}
 
     seed = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 64}

@@ -93,13 +93,15 @@ def fresh(root, tmp_path_factory):
         models["order"].attach_expert(name, str(root / source))
     models["lora"] = make(root, "lora code", gate="token", r=2)
     models["mine"] = make(root, adapter_name="mine", pattern="experts_into_hub")
+    models["mixture"] = make(root, "code math lora", output="mixture")
+    models["gates"] = make(root, "code law", output="mixture", num_stitches=0)
     expected = {}
     for name, model in models.items():
         model.save_pretrained(folder / name)
         expected[name] = logits(model)
         expected[name + " tokens"] = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
-    torch.save(models["lora"], folder / "pickled")
-    expected["pickled"] = expected["lora"]
+    torch.save(models["mixture"], folder / "pickled")
+    expected["pickled"] = expected["mixture"]
     hub_cache(root, folder / "hub")
 
     folders = {name: str(folder / name / ("mine" if name == "mine" else "")) for name in models}
@@ -116,7 +118,7 @@ def fresh(root, tmp_path_factory):
     return expected, torch.load(folder / "out"), folder
 
 
-@pytest.mark.parametrize("name", ["trainer", "order", "lora", "mine", "pickled"])
+@pytest.mark.parametrize("name", ["trainer", "order", "lora", "mine", "mixture", "gates", "pickled"])
 def test_a_fresh_process_gives_the_same_model(fresh, name):
     """Trained here, loaded elsewhere: logits bitwise equal, whatever the order in which experts were attached."""
     expected, actual, _ = fresh

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from peft_bts.install import how_to_install
 from tests.helpers.checkpoints import config, load, make, train_by_trainer
 from tests.helpers.models import logits
 from tests.helpers.zoo import tiny_model
@@ -16,6 +17,7 @@ from tests.helpers.zoo import tiny_model
 def check_card(folder, references):
     """The card has a working snippet, one section, a row for every expert and the tags; returns the snippet."""
     card = ModelCard.load(folder / "README.md")
+    assert how_to_install() in card.text
     assert card.text.count("import peft_bts") == card.text.count("2502.00075](") == 1
     for name, place in references.items():
         assert re.search(rf"^\|[^|]*\b{name}\b[^|]*\|[^|]*{re.escape(str(place))}", card.text, re.MULTILINE)
@@ -202,3 +204,13 @@ def test_only_the_section_is_ours(root, tmp_path):
     assert text[begin:end] in once
     model.save_pretrained(tmp_path)
     assert path.read_text() == once
+
+
+def test_a_section_that_was_cut_is_no_reason_to_lose_words(root, tmp_path):
+    """Without its end mark the old section cannot be told from what follows: it stays, and a whole one is added."""
+    model, path = make(root), tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    path.write_text(path.read_text().replace("<!-- peft_bts: end -->", "Precious words."))
+    model.save_pretrained(tmp_path)
+    assert path.read_text().count("Precious words.") == 1
+    assert path.read_text().count("<!-- peft_bts: end -->") == 1

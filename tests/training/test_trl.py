@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from peft_bts import StitchConfig
-from tests.helpers.models import expected_logits, fresh, logits, pristine, stitch
+from peft_bts.forward import mixed_head
+from tests.helpers.models import IDS, expected_logits, fresh, logits, pristine, stitch
 from tests.helpers.text import save_model, word_tokenizer
 
 
@@ -29,9 +32,12 @@ def root(tmp_path_factory):
     return root
 
 
+def paths(root):
+    return {name: str(root / name) for name in EXPERTS}
+
+
 def config(root, **options):
-    experts = {name: str(root / name) for name in EXPERTS}
-    return StitchConfig(task_type="CAUSAL_LM", experts=experts, num_stitches=4, **options)
+    return StitchConfig(task_type="CAUSAL_LM", experts=paths(root), num_stitches=4, **options)
 
 
 def arguments(kind, folder, **options):
@@ -121,6 +127,115 @@ def test_sft_packed(root, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(reference_loss(trainer.model, sequences), rel=1e-4)
 
 
+MIXTURES = {"alone": {"num_stitches": 0}, "stitched": {"num_stitches": 2, "gate": "token", "r": 4}}
+
+
+@pytest.mark.parametrize("options", MIXTURES)
+def test_sft_of_a_mixture(options, root, tmp_path):
+    """TRL's fused head would read the weight of the hub's head; its loss is the mixture's all the same."""
+    mixture = StitchConfig(task_type="CAUSAL_LM", experts=paths(root), output="mixture", **MIXTURES[options])
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in COMPLETIONS]
+    trainer = sft(str(root / "seed"), tmp_path, rows, mixture, max_steps=30, logging_steps=1, learning_rate=0.1)
+    sequences = [(ids(prompt), ids(f"{completion} <end>")) for prompt, completion in COMPLETIONS]
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(reference_loss(trainer.model, sequences), rel=1e-4)
+    expected = torch.cat([reference_logits(trainer.model, [*g, *p])[len(g) - 1 : -1] for g, p in sequences])
+    assert metrics["eval_entropy"] == pytest.approx(-(expected.exp() * expected).sum(-1).mean().item(), rel=1e-4)
+    hits = expected.argmax(-1) == torch.cat([torch.tensor(p) for _, p in sequences])
+    assert metrics["eval_mean_token_accuracy"] == pytest.approx(hits.float().mean().item())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    trainer.save_model()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded.eval()), logits(trainer.model.eval()))
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert options == "stitched" or all("stitch_output" in key for key in keys)
+
+
+def test_dft_of_a_mixture(root, tmp_path):
+    """A loss of TRL's own, made of the log probabilities."""
+    mixture = StitchConfig(task_type="CAUSAL_LM", experts=paths(root), output="mixture", num_stitches=0)
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in COMPLETIONS]
+    trainer = sft(str(root / "seed"), tmp_path, rows, mixture, loss_type="dft")
+    sequences = [(ids(prompt), ids(f"{completion} <end>")) for prompt, completion in COMPLETIONS]
+    each = torch.cat([log_probs(trainer.model, given, predicted) for given, predicted in sequences])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(-(each * each.exp()).mean().item(), rel=1e-4)
+
+
+FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+LABELS = IDS.masked_fill(torch.arange(12) < torch.tensor([[3], [7]]), -100)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("options", MIXTURES)
+def test_the_fused_head(options, temperature, shifted, monkeypatch):
+    """Every field is what the logits of the mixture give, in one chunk or many, and so are the gradients."""
+    experts = {name: fresh(arch, **o) for name, (arch, o) in EXPERTS.items()}
+    model = stitch(fresh("llama"), experts, output="mixture", **MIXTURES[options])
+    add_fused_lm_head(model.get_base_model(), temperature=temperature, outputs=FIELDS)
+    monkeypatch.setattr(mixed_head, "_CHUNK", 64 * 4)
+    targets = F.pad(LABELS, (0, 1), value=-100)[:, 1:] if shifted else LABELS[:, 1:]
+    given = {"labels": None, "shift_labels": targets} if shifted else {"labels": LABELS}
+
+    def expected():
+        scaled = model(input_ids=IDS).logits[:, : targets.shape[1]] / temperature
+        logp, mask = scaled.log_softmax(-1), targets != -100
+        values = {
+            "log_probs": logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0],
+            "entropy": -(logp.exp() * logp).sum(-1),
+            "log_sum_sq_probs": logp.exp().square().sum(-1).log(),
+            "mean_logits": scaled.mean(-1),
+            "is_top1": logp.argmax(-1) == targets,
+        }
+        return {name: value.masked_fill(~mask, 0) for name, value in values.items()} | {"label_mask": mask}
+
+    def backward(values):
+        model.zero_grad()
+        (values["log_probs"].square().sum() + values["entropy"].sum()).backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    fused, plain = model(input_ids=IDS, fused_lm_head=True, **given), expected()
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, rtol=1e-4, atol=1e-5)
+    assert fused.loss.item() == pytest.approx(-plain["log_probs"].sum().item() / plain["label_mask"].sum().item())
+    halved = model(input_ids=IDS, fused_lm_head=True, num_items_in_batch=2 * plain["label_mask"].sum(), **given)
+    assert halved.loss.item() == pytest.approx(fused.loss.item() / 2)
+    torch.testing.assert_close(backward(fused), backward(plain), rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS, fused_lm_head=True, **given).log_probs, fused.log_probs)
+    with model.disable_adapter(), torch.no_grad():  # TRL's own, of the hub
+        seed = pristine("llama")(input_ids=IDS).logits[:, : targets.shape[1]] / temperature
+        alone = model(input_ids=IDS, fused_lm_head=True, **given).log_probs
+    expected = seed.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0].masked_fill(targets == -100, 0)
+    torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fused_head_without_any_label():
+    """As TRL's own: a differentiable zero, so that one empty part of a batch does not end the training."""
+    model = stitch(fresh("llama"), {"a": fresh("llama", seed=1)}, output="mixture", num_stitches=0)
+    add_fused_lm_head(model.get_base_model(), outputs=FIELDS)
+    out = model(input_ids=IDS, labels=torch.full_like(IDS, -100), fused_lm_head=True)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_dpo_of_a_mixture(root, tmp_path):
+    """The policy is the mixture, the reference the seed alone."""
+    mixture = StitchConfig(task_type="CAUSAL_LM", experts=paths(root), output="mixture", num_stitches=0)
+    trainer = dpo(str(root / "seed"), tmp_path, mixture)
+    trainer.train()
+
+    def reward(prompt, answer):
+        tokens = ids(prompt), ids(f"{answer} <end>")
+        policy, reference = (log_probs(trainer.model, *tokens, adapter=a).sum() for a in (True, False))
+        return 0.1 * (policy - reference)
+
+    margins = torch.stack([reward(p, chosen) - reward(p, rejected) for p, chosen, rejected in PREFERENCES])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(-F.logsigmoid(margins).mean().item(), rel=1e-4)
+
+
 def dpo(model, folder, peft_config=None):
     data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row)) for row in PREFERENCES])
     return trl.DPOTrainer(
@@ -147,10 +262,11 @@ def test_dpo_against_the_seed(root, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(-F.logsigmoid(margins).mean().item(), rel=1e-4)
 
 
-def test_dpo_against_the_adapter_as_it_was(tmp_path):
+@pytest.mark.parametrize("output", ["hub", "mixture"])
+def test_dpo_against_the_adapter_as_it_was(output, tmp_path):
     """A stitched model is its own reference: a frozen copy of its stitches, with the very same experts."""
     experts = {name: fresh(arch, **o) for name, (arch, o) in EXPERTS.items()}  # objects, which no path leads to
-    model = stitch(fresh("llama"), experts)
+    model = stitch(fresh("llama"), experts, output=output)
     before = logits(model)
     trainer = dpo(model, tmp_path)
     assert trainer.evaluate()["eval_rewards/margins"] == 0

@@ -1,4 +1,4 @@
-"""Tiny archives in the place of the study's sources: a few pages, programs and catalogues, made from nothing."""
+"""Tiny archives in the place of the study's sources: pages, programs and catalogues made from nothing."""
 
 import io
 import itertools
@@ -8,6 +8,13 @@ import zipfile
 
 import polib
 
+from benchmarks.study.corpora import Sizes
+
+
+# What is made of them.
+SIZES = Sizes(
+    documents={"validation": 6, "test": 12}, items={"examples": 20, "validation": 4, "test": 8}, problems=60, cross=20
+)
 
 WORDS = [first + last for first, last in itertools.product(
     ("ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu"), ("rin", "tas", "vel", "mok", "sid")
