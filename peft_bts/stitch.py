@@ -24,9 +24,9 @@ Observe = Callable[[dict[str, Tensor]], None]  # is told the gates by model: (B,
 class PerModel(TypedModuleDict[M]):
     """Modules by model name.
 
-    In memory a module's key is `for_<name>`: then no expert is refused because `nn.Module` has an attribute of its
-    name (`eval`, `half`, `type`), and none is mistaken for an adapter of the same name, which PEFT would look for
-    as `.<adapter>.` in every key. The adapter file has the plain names.
+    In memory a module's key is `for_<name>`. The prefix lets an expert have the name of an `nn.Module` attribute
+    (`eval`, `half`, `type`). It also keeps PEFT, which looks for `.<adapter>.` in keys, from mistaking an expert for
+    an adapter of the same name. The adapter file has the plain names.
     """
 
     PREFIX = "for_"

@@ -22,7 +22,7 @@ def real_weights() -> Iterator[None]:
     With `low_cpu_mem_usage=True` PEFT makes an adapter inside of it: `nn.Module.register_parameter` is patched to send
     every new parameter to the meta device. Experts are loaded meanwhile, and they need their weights.
 
-    Could go if PEFT used `init_empty_weights` around the making of adapter layers only.
+    It could be removed if PEFT used `init_empty_weights` around the making of adapter layers only.
     """
     patched = {name: function_of(nn.Module, name) for name in _REGISTER}
     _put(_REGISTER)
@@ -40,7 +40,7 @@ def _put(methods: dict[str, Callable[..., Any]]) -> None:
 def offloaded_weights(module: nn.Module) -> list[Any]:
     """The maps in which accelerate's hook on a module keeps weights that are on the CPU or on disk.
 
-    Could go if `copy.deepcopy` of an offloaded model shared what is not in memory.
+    It could be removed if `copy.deepcopy` of an offloaded model shared what is not in memory.
     """
     hook = getattr(module, "_hf_hook", None)
     hooks = (hook, *getattr(hook, "hooks", ()))

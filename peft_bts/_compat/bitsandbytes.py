@@ -16,7 +16,7 @@ def keep_repacked_weights(model: nn.Module) -> None:
     computes something else afterwards. PEFT takes a state dict of everything whenever it saves, and keeps the
     adapter's part of it. Experts are in eval mode even in training, so a checkpoint would spoil the rest of it.
 
-    Could go if packing back gave the original weights (`_convert_weight_packed_for_cpu_inverse`).
+    It could be removed if packing back gave the original weights (`_convert_weight_packed_for_cpu_inverse`).
     """
     model.register_state_dict_pre_hook(_hide_repacking)
     model.register_state_dict_post_hook(_show_repacking)
@@ -43,7 +43,7 @@ def saves_repacked_weights(model: CausalLM) -> bool:
 def num_weights(weight: Tensor) -> int:
     """The number of weights in a parameter. bitsandbytes packs two of four bits into a byte.
 
-    Could go if a 4-bit parameter told its unpacked shape itself.
+    It could be removed if a 4-bit parameter told its unpacked shape itself.
     """
     state = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else state.shape.numel()
@@ -52,6 +52,6 @@ def num_weights(weight: Tensor) -> int:
 def quantization_states(module: nn.Module) -> list[Any]:
     """What a quantised linear layer keeps beside its parameters, such as the scales of its weights.
 
-    Could go if it were made of buffers.
+    It could be removed if it were made of buffers.
     """
     return [vars(module)[name] for name in ("quant_state", "state") if vars(module).get(name) is not None]

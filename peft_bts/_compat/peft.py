@@ -1,7 +1,7 @@
-"""What is done about PEFT's insides (0.21.2).
+"""Workarounds for PEFT's internals, written against 0.21.2.
 
-PEFT keeps its methods in an enum, `PeftType`, that has no door for methods from outside. This file adds the member
-`STITCH`; it can shrink to nothing the day PEFT knows the method itself.
+PEFT offers no hook for some of what stitch adapters need. Each function here adds one to PEFT by patching it, and says
+when it could be removed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_peft_type(name: str) -> PeftType:
     Follows what `enum` itself does for a member of a `str` enum (Python 3.9 to 3.13), then makes it visible under
     all three lookups: by name, by value, in iteration.
 
-    Could go if `register_peft_method` took methods that are not in the enum.
+    It could be removed if `register_peft_method` took methods that are not in the enum.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -69,7 +69,7 @@ def check_config_files(check: Callable[[dict[str, Any], str], dict[str, Any]]) -
 
     `PeftConfig.from_pretrained` reads the file before it knows the class, so a method of the class is not enough.
 
-    Could go if it found the class first, and had that read the file.
+    It could be removed if it found the class first, and had that read the file.
     """
     read = function_of(PeftConfigMixin, "from_json_file")
 
@@ -87,7 +87,7 @@ def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> Non
     `save_pretrained` writes it, and `Trainer.create_model_card` writes it anew. `tags` are those that were there
     before, which PEFT drops.
 
-    Could go if `create_or_update_model_card` asked the tuner for a section, and kept the tags.
+    It could be removed if `create_or_update_model_card` asked the tuner for a section, and kept the tags.
     """
     write = function_of(PeftModel, "create_or_update_model_card")
 
@@ -108,7 +108,7 @@ def after_saving(update: Callable[[PeftModel, str, str], None]) -> None:
 
     Also notes in the config whether the user has asked for the embedding layers, which PEFT does not.
 
-    Could go with `after_model_card`, and if PEFT's configs said what is in the file.
+    It could be removed with `after_model_card`, and if PEFT's configs said what is in the file.
     """
     save = function_of(PeftModel, "save_pretrained")
 
@@ -136,7 +136,7 @@ def around_push(before: Callable[[PeftModel], None], card: Callable[[PeftModel, 
     `push_to_hub` writes the card of the repository, or an empty template, over the one that `save_pretrained` has
     just made, and uploads the folder then.
 
-    Could go if it updated the card that it pushes, and asked the tuner first.
+    It could be removed if it updated the card that it pushes, and asked the tuner first.
     """
     push, upload = (function_of(PeftModel, name) for name in ("push_to_hub", "_upload_modified_files"))
 
@@ -163,7 +163,7 @@ def keep_offloaded_hubs() -> None:
     names that they have without adapters, together with the adapter and so with all experts. Stitches wrap whole
     layers, whose hooks stay where they are, so there is nothing to be done.
 
-    Could go if a tuner could tell PEFT that it leaves the layers' hooks as they are.
+    It could be removed if a tuner could tell PEFT that it leaves the layers' hooks as they are.
     """
     load_model, load = (function_of(PeftModel, name) for name in ("from_pretrained", "load_adapter"))
 
@@ -199,12 +199,12 @@ def _without_device_map(hub: nn.Module) -> Iterator[None]:
 
 
 def undo_failed_loads(undo: Callable[[Any, str], None]) -> None:
-    """Have `undo(tuner, adapter)` called when the weights of a stitch adapter could not be loaded that was new.
+    """Have `undo(tuner, adapter)` called when the weights of a new stitch adapter could not be loaded.
 
     PEFT makes an adapter before it reads the weights, and leaves it there, untrained, whatever happens to them. An
     adapter that was there before stays. Errors become `ValueError`s that name the file.
 
-    Could go if `load_adapter` and `from_pretrained` deleted what they have made.
+    It could be removed if `load_adapter` and `from_pretrained` deleted what they have made.
     """
     load_model, load = (function_of(PeftModel, name) for name in ("from_pretrained", "load_adapter"))
 
@@ -255,7 +255,7 @@ def adapters_where_layers_run(device_of: Callable[[nn.Module], torch.device]) ->
 
     It would move them to the meta device as well, for accelerate to place them anew with all weights.
 
-    Could go if the method that is replaced here asked the layer's accelerate hook.
+    It could be removed if the method that is replaced here asked the layer's accelerate hook.
     """
     name = "_get_base_layer_device_and_dtype"
     ask = function_of(BaseTunerLayer, name)

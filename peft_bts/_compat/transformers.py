@@ -1,4 +1,4 @@
-"""What is done about transformers' insides (5.23.0).
+"""Workarounds for transformers' internals, written against 5.23.0.
 
 The library collects `output_hidden_states` and `output_attentions` by hooks on layers, which add to the collector of
 the backbone that is running (`utils/output_capturing.py`). It does not expect another backbone to run amid a
@@ -29,7 +29,7 @@ def call_first(kind: type[TrainerCallback]) -> None:
     before the user's: what a user's callback adds to the logs would never reach them. Events hand a callback neither
     the Trainer nor the `CallbackHandler` that keeps the order, so the handler itself is taught it.
 
-    Could go if callbacks could ask for a place in the order.
+    It could be removed if callbacks could ask for a place in the order.
     """
     add = function_of(CallbackHandler, "add_callback")
 
@@ -46,7 +46,7 @@ def replace_captured_hidden_state(layer_output: Tensor, new: Tensor) -> None:
 
     The hook that collects it sits on the decoder layer, inside of the stitch.
 
-    Could go if a wrapper around a layer could take the layer's place in the collection.
+    It could be removed if a wrapper around a layer could take the layer's place in the collection.
     """
     # While torch.compile traces, the collector is a global: it cannot look into context variables.
     collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
@@ -61,7 +61,7 @@ def no_output_capture() -> Iterator[None]:
 
     An expert that was once asked for its hidden states still has the hooks, and would add its layers to the hub's.
 
-    Could go if hooks were taken off again after the call that wanted them, or knew their backbone.
+    It could be removed if hooks were taken off again after the call that wanted them, or knew their backbone.
     """
     token = _active_collector.set(None)
     try:
@@ -73,7 +73,7 @@ def no_output_capture() -> Iterator[None]:
 def is_mixture(module: nn.Module) -> TypeGuard[PreTrainedModel]:
     """Whether this is a mixture of experts, a model whose experts' kernels can be chosen.
 
-    Could go if `set_experts_implementation` had a public question beside it.
+    It could be removed if `set_experts_implementation` had a public question beside it.
     """
     return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
 
@@ -93,7 +93,7 @@ def find_file(source: str, file: str, *, out_of_reach_is_none: bool = False, **w
     Raises:
         OSError: If the repository does not exist or, unless `out_of_reach_is_none`, cannot be reached.
 
-    Could go if these arguments of `cached_file` were public.
+    It could be removed if these arguments of `cached_file` were public.
     """
     return cached_file(
         source,

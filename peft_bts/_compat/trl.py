@@ -34,7 +34,7 @@ def fused_output(forward: Callable[..., Any], measure: MeasureTokens, kwargs: di
     states by the weight of the head, and returns log probabilities of the labels, with statistics: here they are of
     the distribution that `measure` knows.
 
-    Could go if the fused head asked the model for its logits, chunk by chunk.
+    It could be removed if the fused head asked the model for its logits, chunk by chunk.
 
     Args:
         forward: TRL's `forward`, which holds the temperature and which statistics its trainer wants.

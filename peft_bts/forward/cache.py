@@ -31,9 +31,10 @@ class ExpertCaches:
     Attributes:
         by_name: The experts' own caches.
         made_for: The `key` of each expert that they were made for.
-        is_sliding: As of the hub's last layer. Masks are made for the first layer of a kind, which is the hub's then.
-        catch_up: Where experts may be left out, who has seen what of the sequences (inference/dropping.py). The
-            experts' caches are in there then, and `by_name` is empty.
+        is_sliding: The same as for the hub's last layer, so that the first layer of each kind, for which masks are
+            made, is one of the hub's.
+        catch_up: If experts may be dropped, the record of which tokens each expert has seen (inference/dropping.py).
+            The experts' caches are then held there, and `by_name` is empty.
     """
 
     supports_early_init = False
@@ -126,7 +127,7 @@ _ROLLS_BACK: ThreadLocal[bool] = ThreadLocal()
 
 @contextmanager
 def caches_roll_back() -> Iterator[None]:
-    """Have caches that are made for experts meanwhile, in this thread, keep what a rollback needs."""
+    """While this is active, make experts' caches created in this thread keep what a rollback needs."""
     before = _ROLLS_BACK.get()
     _ROLLS_BACK.set(True)
     try:
@@ -194,7 +195,7 @@ def expert_caches(cache: Cache, hub_layers: int, experts: Mapping[str, Stitchabl
 
 
 def is_plain(cache: Cache) -> bool:
-    """Whether rows can be taken out of an expert's cache and put together: it has keys and values, here, no more."""
+    """Whether rows of an expert's cache can be taken out and joined: it holds only keys and values, not offloaded."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return not getattr(cache, "offloading", False) and all(type(layer) in plain for layer in cache.layers)
 

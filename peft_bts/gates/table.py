@@ -30,14 +30,14 @@ class GateTable:
     - `gates`: the mean gate of every model;
     - `dominant`: the share of tokens (0 to 1) at which the model's gate is the largest. Hub-into-Experts gates do not
       compete: there it is the share of tokens whose gate is above one half;
-    - `entropy`: of a token's gates, in nats, mean over the tokens: 0 where all comes from one model, ln(models) where
-      all models have a part alike. Of Hub-into-Experts, the mean of the gates' binary entropies, at most ln 2;
+    - `entropy`: of a token's gates, in nats, mean over the tokens: 0 if one model has the whole gate, ln(number of
+      models) if all have equal shares. Of Hub-into-Experts, the mean of the gates' binary entropies, at most ln 2;
     - `normalised_entropy`: the same divided by its maximum, 0 to 1.
 
     A gate per channel counts with its mean over the channels.
 
     Attributes:
-        by: What the rows are.
+        by: The keys by which rows are grouped.
         rows: The rows.
     """
 
@@ -54,7 +54,7 @@ class GateTable:
 
     @property
     def models(self) -> list[str]:
-        """Whose gates there are in some row, the hub first."""
+        """Names of the models that have a gate in any row, the hub first."""
         names = {name for row in self.rows for name in row["gates"]}
         return sorted(names, key=lambda name: (name != HUB, name))
 

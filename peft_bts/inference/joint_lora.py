@@ -1,8 +1,9 @@
-"""LoRA experts of the hub run with it as rows of one batch.
+"""Run the hub and its LoRA experts as one batch.
 
 Such experts share all weights of the hub but their LoRAs. So the hub's loop runs once, over the hub's sequences and,
 behind them, the experts' copies of them: every product with the hub's weights is one for all models, and each LoRA is
-added to the rows of its own expert. Reading weights is what decoding costs; they are read once.
+added to the rows of its own expert. Decoding time goes mostly into reading weights, and this way they are read only
+once.
 
 Shapes: B sequences, T tokens, D the width; with N experts a batch of all is ((1 + N) * B, T, D), the hub's rows first.
 """

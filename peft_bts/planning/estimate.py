@@ -55,7 +55,8 @@ class Memory:
         cache: What a `DynamicCache` holds of `batch_size` sequences of `sequence_length` tokens, for all models.
         cache_per_token: By how much that grows with every further token of one sequence.
         recurrent: The part of `cache` that never grows: states of convolutions and linear attention.
-        gradients, optimizer: Of the stitches; AdamW's two states.
+        gradients: Gradients of the stitches' weights.
+        optimizer: AdamW's two states for those weights.
         activations: What the forward of a training step over `batch_size` sequences of `sequence_length` tokens keeps
             for the backward pass, to within 3%, without gradient checkpointing, in padded batches (others keep a
             little less). `None` for mixtures of experts: it depends on kernels that do not run without numbers.
@@ -160,14 +161,15 @@ def plan(
 ) -> Estimate:
     """Count what stitching these models will take: weights, memory, operations, and the adapter's file.
 
-    Reads config and tokenizer files, no weights, and needs no more memory than they do.
+    Only config and tokenizer files are read, never weights, so little memory is needed.
 
     Args:
         hub: A model, an id, a path, a reference dict, or a config.
-        experts: The experts by name, the same, or a LoRA of the hub by its id or path; `None` for `config.experts`.
+        experts: The experts by name; each is given like `hub`, or as the id or path of a LoRA of the hub. `None` for
+            `config.experts`.
         config: Options of the stitches; `None` for the defaults.
         batch_size, sequence_length: What cache, activations and operations are counted for.
-        dtypes: Of hub and experts.
+        dtypes: The dtypes of hub and experts to count for.
 
     Raises:
         ValueError: For all that `get_peft_model` and `attach_expert` would refuse, with their messages.
