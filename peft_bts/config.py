@@ -185,13 +185,20 @@ def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, StitchKi
 
 
 def check_rank(config: StitchConfig, hub_width: int) -> None:
-    """Warn of a rank above the hub's width: projections work with it, but full matrices take less."""
-    if config.r is not None and config.r > hub_width:
-        warnings.warn(
-            f"r={config.r} is above the hub's width, {hub_width}: no projection has such a rank, and full matrices "
-            "(r=None) take less. Use a smaller r, or None.",
-            stacklevel=2,
-        )
+    """Warn of a rank above the hub's width, where full matrices take less.
+
+    Raises:
+        ValueError: If it is above twice the width: sizes are not believed before any weight is made.
+    """
+    if config.r is None or config.r <= hub_width:
+        return
+    message = (
+        f"r={config.r} is above the hub's width, {hub_width}: no projection has such a rank, and full matrices "
+        "(r=None) take less. Use a smaller r, or None."
+    )
+    if config.r > 2 * hub_width:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=2)
 
 
 def expert_boundary(hub_layers_done: int, hub_layers: int, expert_layers: int) -> int:

@@ -64,7 +64,7 @@ def test_config(options, match):
         ({"num_stitches": 5}, r"num_stitches=5.*4 layers.*at most 4"),
         ({"layers_to_stitch": [1, 2]}, r"layers_to_stitch=\[1, 2\].*last layer, 3.*4 layers"),
         ({"layers_to_stitch": [1, 4]}, r"layers_to_stitch=\[1, 4\].*last layer, 3.*4 layers"),
-        ({"r": 33}, r"r=33 is above the hub's width, 32"),
+        ({"r": 65}, r"r=65 is above the hub's width, 32"),
         ({"r": 10**9}, r"r=1000000000 is above the hub's width"),
         ({"modules_to_save": ["nonexist"]}, r"has 'nonexist', and no module of the hub has a name that ends so"),
         ({"modules_to_save": ["lm_head", "mlp"]}, r"'mlp'.*'mlp\.gate_proj', 'mlp\.up_proj', 'mlp\.down_proj'\."),
