@@ -59,8 +59,7 @@ def test_every_timed_row_and_the_page(run, tmp_path):
     assert all(row["largest_difference"] < 1e-4 for row in rows["plain"].values())
     assert rows["plain"]["decode, 1 sequence"]["same_tokens"]
     assert "sequential decoding, in E" in page and "not measured" in page
-    for picture in ("prefill", "decode", "training", "scaling"):
-        assert (tmp_path / "speed" / f"{picture}.png").stat().st_size > 1000 and f"speed/{picture}.png" in page
+    assert (tmp_path / "speed" / "scaling.png").stat().st_size > 1000 and "speed/scaling.png" in page
 
 
 def test_goes_on_where_it_was(run):
