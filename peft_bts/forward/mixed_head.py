@@ -183,12 +183,14 @@ class MixedHead(InstanceForward):
         if torch.is_grad_enabled() and (log_gates_NM.requires_grad or any(state.requires_grad for state in states)):
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         size = max(1, _CHUNK // ready.vocab)
+        if len(log_gates_NM) <= size:  # no loop: compiled, it would make a graph for every number of tokens
+            return run(log_gates_NM, targets_N, *states)
         pieces = [
             run(log_gates_NM[start : start + size], targets, *(state[start : start + size] for state in states))
-            for start in range(0, max(1, len(log_gates_NM)), size)
+            for start in range(0, len(log_gates_NM), size)
             for targets in [None if targets_N is None else targets_N[start : start + size]]
         ]
-        return pieces[0] if len(pieces) == 1 else tuple(torch.cat(parts) for parts in zip(*pieces))
+        return tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def _chunk(
         self,
