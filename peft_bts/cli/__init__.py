@@ -8,6 +8,9 @@ runs another program, and has that program's output and exit code.
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from .assess import assess
@@ -28,6 +31,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its tables cut the options' names
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft_bts {version('peft_bts')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the options of the program itself."""
+
+
 for command in (check, plan, assess, inspect, eval, gates, export):
     app.command()(run(command))
 app.command("run", context_settings={"allow_interspersed_args": False})(run_module)

@@ -12,7 +12,7 @@ from ..gates.extras import needs
 from ..planning.assess import assess as measure
 from ..planning.assessment import Assessment
 from .common import Dtype, Experts, Hub, Result, by_name
-from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, read_documents
+from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, read_texts
 
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def assess(
         needs("matplotlib")
         if not plot.parent.is_dir():
             raise ValueError(f"There is no folder {plot.parent} to write {plot.name} to.")
-    documents = {name: read_documents(file, text_column) for name, file in files.items()}
+    documents = {name: read_texts(file, text_column) for name, file in files.items()}
     if device is not None:
         try:
             torch.empty(0, device=device)

@@ -60,7 +60,14 @@ class ExpertMaker:
             return self.load(name, resolve_reference(name, reference), config)
         if loading:
             raise ValueError(f"Expert {name!r} is a loaded model; {sorted(loading)} apply to ids and paths only.")
-        return self._adopt(name, model, describe_model(model), config)
+        made = self._adopt(name, model, describe_model(model), config)
+        if made[1]["model"] is None:
+            warnings.warn(
+                f"Expert {name!r} came from no id or path, so a saved adapter cannot say where to find it. If this "
+                "one is to be saved: save the expert in a folder first, and attach the folder.",
+                stacklevel=3,
+            )
+        return made
 
     def load(self, name: str, reference: dict[str, Any], config: StitchConfig) -> Made:
         """The same for a reference that `resolve_reference` has looked up."""

@@ -34,8 +34,8 @@ def check_mask(mask: Mask, hub: Any, expert: Any, name: str) -> None:
     if not torch.compiler.is_compiling() and not _is_causal_with_padding(mask):
         raise ValueError(
             f"The attention mask was prepared for {models}, whose layers see differently, could only be given the "
-            "padding in it; but it masks more than the future and padding. Use a 2D mask, or experts of the hub's "
-            "architecture."
+            "padding in it; but it masks more than the future and padding on the left (padding on the right cannot be "
+            "told from it). Use a 2D mask, or experts of the hub's architecture."
         )
 
 

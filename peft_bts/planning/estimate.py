@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -205,8 +206,10 @@ def _stitched(
     seed = hub_blueprint(hub, dtype)
     blueprints = {name: expert_blueprint(name, expert, seed, dtype) for name, expert in sorted(experts.items())}
     model = get_peft_model(seed, dataclasses.replace(config, experts={}))
-    for name, expert in blueprints.items():
-        model.attach_expert(name, expert)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Expert .* came from no id or path")  # blueprints are not for saving
+        for name, expert in blueprints.items():
+            model.attach_expert(name, expert)
     return model.eval(), blueprints
 
 
