@@ -21,7 +21,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
 
 
 def as_text(*parts: Any, width: int = 100) -> str:
-    """What `parts` look like on a plain terminal of this width."""
+    """Return what `parts` look like on a plain terminal of this width."""
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as captured:
         for part in parts:

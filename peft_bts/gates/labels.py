@@ -22,7 +22,7 @@ def colours(stitches: list[TracedStitch]) -> dict[str, str]:
 
 
 def token_texts(token_ids: list[Optional[int]], tokenizer: Any) -> list[str]:
-    """What each token adds to the text; without a tokenizer, the ids.
+    """Return what each token adds to the text; without a tokenizer, the ids.
 
     Decoding tokens one by one would lose spaces, and characters that several tokens share: those come with their last
     token, and the others are `�`.
@@ -47,7 +47,7 @@ def token_texts(token_ids: list[Optional[int]], tokenizer: Any) -> list[str]:
 
 
 def stitch_name(stitch: TracedStitch) -> str:
-    """What a stitch is called below a figure, such as `experts into hub behind layer 3`."""
+    """Return what a stitch is called below a figure, such as `experts into hub behind layer 3`."""
     if stitch.kind == OUTPUT_MIXTURE:
         return "output mixture"
     return f"{stitch.kind.replace('_', ' ')} behind layer {stitch.layer}"

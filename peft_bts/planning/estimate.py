@@ -32,7 +32,7 @@ from ..keys import is_stitch_weight
 
 @dataclass(frozen=True)
 class Part:
-    """What one part adds: the hub, an expert, or the stitches.
+    """The share of one part: the hub, an expert, or the stitches.
 
     Attributes:
         parameters: Numbers in its weights; those that a LoRA shares with the hub count for the hub.
@@ -83,7 +83,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `plan` returns. `str(estimate)` is for people, `to_dict()` for programs.
+    """The result of `plan`. `str(estimate)` is for people, `to_dict()` for programs.
 
     Attributes:
         hub, experts, stitches: What each part adds; experts by name.
@@ -114,7 +114,7 @@ class Estimate:
         return {**values, "together": dataclasses.asdict(self.together)}
 
     def tables(self) -> list[Any]:
-        """What rich prints: what each part is, what memory it takes, and what was not counted."""
+        """Return what rich prints: what each part is, what memory it takes, and what was not counted."""
         experts = {f"expert {name!r}": part for name, part in self.experts.items()}
         parts = {"hub": self.hub, **experts, "stitches": self.stitches, "together": self.together}
         rows = [
