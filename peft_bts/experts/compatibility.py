@@ -87,7 +87,8 @@ class CompatibilityReport:
         """Everything as plain values, ready for JSON."""
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Any]:
+        """What rich prints: the verdict, the models side by side, and all that was found."""
         models = {"hub": self.hub, f"expert {self.name!r}": self.expert}
         known = {who: dataclasses.asdict(facts) for who, facts in models.items() if facts is not None}
         rows = [
@@ -96,10 +97,13 @@ class CompatibilityReport:
             if any(facts[fact.name] is not None for facts in known.values())
         ]
         verdict = f"Expert {self.name!r} {'fits' if self.ok else 'does not fit'} the hub."
-        parts = [verdict, table("", ["", *known], rows, left=1 + len(known))] if known else [verdict]
+        parts: list[Any] = [verdict, table("", ["", *known], rows, left=1 + len(known))] if known else [verdict]
         for kind, texts in (("error", self.errors), ("warning", self.warnings), ("note", self.notes)):
             parts += [f"{kind}: {text}" for text in texts]
-        return as_text(*parts)
+        return parts
+
+    def __str__(self) -> str:
+        return as_text(*self.parts())
 
 
 def check_compatibility(
