@@ -88,7 +88,7 @@ class CompatibilityReport:
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
     def parts(self) -> list[Any]:
-        """What rich prints: the verdict, the models side by side, and all that was found."""
+        """Return what rich prints: the verdict, the models side by side, and all that was found."""
         models = {"hub": self.hub, f"expert {self.name!r}": self.expert}
         known = {who: dataclasses.asdict(facts) for who, facts in models.items() if facts is not None}
         rows = [
