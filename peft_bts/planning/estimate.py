@@ -189,7 +189,7 @@ def plan(
             for dtype in of_models:
                 model, blueprints = _stitched(hub, references, config, dtype)
                 memory[str(dtype).removeprefix("torch.")] = _memory(model, tokens)
-            parts = _parts(model, blueprints, tokens)  # the same for every dtype of the models, as is the file
+            parts = _parts(model, blueprints, tokens, heads=config.output == "mixture")  # the same for every dtype of the models, as is the file
             size = _file_size(model)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
@@ -210,8 +210,10 @@ def _stitched(
     return model.eval(), blueprints
 
 
-def _parts(model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor) -> tuple[Part, dict[str, Part], Part]:
-    """Hub, experts and stitches. What is left of the whole after hub and experts is the stitches'."""
+def _parts(
+    model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor, heads: bool
+) -> tuple[Part, dict[str, Part], Part]:
+    """Hub, experts (with their heads, or without) and stitches, which get what is left of the whole."""
     counted: set[int] = set()
 
     def new(weights: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -229,7 +231,7 @@ def _parts(model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor) ->
         hub_flops = _flops(model, tokens)
     found, others = {}, hub_flops
     for name, expert in experts.items():
-        flops = _flops(find_decoder(expert, name).backbone, tokens)  # nobody asks for its head
+        flops = _flops(expert if heads else find_decoder(expert, name).backbone, tokens)
         found[name], others = part(new(expert.parameters()), flops), others + flops
     return part(hub_weights, hub_flops), found, part(stitch_weights, _flops(model, tokens) - others)
 
