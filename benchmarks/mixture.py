@@ -2,11 +2,12 @@
 
     python -m benchmarks.mixture
 
-Takes the seed and the experts of `peft_bts.toy` (from the quickstart's cache; they are trained if they are not there).
-Trains each form of `FORMS`, with the learning rate whose shortest run has the least loss on validation data, and
-measures on test data: losses of the domains, answers to tasks that are asked one at a time, without examples, and the
-loss where the domain changes in the middle of a sequence. Baselines without any training stand beside them. Differences to the
-paper's form are paired, row by row of the test data, with 95% intervals over rows; one set of models, one seed each.
+Takes the seed and the experts of `peft_bts.toy` (from the quickstart's cache; they are trained if they are not
+there). Trains each form of `FORMS`, with the learning rate whose shortest run has the least loss on validation data,
+and measures on test data: losses of the domains, answers to tasks that are asked one at a time, without examples, and
+the loss where the domain changes in the middle of a sequence. Baselines without any training stand beside them.
+Differences to the paper's form are paired, row by row of the test data, with 95% intervals over rows; one set of
+models, one seed each.
 
 Writes `benchmarks/results/mixture.json` and `mixture.md`. What a run has found is kept in the cache, and used again.
 

@@ -171,7 +171,7 @@ def _is_int(value: Any) -> bool:
 
 
 def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, StitchKind]:
-    """Where the stitches sit and of which kind they are: 0-based hub layer -> kind, in order (paper, section 2.2).
+    """List the stitches in order, as 0-based hub layer -> kind (paper, section 2.2).
 
     Raises `ValueError` where the config does not fit a hub of `num_layers` layers.
     """
@@ -217,5 +217,5 @@ def check_rank(config: StitchConfig, hub_width: int) -> None:
 
 
 def expert_boundary(hub_layers_done: int, hub_layers: int, expert_layers: int) -> int:
-    """How many of its own layers an expert has run when the hub has run `hub_layers_done` of its `hub_layers`."""
+    """Return how many layers an expert has run when the hub has run `hub_layers_done` of its `hub_layers`."""
     return round(hub_layers_done * expert_layers / hub_layers)

@@ -82,7 +82,7 @@ def table(
 
 
 def as_text(*parts: Any, width: Optional[int] = 100) -> str:
-    """What `parts` look like in plain text, tables as wide as they are.
+    """Return what `parts` look like in plain text, tables as wide as they are.
 
     Args:
         *parts: Strings, `TextTable`s, and objects whose `__rich__` returns one.
@@ -102,7 +102,7 @@ def as_text(*parts: Any, width: Optional[int] = 100) -> str:
 
 
 def _width(made: Table, console: Console) -> int:
-    """How many columns of a terminal a table takes if no cell is broken."""
+    """Return how many columns of a terminal a table takes if no cell is broken."""
     return console.measure(made, options=console.options.update(max_width=_UNLIMITED)).maximum
 
 

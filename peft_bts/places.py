@@ -63,7 +63,7 @@ def _written(source: str, here: Path) -> str:
 
 
 def _is_relative(source: str) -> bool:
-    """Whether this is how files write a path from the adapter's folder; ids of repositories never start so."""
+    """Return whether this is how files write a path from the adapter's folder; ids of repositories never start so."""
     return source in (".", "..") or source.startswith(("./", "../"))
 
 

@@ -44,7 +44,7 @@ class RepoId(str):
 
 
 def is_repo_id(source: Optional[str]) -> TypeGuard[str]:
-    """Whether loaders would look for `source` on the Hugging Face Hub.
+    """Return whether loaders would look for `source` on the Hugging Face Hub.
 
     That is so if it has the form of a repo id, and no such path exists here.
     """

@@ -318,7 +318,7 @@ class StitchTuner(BaseTuner):
         return fused_output(self.model.forward, self._mixed_head.measure, kwargs)
 
     def _active_composition(self) -> Optional[Composition]:
-        """What a forward that starts now runs; `None` for the hub alone."""
+        """Return what a forward that starts now runs; `None` for the hub alone."""
         if not self._stitches_enabled or not self.active_adapters:
             return None
         experts = self._expert_sets.get(self.active_adapters[0])

@@ -276,7 +276,7 @@ def undo_failed_loads(undo: Callable[[Any, str], None]) -> None:
 
 
 def _place_of_weights(model_id: str, subfolder: Optional[str] = None, revision: Optional[str] = None, **_: Any) -> str:
-    """Where PEFT looks for the weights of an adapter: a file, or what it was asked to download."""
+    """Return where PEFT looks for the weights of an adapter: a file, or what it was asked to download."""
     if not os.path.isdir(model_id):
         return os.fspath(model_id) + (f" at revision {revision}" if revision else "")
     files = [os.path.join(model_id, subfolder or "", name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]

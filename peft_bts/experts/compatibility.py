@@ -34,7 +34,7 @@ _SPECIAL = ("bos", "eos", "pad")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a hub and its expert are compared by.
+    """The facts by which a hub and its expert are compared.
 
     Attributes:
         source: Id or path that the model came from.
@@ -56,7 +56,7 @@ class ModelFacts:
 
 @dataclass
 class CompatibilityReport:
-    """What was found when an expert was compared with a hub; `str(report)` is for people.
+    """The result of comparing an expert with a hub; `str(report)` is for people.
 
     Attributes:
         name: The expert's.
@@ -88,7 +88,7 @@ class CompatibilityReport:
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
     def parts(self) -> list[Any]:
-        """What rich prints: the verdict, the models side by side, and all that was found."""
+        """Return what rich prints: the verdict, the models side by side, and all that was found."""
         models = {"hub": self.hub, f"expert {self.name!r}": self.expert}
         known = {who: dataclasses.asdict(facts) for who, facts in models.items() if facts is not None}
         rows = [
@@ -182,7 +182,7 @@ def compare(
 
 
 def sizes(expert: CausalLM) -> dict[str, Any]:
-    """What stitches for this expert are made for, as it is kept in the reference."""
+    """Return what stitches for this expert are made for, as it is kept in the reference."""
     return {key: getattr(text_config(expert), key, None) for key in SIZES}
 
 
@@ -341,7 +341,7 @@ def _are(tokens: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """What is compared of a tokenizer: token -> id, special tokens by kind, the chat template."""
+    """The compared parts of a tokenizer: token -> id, special tokens by kind, the chat template."""
 
     ids: dict[str, int]
     special: dict[str, Optional[str]]

@@ -93,7 +93,7 @@ def _check_depth(config_file: Optional[str], most: int, why: str) -> None:
 
 
 def _num_tensors(source: str, where: dict[str, Any]) -> Optional[int]:
-    """How many tensors a checkpoint has, from its index or header; `None` where it has neither."""
+    """Return how many tensors a checkpoint has, from its index or header; `None` where it has neither."""
     index = _find(source, SAFE_WEIGHTS_INDEX_NAME, **where)
     if index is not None:
         return len(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
@@ -172,7 +172,7 @@ def _loading(name: str, source: str, where: dict[str, Any], reference: dict[str,
 
 
 def _source(reference: dict[str, Any]) -> str:
-    """What a resolved reference names first: its adapter, or else its model."""
+    """Return what a resolved reference names first: its adapter, or else its model."""
     return reference.get("adapter") or reference["model"]
 
 
@@ -210,7 +210,7 @@ def _cached_commit(source: Optional[str]) -> Optional[str]:
 
 
 def _is_stored_quantized(source: str) -> bool:
-    """Whether a checkpoint itself is quantised, so that loading it takes no `quantization_config`."""
+    """Return whether a checkpoint itself is quantised, so that loading it takes no `quantization_config`."""
     path = _find(source, "config.json")
     return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
 

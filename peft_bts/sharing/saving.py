@@ -43,7 +43,7 @@ def _has_source(reference: Mapping[str, Any]) -> bool:
 
 
 def where_the_seed_is(adapter: str, arguments: Mapping[str, Any], error: OSError) -> Optional[str]:
-    """What to say if `AutoPeftModelForCausalLM.from_pretrained` has not found an adapter's seed.
+    """Return what to say if `AutoPeftModelForCausalLM.from_pretrained` has not found an adapter's seed.
 
     Args:
         adapter: Path or id of the adapter.
