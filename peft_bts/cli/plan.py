@@ -35,6 +35,9 @@ def plan(
     r: Annotated[Optional[int], typer.Option("--r", help="Rank of the projections. Default: full matrices.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+    quantization: Annotated[
+        Optional[Literal["4bit", "8bit"]], typer.Option(help="Count hub and experts as bitsandbytes quantises them.")
+    ] = None,
 ) -> Result:
     """Count parameters, memory, operations and the size of the adapter. Reads config files only, no weights."""
     config = StitchConfig(
@@ -48,5 +51,12 @@ def plan(
         gate_dropout=gate_dropout,
         r=r,
     )
-    estimate = make_plan(hub, by_name(expert), config, batch_size=batch_size, sequence_length=sequence_length)
+    estimate = make_plan(
+        hub,
+        by_name(expert),
+        config,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        quantization=quantization,
+    )
     return Result(estimate.tables(), estimate.to_dict())
