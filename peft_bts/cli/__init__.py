@@ -19,6 +19,7 @@ from .gates import gates
 from .inspect import inspect
 from .plan import plan
 from .run_module import run_module
+from .train import train
 
 
 app = typer.Typer(
@@ -29,4 +30,6 @@ app = typer.Typer(
 )
 for command in (check, plan, assess, inspect, eval, gates, export):
     app.command()(run(command))
+# What follows `train` is a recipe's file and its keys as flags, which `recipes` parses.
+app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})(run(train))
 app.command("run", context_settings={"allow_interspersed_args": False})(run_module)
