@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_bts.recipes import data as recipe_data
 from peft_bts.recipes.data import Domain, as_domain, mix, split_domains
-from peft_bts.recipes.recipe import as_source, by_name
+from peft_bts.recipes.recipe import by_name
+from peft_bts.reference import as_source
 
 
 @dataclass

@@ -18,6 +18,7 @@ FLOORS = [  # from low to high; what stands on one floor may import from it and 
     {"tuner"},
     {"model"},
     {"gates", "sharing"},
+    {"recipes"},
     {"cli"},
     {"__init__", "__main__"},
 ]

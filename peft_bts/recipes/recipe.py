@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Optional, Union, get_type_hints
+from typing import Any, NoReturn, Optional, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from ..config import StitchConfig
-from ..reference import PLACEMENT_KEYS, REFERENCE_KEYS
+from ..reference import Source, as_source
 from .data import Domain, as_domain
 from .options import GROUPS, DataOptions, ModelOptions, StitchOptions, TrainingOptions
 
-
-Source = Union[str, dict[str, Any]]  # an id or a path, or a reference dict
 
 _KEYS: dict[str, Any] = {}
 for _group in GROUPS:
@@ -182,28 +179,6 @@ def read_recipe(arguments: list[str]) -> Recipe:
 def is_recipe(argument: str) -> bool:
     """Whether an argument of a command names a recipe's file, by its ending."""
     return Path(argument).suffix in (".yaml", ".yml") and not argument.startswith("-")
-
-
-def as_source(text: str) -> Source:
-    """What names a model: `id_or_path`, `id@revision`, or a reference in JSON.
-
-    Raises:
-        ValueError: If it begins like JSON and is none, or has a key that references have not.
-    """
-    if text.startswith("{"):
-        try:
-            reference = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{text!r} is no JSON: {error}") from error
-        unknown = sorted(set(reference) - {*REFERENCE_KEYS, *PLACEMENT_KEYS})
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], REFERENCE_KEYS, 1)
-            raise ValueError(f"A reference has no key {unknown[0]!r}{f'; did you mean {near[0]!r}?' if near else '.'}")
-        return dict(reference)
-    if "@" in text and not os.path.exists(text):
-        model, revision = text.rsplit("@", 1)
-        return {"model": model, "revision": revision}
-    return text
 
 
 def by_name(key: str, values: list[str]) -> dict[str, str]:

@@ -58,7 +58,7 @@ def test_sources(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, split: asked.append((*args, split)))
     for missing in (str(tmp_path / "nothing"), "nothing.jsonl", "data/nothing.txt", "./nothing", "*.nothing"):
-        with pytest.raises(FileNotFoundError, match="There is no file '.*nothing"):
+        with pytest.raises(FileNotFoundError, match=r"There is no file '.*nothing"):
             load_documents(missing)
     for source in ("wikitext", "org/corpus-v1.5", "org/corpus/a subset"):
         load_documents(source)

@@ -13,42 +13,15 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from peft_bts.recipes.recipe import read_recipe
 from peft_bts.recipes.training import last_checkpoint, train
-from tests.helpers.text import save_model, word_tokenizer, write_documents
+from tests.helpers.recipes import write_recipe
+from tests.helpers.text import word_tokenizer
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A seed, two experts, data of three domains, and a recipe."""
     root = tmp_path_factory.mktemp("recipes")
-    for number, name in enumerate(("seed", "code", "math")):
-        save_model(root / name, seed=number, layers=2)
-    for number, name in enumerate(("general", "code", "math"), start=1):
-        write_documents(root / f"{name}.jsonl", number)
-    write_documents(root / "math-test.jsonl", 3, count=8)
-    (root / "recipe.yaml").write_text(
-        f"""
-        hub: {root}/seed
-        experts: {{code: {root}/code, math: {root}/math}}
-        datasets:
-          code: {{source: {root}/code.jsonl, weight: 2}}
-          math: {root}/math.jsonl
-          general: {root}/general.jsonl:0
-        evaluation: {{math: {root}/math-test.jsonl}}
-        held_out: 6
-        block_size: 32
-        num_stitches: 2
-        gate: token
-        gate_dropout: 0.1
-        r: 4
-        max_steps: 6
-        save_steps: 2
-        logging_steps: 1
-        per_device_train_batch_size: 4
-        learning_rate: 1e-2
-        use_cpu: true
-        disable_tqdm: true
-        """
-    )
+    write_recipe(root)
     return root
 
 
@@ -102,7 +75,7 @@ def test_train(root, tmp_path):
 
 
 def test_an_interrupted_run_is_continued(root, tmp_path, monkeypatch):
-    """A second call goes on from the last whole checkpoint: same weights, to the bit, same losses, also on the card."""
+    """A second call goes on from the last whole checkpoint: same weights to the bit, same losses."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected = train(recipe(root, whole), "whole")
     step, calls = Trainer.training_step, []
