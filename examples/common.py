@@ -16,9 +16,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from peft_bts.recipes import data as recipe_data
-from peft_bts.recipes.data import Domain, as_domain, mix, split_domains
+from peft_bts.recipes.data import Domain, as_domain, check_block_size, mix, split_domains
 from peft_bts.recipes.recipe import by_name
 from peft_bts.reference import as_source
+
+
+__all__ = ["DataArguments", "PackingArguments", "check_block_size", "load_domains", "pack", "parse_experts"]
 
 
 @dataclass

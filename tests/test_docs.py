@@ -88,7 +88,13 @@ def readme(page):
 
 
 def experts(page):
+    for name in ("seed", "seed-math"):
+        shutil.copytree(f"org/{name}", f"moved/{name}")
     names = run_blocks(page)
+    loaded = names["smaller"].base_model.experts["default"]
+    assert loaded["code"].model.is_loaded_in_4bit and loaded["math"].model.is_loaded_in_4bit
+    assert names["model"].active_peft_config.experts["math"]["model"] == "moved/seed-math"
+    assert names["model"].get_base_model().name_or_path == "moved/seed"
     assert sorted(names["again"].active_peft_config.experts) == ["code", "law", "math"]
     assert names["again"].active_peft_config.experts["math"]["quantization_config"]["load_in_4bit"]
     assert names["model"](torch.arange(3, 9)[None]).logits.isfinite().all()

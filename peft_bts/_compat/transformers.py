@@ -71,7 +71,7 @@ def no_output_capture() -> Iterator[None]:
 
 
 def is_mixture(module: nn.Module) -> TypeGuard[PreTrainedModel]:
-    """Whether this is a mixture of experts, a model whose experts' kernels can be chosen.
+    """Return whether this is a mixture of experts, a model whose experts' kernels can be chosen.
 
     It could be removed if `set_experts_implementation` had a public question beside it.
     """

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from .._compat.transformers import find_file
 from ..config import StitchConfig
-from ..reference import Source, as_source
+from ..formatting import as_text
+from ..reference import Source, as_source, check_there
 
 
 Hub = Annotated[
@@ -63,8 +64,11 @@ def run(command: Callable[..., Result]) -> Callable[..., None]:
             typer.echo(json.dumps(result.data, indent=2))
         else:
             console = Console()
-            for part in result.parts:
-                console.print(part, markup=False, highlight=False)
+            if console.is_terminal:
+                for part in result.parts:
+                    console.print(part, markup=False, highlight=False)
+            else:  # a file, or another program: nobody there has lines of a certain width
+                typer.echo(as_text(*result.parts, width=None))
         if not result.ok:
             raise typer.Exit(1)
 
@@ -95,6 +99,7 @@ def models_by_name(values: list[str]) -> dict[str, Source]:
 
 def stitch_config(adapter: str) -> StitchConfig:
     """Read the config of a stitch adapter. Raise a `ValueError` for anything else."""
+    check_there(adapter)
     if find_file(adapter, CONFIG_NAME) is None:
         raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")
     config = PeftConfig.from_pretrained(adapter)

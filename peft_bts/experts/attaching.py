@@ -18,6 +18,7 @@ from ..config import StitchConfig
 from ..forward.expert import Expert
 from ..forward.layer import StitchLayer
 from ..forward.placement import place_for_stitch
+from ..places import same_places
 from ..reference import as_reference
 from ..stitch import HUB, Init
 from .compatibility import compare, sizes
@@ -64,7 +65,9 @@ class ExpertMaker:
     def load(self, name: str, reference: dict[str, Any], config: StitchConfig) -> Made:
         """The same for a reference that `resolve_reference` has looked up."""
         source = {key: value for key, value in reference.items() if key != "config"}
-        shared = next((expert for expert in self._present() if expert.source == source), None)
+        wanted = same_places(source)
+        sources = ((expert, expert.source) for expert in self._present())
+        shared = next((expert for expert, known in sources if known and same_places(known) == wanted), None)
         model = load_expert(name, reference, self._hub) if shared is None else shared.model
         return self._adopt(name, model, reference, config, source)
 

@@ -19,7 +19,7 @@ Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to 
 
 
 class Executor(Protocol):
-    """What a forward asks of an executor. The keys are those of the streams, mostly experts' names."""
+    """The protocol of an executor, as a forward uses it. The keys are those of the streams, mostly experts' names."""
 
     def run_hub(self, hub: Callable[[], Any]) -> Any:
         """Run the hub's backbone, by calling `hub` or in a way that comes to the same; return what it returns."""

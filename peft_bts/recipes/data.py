@@ -11,11 +11,15 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .._compat.peft import base_model
+from ..forward.decoder import text_config
 from ..install import how_to_install
+from ..model import stitch_tuner
 
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # all other files are text
-_FILES = {*READERS, ".txt", ".md", ".py"}  # what has such an ending is no id on the Hub
+_FILES = {*READERS, ".txt", ".md", ".py", ".gz", ".zst"}  # what has such an ending is no id on the Hub
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def load_documents(source: str) -> Dataset:
         readers = {READERS.get(os.path.splitext(file)[1], "text") for file in files}
         if len(readers) > 1:
             raise ValueError(f"{source!r} has files of several kinds, {sorted(readers)}: make each a domain.")
-        if not any(map(os.path.getsize, files)):
+        if all(map(_is_blank, files)):  # which `datasets` knows no good error for
             raise ValueError(f"{source!r} holds no documents.")
         (reader,) = readers
         options = {"sample_by": "document"} if reader == "text" else {}
@@ -89,7 +93,12 @@ def load_documents(source: str) -> Dataset:
     ours = source.startswith((".", "/", "~")) or os.path.splitext(source)[1] in _FILES or os.path.exists(parts[0])
     if ours or glob.has_magic(source):
         raise FileNotFoundError(f"There is no file {source!r}.")
-    return datasets.load_dataset(repository, subset, split="train")
+    try:
+        return datasets.load_dataset(repository, subset, split="train")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no file {source!r}, and no such data could be loaded from the Hub: {error}"
+        ) from error
 
 
 def split_domains(
@@ -172,6 +181,29 @@ def mix(rows: Mapping[str, Dataset], weights: Mapping[str, float], seed: int = 0
         )
     shares = [weights[name] / sum(weights[other] for other in rows) for name in rows]
     return _datasets().interleave_datasets(list(rows.values()), shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def check_block_size(block_size: int, model: Union[PreTrainedModel, PeftModel]) -> None:
+    """Check that rows are not longer than a model, or the hub and its experts, have positions.
+
+    Raises:
+        ValueError: If they are; names the model.
+    """
+    models: dict[str, Any] = {"the model": model}
+    if isinstance(model, PeftModel):
+        models = {"the hub": base_model(model)}
+        for name, expert in stitch_tuner(model).experts[model.active_adapter].items():
+            models[f"expert {name!r}"] = expert.model
+    for who, one in models.items():
+        positions = getattr(text_config(one), "max_position_embeddings", None)
+        if positions is not None and block_size > positions:
+            raise ValueError(f"block_size {block_size} is more than the {positions} positions of {who}.")
+
+
+def _is_blank(file: str) -> bool:
+    """Whether there is nothing in a file but white space."""
+    with open(file, "rb") as lines:
+        return not any(line.strip() for line in lines)
 
 
 def _datasets() -> Any:

@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..experts.compatibility import check_compatibility
 from ..gates.callback import GateLogger
 from .card import Losses, write_training_section
-from .data import mix, pack, split_domains
+from .data import check_block_size, mix, pack, split_domains
 from .recipe import Recipe, read_recipe
 
 
@@ -85,6 +85,7 @@ def train(recipe: Recipe, command: str) -> Trained:
 
     seed = AutoModelForCausalLM.from_pretrained(source, dtype=recipe.models.dtype, **how)
     model = get_peft_model(seed, config)
+    check_block_size(recipe.data.block_size, model)
     trainer = Trainer(
         model=model,
         args=training,

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from peft_bts import StitchConfig
 from peft_bts.recipes.data import Domain
 from tests.helpers.text import save_model, word_tokenizer, write_documents
 
@@ -127,6 +129,40 @@ def test_mixture_of_rows(common, tmp_path):
     packing = partial(common.pack, tokenizer=word_tokenizer(), arguments=common.PackingArguments(block_size=4))
     mixed, held_out = common.load_domains(common.DataArguments([f"a={tmp_path}/a.jsonl"], held_out=2), packing)
     assert len(mixed) == 8 * 3 and len(held_out["a"]) == 2 * 3
+
+
+def test_rows_longer_than_a_model_takes(common, root):
+    """Of the seed alone, and of the hub and its experts; they have 128 positions."""
+    seed = AutoModelForCausalLM.from_pretrained(root / "seed")
+    common.check_block_size(128, seed)
+    with pytest.raises(ValueError, match="block_size 129 is more than the 128 positions of the model"):
+        common.check_block_size(129, seed)
+    model = get_peft_model(seed, StitchConfig(task_type="CAUSAL_LM", experts={"code": str(root / "code")}))
+    common.check_block_size(128, model)
+    model.base_model.experts["default"]["code"].model.config.max_position_embeddings = 64
+    with pytest.raises(ValueError, match="block_size 65 is more than the 64 positions of expert 'code'"):
+        common.check_block_size(65, model)
+
+
+def test_kinds_of_rows(common):
+    """TRL would find out amid the data, and then only that something is None."""
+    pytest.importorskip("trl", reason="TRL needs Python 3.11")
+    script = runpy.run_path(str(EXAMPLES / "train_stitch_trl.py"))
+    text, chat, other = (Dataset.from_list([{name: "x", "id": 1}]) for name in ("text", "messages", "body"))
+    check = script["one_kind"]()
+    assert check(text) is text and check(text) is text
+    with pytest.raises(ValueError, match="one kind; one has 'text', another 'messages'"):
+        check(chat)
+    with pytest.raises(ValueError, match=r"found \['body', 'id'\]"):
+        script["one_kind"]()(other)
+
+
+def test_a_branch_that_fails(common, root, tmp_path, monkeypatch):
+    """The process of the branch says why; what comes after it is one line."""
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    arguments = ["--seed_model", root / "seed", "--branches", "code", *data(root, "code"), "--output_dir", tmp_path]
+    with pytest.raises(SystemExit, match=r"Branch 'code' was not trained \(exit code 3\)"):
+        run_here(monkeypatch, "branch_experts.py", *arguments, *TRAINING)
 
 
 # ------------------------------------------------------------------------------------------------------ the scripts

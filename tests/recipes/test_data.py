@@ -48,16 +48,25 @@ def test_sources(tmp_path, monkeypatch):
         assert load_documents(str(tmp_path / source))["text"] == texts, source
     with pytest.raises(ValueError, match="several kinds"):
         load_documents(str(tmp_path))
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match=r"empty\.jsonl' holds no documents"):
-        load_documents(str(tmp_path / "empty.jsonl"))
+    for name, content in (("empty.jsonl", ""), ("blank.jsonl", "\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name}' holds no documents"):
+            load_documents(str(tmp_path / name))
     (tmp_path / "broken.jsonl").write_text('{"text": "w3"}\n{"text"')
     with pytest.raises(ValueError, match=r"broken\.jsonl' cannot be read as json"):
         load_documents(str(tmp_path / "broken.jsonl"))
 
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, split: asked.append((*args, split)))
-    for missing in (str(tmp_path / "nothing"), "nothing.jsonl", "data/nothing.txt", "./nothing", "*.nothing"):
+    for missing in (
+        str(tmp_path / "nothing"),
+        "nothing.jsonl",
+        "../data/nothing",
+        "data/nothing.json.gz",
+        "data/nothing.txt",
+        "./nothing",
+        "*.nothing",
+    ):
         with pytest.raises(FileNotFoundError, match=r"There is no file '.*nothing"):
             load_documents(missing)
     for source in ("wikitext", "org/corpus-v1.5", "org/corpus/a subset"):
