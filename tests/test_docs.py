@@ -1,12 +1,14 @@
 """The README and the pages in docs/: their code runs, their commands, links and error messages exist."""
 
 import ast
+import json
 import os
 import random
 import re
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +143,13 @@ def concepts(page):
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} == set(os.listdir("my-stitch"))
 
 
+def serving(page):
+    save_adapter()
+    run_blocks(page)
+    config = json.loads(Path("folder", "config.json").read_text())
+    assert config["architectures"] == ["StitchExportForCausalLM"] and Path("folder", "tokenizer_config.json").exists()
+
+
 def troubleshooting(page):
     save_adapter()
     assert run_blocks(page)["model"].active_peft_config.experts["math"]["model"] == "new/place"
@@ -148,7 +157,7 @@ def troubleshooting(page):
 
 STORIES = {"README.md": readme} | {
     f"docs/{story.__name__}.md": story
-    for story in (concepts, distributed, experts, gates, inference, planning, training, troubleshooting)
+    for story in (concepts, distributed, experts, gates, inference, planning, serving, training, troubleshooting)
 }
 
 ELSEWHERE = ["docs/sharing.md"]  # needs a Hub, which test_sharing.py has

@@ -189,9 +189,8 @@ def plan(
             for dtype in of_models:
                 model, blueprints = _stitched(hub, references, config, dtype)
                 memory[str(dtype).removeprefix("torch.")] = _memory(model, tokens)
-            parts = _parts(
-                model, blueprints, tokens, heads=config.output == "mixture"
-            )  # the same for every dtype of the models, as is the file
+            # The same for every dtype of the models, as is the file.
+            parts = _parts(model, blueprints, tokens, heads=config.output == "mixture")
             size = _file_size(model)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
