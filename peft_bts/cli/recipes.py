@@ -56,7 +56,7 @@ def takes_recipe(command: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def _values(recipe: Any, names: set[str], given: set[str]) -> dict[str, Any]:
-    """What a recipe says about the parameters of a command, except for those that are given."""
+    """Return what a recipe says about the parameters of a command, except for those that are given."""
     from ..recipes.evaluation import evaluation_files
 
     needed = {"adapter": "output_dir", "hub": "hub", "expert": "experts"}

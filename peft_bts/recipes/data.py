@@ -201,7 +201,7 @@ def check_block_size(block_size: int, model: Union[PreTrainedModel, PeftModel]) 
 
 
 def _is_blank(file: str) -> bool:
-    """Whether there is nothing in a file but white space."""
+    """Return whether there is nothing in a file but white space."""
     with open(file, "rb") as lines:
         return not any(line.strip() for line in lines)
 

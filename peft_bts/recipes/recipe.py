@@ -136,7 +136,7 @@ class Recipe:
         return StitchConfig(task_type="CAUSAL_LM", experts=self.experts, revision=revision, **options)
 
     def training_arguments(self) -> TrainingOptions:
-        """What a Trainer takes. Raises `ValueError` where transformers does."""
+        """Return what a Trainer takes. Raises `ValueError` where transformers does."""
         return _part(TrainingOptions, self.given)
 
     def to_yaml(self) -> str:
@@ -177,7 +177,7 @@ def read_recipe(arguments: list[str]) -> Recipe:
 
 
 def is_recipe(argument: str) -> bool:
-    """Whether an argument of a command names a recipe's file, by its ending."""
+    """Return whether an argument of a command names a recipe's file, by its ending."""
     return Path(argument).suffix in (".yaml", ".yml") and not argument.startswith("-")
 
 
