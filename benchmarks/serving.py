@@ -4,7 +4,7 @@
     python -m benchmarks.serving --preset gpu        # one GPU
     python -m benchmarks.serving --preset smoke      # that it runs
 
-Needs an environment with vLLM (`pip install "peft_bts[vllm]"`). Models have random weights, which change no time.
+Needs an environment with vLLM (`pip install "peft_bts[vllm,viz]"`). Models have random weights, which change no time.
 vLLM's OpenAI server runs on each of them in turn, and vLLM's own client asks it: prompts of random tokens, as many at
 once as the preset says. transformers gets the same requests as one batch. Rows go to the results file as they are
 measured.

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments, cache_utils, l
 import peft_bts
 from peft_bts import StitchConfig
 from peft_bts.cli import app
+from peft_bts.recipes.recipe import RecipeParser
 from tests import ROOT
 from tests.helpers.models import fresh
 from tests.helpers.pages import blocks, run_blocks
@@ -209,6 +210,10 @@ def test_commands(page, monkeypatch, capsys):
     for program, words in commands(page):
         if program == "make":
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        elif program == "peft-bts" and words[0] == "train":
+            RecipeParser().given(
+                [word for word in words[1:] if word != "recipe.yaml" and not word.startswith("recipes/")]
+            )
         elif program == "peft-bts" and words[0] != "run":
             known = {
                 name for parameter in ours[words[0]].params for name in [*parameter.opts, *parameter.secondary_opts]

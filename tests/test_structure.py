@@ -19,6 +19,7 @@ FLOORS = [  # from low to high; what stands on one floor may import from it and 
     {"tuner"},
     {"model"},
     {"gates", "sharing", "serving"},
+    {"recipes"},
     {"cli"},
     {"__init__", "__main__"},
 ]

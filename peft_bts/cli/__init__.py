@@ -21,11 +21,14 @@ from .export import export
 from .gates import gates
 from .inspect import inspect
 from .plan import plan
+from .push import push
+from .recipes import takes_recipe
 from .run_module import run_module
+from .train import train
 
 
 app = typer.Typer(
-    help="Check, plan, assess, inspect, evaluate and export Branch-Train-Stitch adapters.",
+    help="Check, plan, assess, train, inspect, evaluate, export and push Branch-Train-Stitch adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,6 +51,8 @@ def _options(
     """Take the options of the program itself."""
 
 
-for command in (check, plan, assess, inspect, eval, gates, export):
-    app.command()(run(command))
+for command in (check, plan, assess, inspect, eval, gates, export, push):
+    app.command()(run(takes_recipe(command)))
+# What follows `train` is a recipe's file and its keys as flags, which `recipes` parses.
+app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})(run(train))
 app.command("run", context_settings={"allow_interspersed_args": False})(run_module)

@@ -15,6 +15,9 @@ from .shapes import part_shapes
 
 _KINDS = ("full_attention", "sliding_attention")
 
+# Its attention goes through transformers' interface, but expects the result in a shape that vLLM's has not.
+_OTHER_SHAPES = ("gpt2",)
+
 
 def check_config(vllm_config: VllmConfig) -> None:
     """Raise `ValueError` for a way of serving, or a model, that compositions cannot be served with."""
@@ -53,6 +56,11 @@ def _check_model(name: str, config: StitchExportConfig, shape: Any, processes: i
             "of a stitched model: all of its layers must have full or sliding-window attention. Serve the stitched "
             "model with transformers."
         )
+    if shape.is_deepseek_mla:
+        raise ValueError(
+            f"Model {name!r} ({own.model_type}) has latent attention (MLA), for which vLLM has a cache of its own; it "
+            "cannot be served inside of a stitched model. Serve the stitched model with transformers."
+        )
     heads = {"attention heads": shape.total_num_attention_heads, "key-value heads": shape.total_num_kv_heads}
     for what, count in heads.items():
         if count % processes and processes % count:
@@ -69,11 +77,11 @@ def check_layers(model: StitchExportModel) -> None:
         own = config.part(name).get_text_config(decoder=True)
         layers = list(model.layers)[first : first + own.num_hidden_layers]
         first += own.num_hidden_layers
-        if not all(any(map(_dispatches, layer.modules())) for layer in layers):
+        if own.model_type in _OTHER_SHAPES or not all(any(map(_dispatches, layer.modules())) for layer in layers):
             raise ValueError(
                 f"Model {name!r} ({own.model_type}) cannot be served by vLLM: its attention does not go through "
-                "transformers' attention interface. Serve the stitched model with transformers, or use a model of an "
-                "architecture that does, such as llama, qwen, mistral or gemma."
+                "transformers' attention interface, or not as vLLM's does. Serve the stitched model with "
+                "transformers, or use a model of an architecture that does, such as llama, qwen, mistral or gemma."
             )
 
 

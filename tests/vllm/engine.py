@@ -97,6 +97,11 @@ def engine(folder, **options):
         gc.collect()
 
 
+def counted(llm, name):
+    """What vLLM has counted of something in this process. The engine needs `disable_log_stats=False`."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
+
+
 def ask(llm, texts, tokens=8, of_prompts=True):
     """What the engine says: by text, its tokens, and log probabilities (T, V) of them, before them those of the text.
 

@@ -40,8 +40,19 @@ def test_as_hub_and_as_expert(number, tmp_path):
     assert_same(of_architectures(hub, shallow, deep), tmp_path)
 
 
+INTERFACE = "does not go through transformers' attention interface"
 REFUSED = {
-    "bloom": "does not go through transformers' attention interface",
+    "gpt2": INTERFACE,
+    "gpt_neo": INTERFACE,
+    "gptj": INTERFACE,
+    "bloom": INTERFACE,
+    "falcon": INTERFACE,
+    "mpt": INTERFACE,
+    "codegen": INTERFACE,
+    "deepseek_v3": "has latent attention",
+    "qwen3_next": "has layers of kind linear_attention",
+    "lfm2": "has layers of kind conv",
+    "bamba": "has layers of kind",
 }
 
 

@@ -8,6 +8,7 @@ from tests.vllm.engine import (
     TOLERANCE,
     ask,
     assert_same,
+    counted,
     differences,
     engine,
     of_architectures,
@@ -73,11 +74,11 @@ def test_prefix_caching(enabled, model, folder):
     """A prompt that begins like an earlier one is read from the cache of all models."""
     (long,) = prompts(70)
     texts = [long, long[:64] + [7, 8], long[:64] + [9]]
-    with engine(folder, enable_prefix_caching=enabled) as llm:
+    with engine(folder, enable_prefix_caching=enabled, disable_log_stats=False) as llm:
+        before = counted(llm, "prefix_cache_hits")
         first = ask(llm, texts[:1], of_prompts=False)
         others = ask(llm, texts[1:], of_prompts=False)
-        hits = llm.llm_engine.get_metrics()
-    read = sum(metric.value for metric in hits if metric.name == "vllm:prefix_cache_hits")
+        read = counted(llm, "prefix_cache_hits") - before
     assert (read > 0) is enabled
     assert max(differences(model, texts, first + others)) < TOLERANCE
 
@@ -85,10 +86,10 @@ def test_prefix_caching(enabled, model, folder):
 def test_preemption(model, folder):
     """The cache is too small for all requests: some are stopped, forgotten and begun anew."""
     texts = prompts(*[30] * 8)
-    with engine(folder, num_gpu_blocks_override=12) as llm:
+    with engine(folder, num_gpu_blocks_override=12, disable_log_stats=False) as llm:
+        before = counted(llm, "num_preemptions")
         answers = ask(llm, texts, tokens=40, of_prompts=False)
-        preempted = sum(m.value for m in llm.llm_engine.get_metrics() if m.name == "vllm:num_preemptions")
-    assert preempted > 0
+        assert counted(llm, "num_preemptions") > before
     assert max(differences(model, texts, answers)) < TOLERANCE
 
 
