@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, interleave_datasets, load_dataset
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # all other files are text
+FILES = {*READERS, ".txt", ".md", ".py", ".gz", ".zst"}  # what ends so is no dataset on the Hub
 
 
 @dataclass
@@ -68,6 +70,8 @@ def load_documents(source: str) -> Dataset:
     pattern = os.path.join(source, "**") if os.path.isdir(source) else source
     files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
     if files:
+        if all(map(is_blank, files)):  # which `datasets` knows no good error for
+            raise ValueError(f"--dataset: there is nothing in {source!r}.")
         readers = {READERS.get(os.path.splitext(file)[1], "text") for file in files}
         if len(readers) > 1:
             raise ValueError(f"{source!r} has files of several kinds, {sorted(readers)}: make each a domain.")
@@ -76,9 +80,21 @@ def load_documents(source: str) -> Dataset:
         return load_dataset(reader, data_files=files, split="train", **options)
     parts = source.split("/")
     repository, subset = "/".join(parts[:2]), "/".join(parts[2:]) or None
-    if os.path.exists(repository) or glob.has_magic(source):
+    is_path = os.path.exists(repository) or glob.has_magic(source) or os.path.splitext(source)[1] in FILES
+    if is_path or parts[0] in ("", ".", "..", "~"):
         raise FileNotFoundError(f"--dataset: there is no file {source!r}.")
-    return load_dataset(repository, subset, split="train")
+    try:
+        return load_dataset(repository, subset, split="train")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--dataset: there is no file {source!r}, and no such dataset could be loaded from the Hub: {error}"
+        ) from error
+
+
+def is_blank(file: str) -> bool:
+    """Whether there is nothing in a file but white space."""
+    with open(file, "rb") as lines:
+        return not any(line.strip() for line in lines)
 
 
 def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: PackingArguments) -> Dataset:
@@ -98,6 +114,18 @@ def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: Pack
         return {"input_ids": rows, "labels": rows}
 
     return documents.map(cut, batched=True, remove_columns=documents.column_names, desc="Packing")
+
+
+def check_block_size(size: int, model: PreTrainedModel | PeftModel) -> None:
+    """Raise `ValueError` if rows are longer than a model has positions: the model, or the hub and its experts."""
+    models = {"the model": model}
+    if isinstance(model, PeftModel):
+        experts = model.base_model.experts[model.active_adapter]
+        models = {"the hub": model.get_base_model(), **{f"expert {name!r}": experts[name].model for name in experts}}
+    for who, one in models.items():
+        positions = getattr(one.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and size > positions:
+            raise ValueError(f"--block_size {size} is more than the {positions} positions of {who}.")
 
 
 def load_domains(

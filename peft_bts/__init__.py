@@ -9,10 +9,11 @@ from ._compat.accelerate import spread_data
 from ._compat.peft import (
     add_peft_type,
     after_model_card,
-    after_saving,
     around_push,
+    around_saving,
     check_config_files,
     keep_offloaded_hubs,
+    take_seeds_from_configs,
     undo_failed_loads,
 )
 from ._compat.transformers import call_first
@@ -35,6 +36,7 @@ from .planning.estimate import Estimate, plan  # noqa: E402
 from .reference import check_config_file  # noqa: E402
 from .sharing.model_card import card_after_peft, card_before_upload, update_model_card  # noqa: E402
 from .sharing.push import check_others_can_load, push_experts  # noqa: E402
+from .sharing.saving import before_saving, where_the_seed_is  # noqa: E402
 from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 
@@ -45,7 +47,8 @@ call_first(GateLogger)
 check_config_files(lambda values, path: check_before_loading(check_config_file(values, path)))
 spread_data(data_axis)
 after_model_card(card_after_peft)
-after_saving(update_model_card)
+around_saving(before_saving, update_model_card)
+take_seeds_from_configs(where_the_seed_is)
 around_push(before=check_others_can_load, card=card_before_upload)
 
 __version__ = "0.1.0"

@@ -29,6 +29,8 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers.utils.hub import extract_commit_hash
 
+from .places import from_file, without_mark
+
 
 REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "base_revision", "quantization_config", "config")
 PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this machine, so never in a file
@@ -42,7 +44,7 @@ class RepoId(str):
 
 
 def is_repo_id(source: Optional[str]) -> TypeGuard[str]:
-    """Whether loaders would look for `source` on the Hugging Face Hub.
+    """Return whether loaders would look for `source` on the Hugging Face Hub.
 
     That is so if it has the form of a repo id, and no such path exists here.
     """
@@ -53,6 +55,14 @@ def is_repo_id(source: Optional[str]) -> TypeGuard[str]:
     except HFValidationError:
         return False
     return True
+
+
+def check_there(source: str) -> None:
+    """Raise `ValueError` if `source` can only be a path, and no folder is there; asking the Hub would be in vain."""
+    if os.path.isfile(source):
+        raise ValueError(f"{source!r} is a file, expected a folder or an id on the Hub.")
+    if not os.path.exists(source) and not is_repo_id(source):
+        raise ValueError(f"there is no such folder as {source!r}.")
 
 
 def check_expert_name(name: Any) -> None:
@@ -131,6 +141,8 @@ def without_placement(reference: Any) -> Any:
 def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike[str]]) -> dict[str, Any]:
     """Keep those values of an adapter_config.json that its author may set (`_compat` has PEFT call this).
 
+    Paths relative to the adapter's folder become absolute, unless the file was downloaded.
+
     Args:
         values: What the file says.
         path: Where the file is; in the cache of huggingface_hub if it was downloaded.
@@ -138,6 +150,8 @@ def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike[str]]
     Raises:
         ValueError: If it was downloaded and names a path of this machine as its seed, or has very many experts.
     """
+    downloaded = extract_commit_hash(os.fspath(path), None) is not None
+    values = without_mark(values) if downloaded else from_file(values, os.path.dirname(path))
     experts = values.get("experts")
     if not isinstance(experts, dict):
         return values
@@ -148,7 +162,7 @@ def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike[str]]
             "config instead.",
             stacklevel=4,
         )
-    if extract_commit_hash(os.fspath(path), None) is not None:  # it was downloaded
+    if downloaded:
         vouch = (
             "If you trust it, make it your own: `hf download <its id> --local-dir <folder>`, edit adapter_config.json "
             "there if need be, and load the folder."

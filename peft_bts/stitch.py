@@ -71,7 +71,7 @@ Projection = Union[nn.Linear, LowRankProjection]
 
 
 class _Stitch(nn.Module):
-    """What both kinds share: a gate and a projection per model, how they start, and how models come and go."""
+    """Base of both kinds: a gate and a projection per model, how they start, and how models come and go."""
 
     kind: str
 

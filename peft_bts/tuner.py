@@ -17,12 +17,13 @@ from typing import Any, Optional, Union
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ._compat.bitsandbytes import keep_repacked_weights
+from ._compat.peft import peft_type_name
 from ._compat.trained_copies import check_modules_to_save, drop_trained_copies
 from ._compat.trl import fused_output, is_fused
 from .config import StitchConfig, check_rank, stitch_schedule
@@ -63,6 +64,10 @@ class StitchTuner(BaseTuner):
     uses_shared_state = True  # PEFT then refuses direct injection, which would lose this object and the experts
 
     # ---------------------------------------------------------------- adapters come and go
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_is_plain(model)  # before PEFT adds to what a stitched hub already has
+        super().__init__(model, *args, **kwargs)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # Called once, by BaseTuner.__init__, before anything else of ours.
@@ -352,7 +357,7 @@ class StitchTuner(BaseTuner):
         return fused_output(self.model.forward, self._mixed_head.measure, kwargs)
 
     def _active_composition(self) -> Optional[Composition]:
-        """What a forward that starts now runs; `None` for the hub alone."""
+        """Return what a forward that starts now runs; `None` for the hub alone."""
         if not self._stitches_enabled or not self.active_adapters:
             return None
         experts = self._expert_sets.get(self.active_adapters[0])
@@ -396,3 +401,27 @@ class StitchTuner(BaseTuner):
             self._unfreeze_without_adapters()
         else:
             self.delete_adapter(adapter)
+
+
+def check_is_plain(model: nn.Module) -> None:
+    """Raise `ValueError` if what is to be a hub has adapters, stitches or others."""
+    if isinstance(model, PeftModel):
+        kind = peft_type_name(model.peft_type)
+        if kind != "STITCH":
+            raise ValueError(
+                f"The hub is a PeftModel with a {kind} adapter, to which a stitch adapter's file could not refer. "
+                "Merge it (`merge_and_unload()`), save the merged model, and take that; or take the plain model, and "
+                "attach the adapter as an expert."
+            )
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(isinstance(layer, AdapterPart) for layer in layers):
+        raise ValueError(
+            "This model is stitched already. Take its stitches off first, `hub = model.unload()`, where `model` is "
+            "the PeftModel that it is in; or give it a second adapter, `model.add_adapter(name, config)`."
+        )
+    if layers:
+        raise ValueError(
+            f"The hub has layers of another PEFT method ({type(layers[0]).__name__}), which a stitch adapter's file "
+            "could not refer to. Merge them, save the merged model, and take that; or take the plain model, and "
+            "attach the adapter as an expert."
+        )

@@ -87,7 +87,13 @@ def readme(page):
 
 
 def experts(page):
+    for name in ("seed", "seed-math"):
+        shutil.copytree(f"org/{name}", f"moved/{name}")
     names = run_blocks(page)
+    loaded = names["smaller"].base_model.experts["default"]
+    assert loaded["code"].model.is_loaded_in_4bit and loaded["math"].model.is_loaded_in_4bit
+    assert names["model"].active_peft_config.experts["math"]["model"] == "moved/seed-math"
+    assert names["model"].get_base_model().name_or_path == "moved/seed"
     assert sorted(names["again"].active_peft_config.experts) == ["code", "law", "math"]
     assert names["again"].active_peft_config.experts["math"]["quantization_config"]["load_in_4bit"]
     assert names["model"](torch.arange(3, 9)[None]).logits.isfinite().all()
@@ -103,8 +109,14 @@ def training(page):
 
 def distributed(page):
     accelerator = Accelerator(cpu=True)
-    before = save_adapter()
-    run_blocks(page, {"accelerator": accelerator, "model": accelerator.prepare(before)})
+    before = accelerator.prepare(save_adapter())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+            patch.setenv(name, str(value))
+        try:
+            run_blocks(page, {"accelerator": accelerator, "model": before})
+        finally:
+            torch.distributed.destroy_process_group()
     assert AutoModelForCausalLM.from_pretrained("seed-tax").config.hidden_size == 64
 
 

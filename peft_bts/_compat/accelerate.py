@@ -1,4 +1,4 @@
-"""What is done about accelerate's insides (1.15.0)."""
+"""Adaptations to accelerate's insides (1.15.0)."""
 
 from __future__ import annotations
 

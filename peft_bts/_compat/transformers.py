@@ -93,7 +93,7 @@ def when_models_are_made(told: Callable[[PreTrainedModel], None]) -> Iterator[No
 
 
 def is_mixture(module: nn.Module) -> TypeGuard[PreTrainedModel]:
-    """Whether this is a mixture of experts, a model whose experts' kernels can be chosen.
+    """Return whether this is a mixture of experts, a model whose experts' kernels can be chosen.
 
     It could be removed if `set_experts_implementation` had a public question beside it.
     """

@@ -26,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the options' names
 )
 for command in (check, plan, assess, inspect, eval, gates, export):
     app.command()(run(command))

@@ -11,4 +11,4 @@ def check(hub: Hub, expert: Experts) -> Result:
     reports = [check_compatibility(hub, source, name=name) for name, source in by_name(expert).items()]
     ok = all(report.ok for report in reports)
     data = {"ok": ok, "experts": {report.name: report.to_dict() for report in reports}}
-    return Result([f"{report}\n" for report in reports], data, ok)
+    return Result([part for report in reports for part in (*report.parts(), "")], data, ok)

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from .._compat.transformers import find_file
 from ..config import StitchConfig
+from ..formatting import as_text
+from ..reference import check_there
 
 
 Hub = Annotated[str, typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model: an id on the Hub or a folder.")]
@@ -59,8 +61,11 @@ def run(command: Callable[..., Result]) -> Callable[..., None]:
             typer.echo(json.dumps(result.data, indent=2))
         else:
             console = Console()
-            for part in result.parts:
-                console.print(part, markup=False, highlight=False)
+            if console.is_terminal:
+                for part in result.parts:
+                    console.print(part, markup=False, highlight=False)
+            else:  # a file, or another program: nobody there has lines of a certain width
+                typer.echo(as_text(*result.parts, width=None))
         if not result.ok:
             raise typer.Exit(1)
 
@@ -86,6 +91,7 @@ def by_name(values: list[str], option: str = "--expert", source: str = "ID_OR_PA
 
 def stitch_config(adapter: str) -> StitchConfig:
     """Read the config of a stitch adapter. Raise a `ValueError` for anything else."""
+    check_there(adapter)
     if find_file(adapter, CONFIG_NAME) is None:
         raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")
     config = PeftConfig.from_pretrained(adapter)

@@ -45,6 +45,7 @@ class DistributedExecutor:
         return self.inner.advance(boundary, checkpoint)
 
     def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+        states = {key: states[key] for key in sorted(states)}  # the same order in all processes, however they run them
         self._meetings += 1
         point = self._meetings, tuple(states), self._kind
         hub_BTD, *others = meet(self._processes, [hub_BTD, *states.values()], self._owners_of(states), point)

@@ -21,6 +21,7 @@ from ..distributed.parallel import ExpertParallel
 from ..forward.expert import Expert
 from ..forward.layer import StitchLayer
 from ..forward.placement import place_for_stitch
+from ..places import same_places
 from ..reference import as_reference
 from ..stitch import HUB, Init
 from .compatibility import compare, sizes
@@ -107,7 +108,9 @@ class ExpertMaker:
 
     def _shared(self, reference: dict[str, Any]) -> Optional[Expert]:
         """The expert that was loaded from the same place for another adapter, if there is one."""
-        return next((expert for expert in self._present() if expert.source == _source(reference)), None)
+        wanted = same_places(_source(reference))
+        sources = ((expert, expert.source) for expert in self._present())
+        return next((expert for expert, known in sources if known and same_places(known) == wanted), None)
 
     def _adopt(
         self,

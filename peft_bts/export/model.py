@@ -341,7 +341,7 @@ class _HubLayer(nn.Module):
 
 
 class _Backbone(nn.Module):
-    """What the hub's causal LM calls as its backbone."""
+    """Stand-in for the backbone that the hub's causal LM calls."""
 
     def __init__(self, model: StitchExportModel) -> None:
         super().__init__()

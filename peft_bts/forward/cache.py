@@ -206,13 +206,13 @@ def count_tokens(cache: Cache, layer: int, batch: int, tokens: int, device: torc
 
 
 def is_plain(cache: Cache) -> bool:
-    """Whether rows of an expert's cache can be taken out and joined: it holds only keys and values, not offloaded."""
+    """Return whether rows of an expert's cache can be split and joined: it holds only keys and values, in place."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return not getattr(cache, "offloading", False) and all(type(layer) in plain for layer in cache.layers)
 
 
 def static_length(cache: StaticCache) -> int:
-    """How many tokens a static cache can hold (its layers with a window hold fewer)."""
+    """Return how many tokens a static cache can hold (its layers with a window hold fewer)."""
     return max(layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len"))
 
 

@@ -19,7 +19,7 @@ Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to 
 
 
 class Executor(Protocol):
-    """What a forward asks of an executor. The keys are those of the streams, mostly experts' names.
+    """The protocol of an executor, as a forward uses it. The keys are those of the streams, mostly experts' names.
 
     Attributes:
         spread: Whether other processes run some of the models.

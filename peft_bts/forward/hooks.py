@@ -28,7 +28,7 @@ MakeState = Callable[[Composition, dict[str, Any], Optional[Cache], MakeExecutor
 
 
 class Body(NamedTuple):
-    """What the models have done when their heads' turn comes.
+    """The models' work as it is when their heads' turn comes.
 
     Attributes:
         state: The forward's state.
@@ -42,7 +42,7 @@ class Body(NamedTuple):
 
 
 class ForwardSettings(Transient):
-    """How a model's forwards run, and who is told of them. Copies of the model start with the defaults.
+    """Settings of a model's forwards: how they run, and who is told. Copies of the model start with the defaults.
 
     Attributes:
         observers: Told of every forward's gates; mostly none.
@@ -180,7 +180,7 @@ class InstanceForward:
         self.installed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes now; as before, unless a subclass says otherwise."""
+        """Return what the module computes now; as before, unless a subclass says otherwise."""
         return self._forward(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:

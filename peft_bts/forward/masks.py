@@ -63,7 +63,7 @@ def expert_mask(mask: Mask, hub: Any, expert: Any, past: Optional[int], queries:
 
 
 def is_text(mask: Mask, hub: Any, past: int, queries: int) -> Optional[Tensor]:
-    """Which of this call's tokens are no padding, (B, queries); `None` where the mask does not tell.
+    """Return which of this call's tokens are no padding, (B, queries); `None` where the mask does not tell.
 
     Args:
         mask, hub: The mask in the hub's call, and the hub's config.
@@ -83,7 +83,7 @@ def is_text(mask: Mask, hub: Any, past: int, queries: int) -> Optional[Tensor]:
 
 
 def _is_padding(mask: Mask) -> TypeGuard[Tensor]:
-    """Whether a mask is the tokenizer's: (B, tokens so far)."""
+    """Return whether a mask is the tokenizer's: (B, tokens so far)."""
     return isinstance(mask, Tensor) and mask.dim() != 4
 
 
@@ -107,7 +107,7 @@ def _visible(full: Tensor) -> Tensor:
 
 
 def _is_causal_with_padding(mask: Mask) -> bool:
-    """Whether every query sees just the keys up to itself that the last query sees too."""
+    """Return whether every query sees just the keys up to itself that the last query sees too."""
     full = _full(mask)
     if full is None or full.shape[-2] == 1:
         return True
@@ -125,7 +125,7 @@ def _is_causal_with_padding(mask: Mask) -> bool:
 
 
 def _view(config: Any) -> tuple[Any, ...]:
-    """What decides the form of prepared masks: the kinds of layers, their windows, and the attention kernel."""
+    """Return what decides the form of prepared masks: the kinds of layers, their windows, and the attention kernel."""
     kinds = getattr(config, "layer_types", None)
     return (
         config.model_type,

@@ -40,7 +40,7 @@ Measure = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # the same from the mi
 
 
 class _Ready(NamedTuple):
-    """What there is before any head has run.
+    """The models' states and gates before any head has run.
 
     Attributes:
         states: What the hub's head reads, and the states behind the last layers of the experts, (B, T, D_i).
@@ -158,7 +158,7 @@ class MixedHead(InstanceForward):
         ]
 
     def _run_models(self, call: dict[str, Any], gates: OutputMixture, stitched: bool) -> tuple[Any, _Ready]:
-        """What the hub's causal LM returns, and what its head and the experts' are to read."""
+        """Return what the hub's causal LM returns, and what its head and the experts' are to read."""
         # The hub's logits are made later, in chunks; here its own head has as little to do as possible.
         little = {"logits_to_keep": 1} if "logits_to_keep" in self.__signature__.parameters else {}
         alone = torch.is_grad_enabled() and not stitched and self._nothing_trained(call)
@@ -176,7 +176,7 @@ class MixedHead(InstanceForward):
         return out, _Ready(states, experts, log_gates_BTM, out.logits.shape[-1], share, executor.spread)
 
     def _nothing_trained(self, call: dict[str, Any]) -> bool:
-        """Whether the gates alone are trained: what the models compute then needs no gradient."""
+        """Return whether the gates alone are trained: what the models compute then needs no gradient."""
         embeds = call.get("inputs_embeds")
         return not (embeds is not None and embeds.requires_grad) and not any(
             p.requires_grad for name, p in self._hub.named_parameters() if "stitch_output." not in name
@@ -199,12 +199,14 @@ class MixedHead(InstanceForward):
         if torch.is_grad_enabled() and (log_gates_NM.requires_grad or any(state.requires_grad for state in states)):
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         size = max(1, _CHUNK // ready.vocab)
+        if len(log_gates_NM) <= size:  # no loop: compiled, it would make a graph for every number of tokens
+            return run(log_gates_NM, targets_N, *states)
         pieces = [
             run(log_gates_NM[start : start + size], targets, *(state[start : start + size] for state in states))
-            for start in range(0, max(1, len(log_gates_NM)), size)
+            for start in range(0, len(log_gates_NM), size)
             for targets in [None if targets_N is None else targets_N[start : start + size]]
         ]
-        return pieces[0] if len(pieces) == 1 else tuple(torch.cat(parts) for parts in zip(*pieces))
+        return tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def _chunk(
         self,
@@ -243,7 +245,7 @@ def _mixture_and_targets(
 
 
 def _present_tokens(body: Body) -> Optional[dict[str, Tensor]]:
-    """Which tokens each expert takes part in, (B, T) and boolean by name; `None`: all."""
+    """Return which tokens each expert takes part in, (B, T) and boolean by name; `None`: all."""
     if body.experts.present is None:
         return None
     shape = body.hub_BTD.shape[:2]
@@ -251,7 +253,7 @@ def _present_tokens(body: Body) -> Optional[dict[str, Tensor]]:
 
 
 def _next_tokens(labels: Tensor, shift_labels: Optional[Tensor], ignored: int) -> Tensor:
-    """What every token is to predict, (B, T), as `ForCausalLMLoss` has it."""
+    """Return what every token is to predict, (B, T), as `ForCausalLMLoss` has it."""
     return F.pad(labels, (0, 1), value=ignored)[:, 1:] if shift_labels is None else shift_labels
 
 

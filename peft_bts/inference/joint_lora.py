@@ -186,7 +186,7 @@ class JointExecutor:
         return hidden[: self._batch]
 
     def for_all(self, value: Any) -> Any:
-        """What a layer of the hub is called with, for the batch of all."""
+        """Return what a layer of the hub is called with, for the batch of all."""
         return for_all(value, self._batch, 1 + len(self._names), self._cache)
 
     def look_ahead(self, boundary: Boundary) -> None:
@@ -369,7 +369,7 @@ def _unstitched(layer: nn.Module) -> nn.Module:
 
 
 def _share(hub_layers: Iterable[nn.Module], layers: Iterable[nn.Module]) -> bool:
-    """Whether an adapter's layers are the hub's own weights, with adapters."""
+    """Return whether an adapter's layers are the hub's own weights, with adapters."""
     theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
     return all(id(parameter) in theirs for layer in hub_layers for parameter in layer.parameters())
 

@@ -32,7 +32,7 @@ from ..keys import is_stitch_weight
 
 @dataclass(frozen=True)
 class Part:
-    """What one part adds: the hub, an expert, or the stitches.
+    """The share of one part: the hub, an expert, or the stitches.
 
     Attributes:
         parameters: Numbers in its weights; those that a LoRA shares with the hub count for the hub.
@@ -83,7 +83,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `plan` returns. `str(estimate)` is for people, `to_dict()` for programs.
+    """The result of `plan`. `str(estimate)` is for people, `to_dict()` for programs.
 
     Attributes:
         hub, experts, stitches: What each part adds; experts by name.
@@ -114,7 +114,7 @@ class Estimate:
         return {**values, "together": dataclasses.asdict(self.together)}
 
     def tables(self) -> list[Any]:
-        """What rich prints: what each part is, what memory it takes, and what was not counted."""
+        """Return what rich prints: what each part is, what memory it takes, and what was not counted."""
         experts = {f"expert {name!r}": part for name, part in self.experts.items()}
         parts = {"hub": self.hub, **experts, "stitches": self.stitches, "together": self.together}
         rows = [
@@ -189,7 +189,9 @@ def plan(
             for dtype in of_models:
                 model, blueprints = _stitched(hub, references, config, dtype)
                 memory[str(dtype).removeprefix("torch.")] = _memory(model, tokens)
-            parts = _parts(model, blueprints, tokens)  # the same for every dtype of the models, as is the file
+            parts = _parts(
+                model, blueprints, tokens, heads=config.output == "mixture"
+            )  # the same for every dtype of the models, as is the file
             size = _file_size(model)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
@@ -210,8 +212,10 @@ def _stitched(
     return model.eval(), blueprints
 
 
-def _parts(model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor) -> tuple[Part, dict[str, Part], Part]:
-    """Hub, experts and stitches. What is left of the whole after hub and experts is the stitches'."""
+def _parts(
+    model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor, heads: bool
+) -> tuple[Part, dict[str, Part], Part]:
+    """Hub, experts (with their heads, or without) and stitches, which get what is left of the whole."""
     counted: set[int] = set()
 
     def new(weights: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -229,7 +233,7 @@ def _parts(model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor) ->
         hub_flops = _flops(model, tokens)
     found, others = {}, hub_flops
     for name, expert in experts.items():
-        flops = _flops(find_decoder(expert, name).backbone, tokens)  # nobody asks for its head
+        flops = _flops(expert if heads else find_decoder(expert, name).backbone, tokens)
         found[name], others = part(new(expert.parameters()), flops), others + flops
     return part(hub_weights, hub_flops), found, part(stitch_weights, _flops(model, tokens) - others)
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from peft_bts import StitchConfig
 from tests.helpers.text import save_model, word_tokenizer, write_documents
 
 
@@ -139,11 +140,19 @@ def test_sources_of_documents(common, tmp_path, monkeypatch):
         assert common.load_documents(str(tmp_path / source))["text"] == texts, source
     with pytest.raises(ValueError, match="several kinds"):
         common.load_documents(str(tmp_path))
-    for missing in ("nothing.jsonl", "*.nothing"):
-        with pytest.raises(FileNotFoundError, match="nothing"):
-            common.load_documents(str(tmp_path / missing))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n")
+    for empty in ("empty.jsonl", "blank.jsonl"):
+        with pytest.raises(ValueError, match=f"--dataset: there .*{empty}"):
+            common.load_documents(str(tmp_path / empty))
 
     asked = []
+    missing = [str(tmp_path / "nothing.jsonl"), str(tmp_path / "*.nothing"), "nothing.jsonl", "data/nothing.txt"]
+    monkeypatch.setattr(common, "load_dataset", lambda *args, split: asked.append(args))
+    for source in (*missing, "./nothing", "../data/nothing"):
+        with pytest.raises(FileNotFoundError, match="nothing"):
+            common.load_documents(source)
+    assert not asked  # the Hub has nothing to do with them
     monkeypatch.setattr(common, "load_dataset", lambda *args, split: asked.append((*args, split)))
     for source in ("wikitext", "org/corpus", "org/corpus/a subset"):
         common.load_documents(source)
@@ -152,6 +161,40 @@ def test_sources_of_documents(common, tmp_path, monkeypatch):
         ("org/corpus", None, "train"),
         ("org/corpus", "a subset", "train"),
     ]
+
+
+def test_rows_longer_than_a_model_takes(common, root):
+    """Of the seed alone, and of the hub and its experts; they have 128 positions."""
+    seed = AutoModelForCausalLM.from_pretrained(root / "seed")
+    common.check_block_size(128, seed)
+    with pytest.raises(ValueError, match="--block_size 129 is more than the 128 positions of the model"):
+        common.check_block_size(129, seed)
+    model = get_peft_model(seed, StitchConfig(task_type="CAUSAL_LM", experts={"code": str(root / "code")}))
+    common.check_block_size(128, model)
+    model.base_model.experts["default"]["code"].model.config.max_position_embeddings = 64
+    with pytest.raises(ValueError, match="--block_size 65 is more than the 64 positions of expert 'code'"):
+        common.check_block_size(65, model)
+
+
+def test_kinds_of_rows(common):
+    """TRL would find out amid the data, and then only that something is None."""
+    pytest.importorskip("trl", reason="TRL needs Python 3.11")
+    script = runpy.run_path(str(EXAMPLES / "train_stitch_trl.py"))
+    text, chat, other = (Dataset.from_list([{name: "x", "id": 1}]) for name in ("text", "messages", "body"))
+    check = script["one_kind"]()
+    assert check(text) is text and check(text) is text
+    with pytest.raises(ValueError, match="one kind; one has 'text', another 'messages'"):
+        check(chat)
+    with pytest.raises(ValueError, match=r"found \['body', 'id'\]"):
+        script["one_kind"]()(other)
+
+
+def test_a_branch_that_fails(common, root, tmp_path, monkeypatch):
+    """The process of the branch says why; what comes after it is one line."""
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    arguments = ["--seed_model", root / "seed", "--branches", "code", *data(root, "code"), "--output_dir", tmp_path]
+    with pytest.raises(SystemExit, match=r"Branch 'code' was not trained \(exit code 3\)"):
+        run_here(monkeypatch, "branch_experts.py", *arguments, *TRAINING)
 
 
 def test_packing(common):

@@ -96,7 +96,9 @@ def check(estimate, model, tmp_path):
 
     assert memory.cache == cache_bytes(model, IDS)
     assert memory.cache_per_token * BATCH == cache_bytes(model, IDS, IDS[:, :1]) - memory.cache
-    if memory.activations is not None:
+    # A walk over the graph has the heads of a mixture run again, whose activations are not kept.
+    recomputed = model.peft_config["default"].output == "mixture" and model.peft_config["default"].num_stitches != 0
+    if memory.activations is not None and not recomputed:
         assert memory.activations == pytest.approx(activation_bytes(model), rel=0.03)
     # Torch's counter knows the products of eager attention, but not the fused kernel for CPUs.
     for module in model.modules():
@@ -150,6 +152,8 @@ def test_every_architecture(arch, tmp_path):
         {"pattern": "experts_into_hub", "layers_to_stitch": [1, 3]},
         {"expert_streams": "projected"},
         {"modules_to_save": ["lm_head"]},
+        {"output": "mixture"},
+        {"output": "mixture", "num_stitches": 0},
     ],
     ids=str,
 )
@@ -167,6 +171,8 @@ def test_options(options, tmp_path):
     model = stitch(fresh("llama"), {name: fresh("llama", seed=seed) for name, seed in experts.items()}, **options)
     check(estimate, model, tmp_path)
     assert estimate.hub.trained == (64 * 32 if "modules_to_save" in options else 0)
+    head = 2 * 64 * 32 if "output" in options else 0  # an expert's head runs only where outputs are mixed
+    assert estimate.experts["code"].flops == estimate.hub.flops - 2 * 64 * 32 + head
 
 
 def test_lora_and_half_precision(tmp_path):
