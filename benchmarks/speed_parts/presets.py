@@ -32,7 +32,7 @@ class Preset:
     seconds: float = 90.0  # that a row may take, beyond its least number of rounds
     scaling_seconds: float = 8.0
     rounds: tuple = (9, 30)  # at least, at most
-    sections: str = "prefill,decode,training,plain,streams,dropping,mixture,memory,attaching,scaling,sizes"
+    sections: str = "prefill,decode,training,plain,streams,processes,dropping,mixture,memory,attaching,scaling,sizes"
 
 
 PRESETS = {

@@ -375,7 +375,7 @@ class DroppingForwardState(ForwardState):
         """Remember the experts' gates, for the choice at the next token."""
         assert self.past is not None  # as `check` has made sure
         text_BT = is_text(self.call.get("attention_mask"), self.composition.hub_config, self.past, self.new)
-        catch_up.note(gates_BTN, text_BT)
+        catch_up.note(self.executor.agree(gates_BTN), text_BT)
 
     def _into_experts(
         self, catch_up: CatchUpState, layer: int, stitch: Stitch, hub_BTD: Tensor, states: dict[Any, Tensor]

@@ -30,6 +30,8 @@ from transformers.cache_utils import (
 )
 
 from .._compat.peft import peft_type_name
+from ..distributed.absent import AbsentExpert, has_layers
+from ..distributed.parallel import ExpertParallel
 from ..forward.cache import held_expert_caches
 from ..forward.composition import Composition
 from ..forward.decoder import Decoder, text_config, token_embeddings
@@ -143,7 +145,9 @@ class JointModel:
             return True
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         return any(
-            getattr(hook, "__self__", None) is not self._runner and getattr(hook, "__module__", "") != _COLLECTOR
+            getattr(hook, "__self__", None) is not self._runner
+            and not isinstance(getattr(hook, "__self__", None), ExpertParallel)
+            and getattr(hook, "__module__", "") != _COLLECTOR
             for hook in hooks
         )
 
@@ -155,6 +159,8 @@ class JointExecutor:
         rows: The rows of the batch of all that belong to each LoRA expert.
         number_of_rows: How many the batch of all has.
     """
+
+    spread = False
 
     def __init__(self, state: ForwardState, model: JointModel, names: Sequence[str], others: Executor) -> None:
         self._state, self._model, self._names, self._others = state, model, names, others
@@ -190,6 +196,18 @@ class JointExecutor:
         assert self._states is not None  # the hub's layers bring the experts along
         return {**self._others.advance(boundary, checkpoint), **self._states}
 
+    def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+        return hub_BTD, states
+
+    def go_on(self, hub_BTD: Tensor) -> Tensor:
+        return hub_BTD
+
+    def share(self, names: Sequence[str], values: list[Tensor]) -> list[Tensor]:
+        return values
+
+    def agree(self, values: Tensor) -> Tensor:
+        return values
+
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
         assert self._states is not None
         self._states = {name: states[name] for name in self._names}
@@ -203,8 +221,9 @@ def _under_way(runner: ForwardRunner) -> tuple[ForwardState, JointExecutor]:
     """The state of the forward under way, and its executor, which runs the joint layers."""
     state = runner.current()
     assert state is not None
-    assert isinstance(state.executor, JointExecutor)
-    return state, state.executor
+    executor = getattr(state.executor, "inner", state.executor)  # of several processes, each has one inside
+    assert isinstance(executor, JointExecutor)
+    return state, executor
 
 
 class JointLora:
@@ -308,9 +327,13 @@ def _joint_executor(model: JointModel, names: Sequence[str], state: ForwardState
 
 def why_not(decoder: Decoder, expert: Expert) -> Optional[str]:
     """Why an expert cannot run with the hub as rows of one batch; `None` if it can."""
+    if isinstance(expert, AbsentExpert):
+        return f"in process {expert.owner} of this model"
     model = expert.model
     if not isinstance(model, PeftModel):
         return "it is a full model"
+    if not has_layers(decoder):
+        return "the hub runs in another process"
     layers = [_unstitched(layer) for layer in decoder.layers]
     inner = set(expert.layers.modules())
     if len(expert.layers) != len(layers) or not _share(layers, expert.layers):

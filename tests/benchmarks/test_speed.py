@@ -75,6 +75,21 @@ def test_goes_on_where_it_was(run):
         run("--only=prefil")
 
 
+@pytest.mark.slow
+def test_models_over_processes(run):
+    """Two processes against one: time, memory, and what they send, which has a formula where nothing is generated."""
+    results, page = run("--only=processes")
+    rows = results["rows"]["processes"]
+    assert len(rows) == len(SMOKE.decode) + 2 and "two processes: decoding, in E" in page
+    for name, row in rows.items():
+        assert row["ratios"]["two processes / one process"]["median"] > 0
+        assert row["peak_bytes"] > 0 and row["one_process_bytes"] > 0
+        assert row["fsdp_per_token"] > row["sent_per_token"] > 0, name
+    # Hub and two experts: the process with two of the models sends both states (float32) at both stitches.
+    batch, length = SMOKE.prefill[0]
+    assert rows[f"prefill, {batch} x {length} tokens"]["sent_per_token"] == CASE.stitches * 2 * CASE.width * 4
+
+
 def measure(row):
     _, function, *arguments = row
     return function(*arguments)
