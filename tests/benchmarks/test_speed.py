@@ -83,7 +83,7 @@ def test_models_over_processes(run):
     assert len(rows) == len(SMOKE.decode) + 2 and "two processes: decoding, in E" in page
     for name, row in rows.items():
         assert row["ratios"]["two processes / one process"]["median"] > 0
-        assert 0 < row["peak_bytes"] and 0 < row["one_process_bytes"]
+        assert row["peak_bytes"] > 0 and row["one_process_bytes"] > 0
         assert row["fsdp_per_token"] > row["sent_per_token"] > 0, name
     # Hub and two experts: the process with two of the models sends both states (float32) at both stitches.
     batch, length = SMOKE.prefill[0]
