@@ -17,6 +17,7 @@ this machine (`RepoId`), and at most `MAX_DOWNLOADED` experts.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -37,6 +38,9 @@ PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this ma
 MAX_DOWNLOADED = 64  # each expert is a whole model in memory; the paper has three
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 _ATTRIBUTES = frozenset(vars(nn.Module()))  # torch assigns them, and then an expert of that name is in the way
+
+
+Source = Union[str, dict[str, Any]]  # an id or a path, or a reference
 
 
 class RepoId(str):
@@ -195,3 +199,25 @@ def _with_repo_ids(reference: Any) -> Any:
         return reference
     sources = {key: RepoId(reference[key]) for key in ("model", "adapter") if isinstance(reference.get(key), str)}
     return {**reference, **sources}
+
+
+def as_source(text: str) -> Source:
+    """Read what names a model on the command line and in recipes: an id or path, `id@revision`, or JSON.
+
+    Raises:
+        ValueError: If it begins like JSON and is none, or has a key that references have not.
+    """
+    if text.startswith("{"):
+        try:
+            reference = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{text!r} is no JSON: {error}") from error
+        for key in reference:
+            if key not in REFERENCE_KEYS + PLACEMENT_KEYS:
+                near = difflib.get_close_matches(key, REFERENCE_KEYS, 1)
+                raise ValueError(f"A reference has no key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'}")
+        return dict(reference)
+    if "@" in text and not os.path.exists(text):
+        model, revision = text.rsplit("@", 1)
+        return {"model": model, "revision": revision}
+    return text

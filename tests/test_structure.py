@@ -19,7 +19,8 @@ FLOORS = [  # from low to high; what stands on one floor may import from it and 
     {"inference", "export", "planning"},
     {"tuner"},
     {"model"},
-    {"gates", "sharing"},
+    {"gates", "sharing", "serving"},
+    {"recipes"},
     {"cli"},
     {"__init__", "__main__"},
 ]

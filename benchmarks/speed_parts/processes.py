@@ -27,7 +27,7 @@ PROCESSES = 2
 
 def processes(preset: Preset, case: Case) -> Rows:
     """`expert_parallel()`: two processes, of one thread each on a CPU (gloo), on a GPU each with its own (nccl),
-    against one process with two threads, or one GPU. Bytes are those that one process sends to the other per token, and
+    against one process with two threads, or one GPU. Bytes are what one process sends to the other per token, and
     those that FSDP would by formula: for every forward, the other process's half of all weights."""
     for batch in preset.decode:
         yield f"decode, {sequences(batch)}", in_processes, preset, case, decoding(preset), batch, preset.prompt

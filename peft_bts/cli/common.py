@@ -17,15 +17,18 @@ from rich.console import Console
 from .._compat.transformers import find_file
 from ..config import StitchConfig
 from ..formatting import as_text
-from ..reference import check_there
+from ..reference import Source, as_source, check_there
 
 
-Hub = Annotated[str, typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model: an id on the Hub or a folder.")]
+Hub = Annotated[
+    str,
+    typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model: an id on the Hub (or id@revision) or a folder."),
+]
 Experts = Annotated[
     list[str],
     typer.Option("--expert", metavar="NAME=ID_OR_PATH", help="An expert. Repeat the option for every expert."),
 ]
-Adapter = Annotated[str, typer.Argument(help="The adapter: an id on the Hub or a folder.")]
+Adapter = Annotated[str, typer.Argument(help="The adapter: an id on the Hub, a folder, or a recipe's file.")]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="The dtype of the hub and the experts.")
 ]
@@ -87,6 +90,11 @@ def by_name(values: list[str], option: str = "--expert", source: str = "ID_OR_PA
     if len(set(names)) < len(names):
         raise typer.BadParameter("every value needs a name of its own.", param_hint=option)
     return {name: place for name, _, place in pairs}
+
+
+def models_by_name(values: list[str]) -> dict[str, Source]:
+    """Read `["code=org/code@v2"]` as experts by name; see `as_source` for what may stand behind a name."""
+    return {name: as_source(place) for name, place in by_name(values).items()}
 
 
 def stitch_config(adapter: str) -> StitchConfig:

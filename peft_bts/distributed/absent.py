@@ -50,8 +50,8 @@ class AbsentLayer(StandIn):
         if not self.ready:
             raise RuntimeError(
                 "This process does not hold the hub's layers (`expert_parallel`), so the hub cannot run by itself. "
-                "Make the stitched model first, and call that in all processes; inside of `disable_adapter()` it runs the "
-                "hub alone."
+                "Make the stitched model first, and call that in all processes; inside of `disable_adapter()` it runs "
+                "the hub alone."
             )
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
@@ -69,7 +69,7 @@ def drop_layers(hub: PreTrainedModel, decoder: Decoder) -> None:
 
 
 def has_layers(decoder: Decoder) -> bool:
-    """Whether this process has a model's layers."""
+    """Return whether this process has a model's layers."""
     return not any(isinstance(getattr(layer, "base_layer", layer), AbsentLayer) for layer in decoder.layers)
 
 

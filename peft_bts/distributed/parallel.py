@@ -143,7 +143,7 @@ def check_before_loading(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_axis() -> Optional[DataAxis]:
-    """How data are spread over the processes; `None` where no models are."""
+    """Return how data are spread over the processes; `None` where no models are."""
     parallel = None if _LAST is None else _LAST()
     if parallel is None or not dist.is_initialized():
         return None

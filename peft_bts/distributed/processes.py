@@ -46,7 +46,7 @@ class Processes:
     def from_owners(
         self, tensors: Sequence[Tensor], owners: Sequence[int], dtypes: Sequence[torch.dtype]
     ) -> list[Tensor]:
-        """What the owner of each tensor has in its place; the owner's own is returned as it is.
+        """Return what the owner of each tensor has in its place; the owner's own is returned as it is.
 
         Args:
             tensors: Of the same shapes everywhere.
@@ -86,7 +86,7 @@ class Processes:
         return self._dtypes[point]
 
     def everybodys(self, value: T) -> list[T]:
-        """What every process has for `value` (small, picklable), in order."""
+        """Return what every process has for `value` (small, picklable), in order."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size

@@ -76,11 +76,19 @@ class ExpertMaker:
             raise ValueError(f"Expert {name!r} is a loaded model; {sorted(loading)} apply to ids and paths only.")
         reference = describe_model(model)
         if self._elsewhere is None:
-            return self._adopt(name, model, reference, config)
-        self._elsewhere.place_models({name: model})
-        return self._elsewhere.here_or_there(
-            name, lambda: self._adopt(name, model, reference, config), reference, config
-        )
+            made = self._adopt(name, model, reference, config)
+        else:
+            self._elsewhere.place_models({name: model})
+            made = self._elsewhere.here_or_there(
+                name, lambda: self._adopt(name, model, reference, config), reference, config
+            )
+        if made[1]["model"] is None:
+            warnings.warn(
+                f"Expert {name!r} came from no id or path, so a saved adapter cannot say where to find it. If this "
+                "one is to be saved: save the expert in a folder first, and attach the folder.",
+                stacklevel=3,
+            )
+        return made
 
     def load(self, references: dict[str, dict[str, Any]], config: StitchConfig) -> dict[str, Made]:
         """The same for references that `resolve_reference` has looked up, by name."""

@@ -55,7 +55,7 @@ class Executor(Protocol):
         ...
 
     def share(self, names: Sequence[str], values: list[Tensor]) -> list[Tensor]:
-        """What models say of some tokens, wherever they run: a value of the same shape for each.
+        """Return what models say of some tokens, wherever they run: a value of the same shape for each.
 
         Args:
             names: The models', the hub's first; its head is everywhere.

@@ -29,7 +29,8 @@ def token_texts(token_ids: list[Optional[int]], tokenizer: Any) -> list[str]:
     """
     if tokenizer is None:
         return ["?" if token is None else str(token) for token in token_ids]
-    texts, before, shown = [], 0, 0  # tokens [before:shown] are the context that the next token is decoded in
+    texts: list[str] = []
+    before = shown = 0  # tokens [before:shown] are the context that the next token is decoded in
     for end in range(1, len(token_ids) + 1):
         if token_ids[end - 1] is None:
             texts[shown:] = ["\ufffd"] * (end - 1 - shown)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from .._compat.peft import CausalLM
 from .._compat.transformers import is_mixture
@@ -28,6 +29,7 @@ from ..formatting import as_text, human, table
 from ..forward.cache import held_expert_caches
 from ..forward.decoder import find_decoder
 from ..keys import is_stitch_weight
+from .quantized import QUANTIZATIONS, Quantization, saved_bytes
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Estimate:
         memory: By dtype of hub and experts, such as `"bfloat16"`.
         adapter_bytes: Size of adapter_model.safetensors.
         batch_size, sequence_length: What cache, activations and operations are counted for.
+        quantization: In how many bits the weights of hub and experts are counted, if not in those of the dtype.
     """
 
     hub: Part
@@ -99,6 +102,7 @@ class Estimate:
     adapter_bytes: int
     batch_size: int
     sequence_length: int
+    quantization: Optional[Quantization] = None
 
     @property
     def together(self) -> Part:
@@ -125,10 +129,11 @@ class Estimate:
             (label, *("-" if (n := getattr(m, name)) is None else human(n, "B") for m in self.memory.values()))
             for name, label in _LABELS.items()
         ]
+        bits = "" if self.quantization is None else f", models' weights in {self.quantization}"
         size = f"{self.batch_size} x {self.sequence_length:,} tokens"
         return [
             table("Parts", ["", "parameters", "trained", "FLOPs per token", "hub = 1"], rows),
-            table(f"Memory for {size}", ["", *(f"models in {dtype}" for dtype in self.memory)], memory),
+            table(f"Memory for {size}{bits}", ["", *(f"models in {dtype}" for dtype in self.memory)], memory),
             f"The adapter's file: {human(self.adapter_bytes, 'B')}. FLOPs are of a forward over {size}. Not counted: "
             "the operations' temporary buffers, and what the libraries take for themselves.",
         ]
@@ -158,6 +163,7 @@ def plan(
     batch_size: int = 1,
     sequence_length: int = 2048,
     dtypes: Iterable[Union[str, torch.dtype]] = (torch.bfloat16, torch.float32),
+    quantization: Optional[Quantization] = None,
 ) -> Estimate:
     """Count what stitching these models will take: weights, memory, operations, and the adapter's file.
 
@@ -170,6 +176,8 @@ def plan(
         config: Options of the stitches; `None` for the defaults.
         batch_size, sequence_length: What cache, activations and operations are counted for.
         dtypes: The dtypes of hub and experts to count for.
+        quantization: Count the weights of hub and experts as bitsandbytes keeps them, `"4bit"` or `"8bit"`; all but
+            embeddings, heads, norms and LoRAs, which stay in their dtype.
 
     Raises:
         ValueError: For all that `get_peft_model` and `attach_expert` would refuse, with their messages.
@@ -181,35 +189,42 @@ def plan(
     for option, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{option} must be a whole number of at least 1, got {value!r}.")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, or None, got {quantization!r}.")
     of_models = [getattr(torch, dtype) if isinstance(dtype, str) else dtype for dtype in dtypes]
     memory: dict[str, Memory] = {}
     try:
         with no_weights():
             tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long)
             for dtype in of_models:
-                model, blueprints = _stitched(hub, references, config, dtype)
-                memory[str(dtype).removeprefix("torch.")] = _memory(model, tokens)
-            parts = _parts(
-                model, blueprints, tokens, heads=config.output == "mixture"
-            )  # the same for every dtype of the models, as is the file
+                model, seed, blueprints = _stitched(hub, references, config, dtype)
+                of_dtype = _memory(model, tokens)
+                if quantization is not None:
+                    smaller = saved_bytes([seed, *blueprints.values()], quantization)
+                    of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller)
+                memory[str(dtype).removeprefix("torch.")] = of_dtype
+            # The same for every dtype of the models, as is the file.
+            parts = _parts(model, blueprints, tokens, heads=config.output == "mixture")
             size = _file_size(model)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"These models cannot be counted without their weights: what they compute depends on numbers ({error})."
         ) from error
-    return Estimate(*parts, memory, size, batch_size, sequence_length)
+    return Estimate(*parts, memory, size, batch_size, sequence_length, quantization)
 
 
 def _stitched(
     hub: ModelLike, experts: Mapping[str, ModelLike], config: StitchConfig, dtype: torch.dtype
-) -> tuple[PeftModel, dict[str, CausalLM]]:
-    """The stitched model, without weights, and the experts in it by name."""
+) -> tuple[PeftModel, PreTrainedModel, dict[str, CausalLM]]:
+    """The stitched model, without weights, the hub in it, and the experts by name."""
     seed = hub_blueprint(hub, dtype)
     blueprints = {name: expert_blueprint(name, expert, seed, dtype) for name, expert in sorted(experts.items())}
     model = get_peft_model(seed, dataclasses.replace(config, experts={}))
-    for name, expert in blueprints.items():
-        model.attach_expert(name, expert)
-    return model.eval(), blueprints
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Expert .* came from no id or path")  # blueprints are not for saving
+        for name, expert in blueprints.items():
+            model.attach_expert(name, expert)
+    return model.eval(), seed, blueprints
 
 
 def _parts(

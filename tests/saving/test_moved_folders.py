@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from peft_bts import StitchConfig
 from peft_bts.places import MARK
 from tests.helpers.checkpoints import config, load, make, read, save_models
-from tests.helpers.models import logits
+from tests.helpers.models import assert_near, logits
 from tests.helpers.zoo import tiny_model
 
 
@@ -151,6 +152,24 @@ def test_a_seed_that_was_loaded_from_another_place_is_noted(moved, tmp_path):
     model = PeftModel.from_pretrained(load(project, "seed-2"), project / "stitched")
     model.save_pretrained(project / "again")
     assert sources(project / "again")[0]["hub"] == "../seed-2"
+
+
+def test_an_expert_that_nobody_will_find(saved, tmp_path):
+    """Said when it is attached, and when it is saved; then its place can be noted, and the adapter loads."""
+    model = make(saved[0], "code")
+    expert = PeftModel.from_pretrained(load(saved[0], "seed"), saved[0] / "lora")
+    with pytest.warns(UserWarning, match="'tax' came from no id or path.*attach the folder"):
+        model.attach_expert("tax", expert)
+    with pytest.warns(UserWarning, match=r"(?s)cannot be loaded as it is.*'tax'.*save_pretrained\(folder\)"):
+        model.save_pretrained(tmp_path / "lost")
+    with pytest.raises(ValueError, match="'tax' has no reference"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lost")
+    expert.save_pretrained(tmp_path / "tax")
+    model.peft_config["default"].experts["tax"]["adapter"] = str(tmp_path / "tax")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*cannot be loaded as it is")
+        model.save_pretrained(tmp_path / "found")
+    assert_near(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "found")), logits(model), 1e-5)
 
 
 def test_the_id_of_a_seed_stays(saved, tmp_path):
