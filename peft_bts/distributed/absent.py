@@ -50,8 +50,8 @@ class AbsentLayer(StandIn):
         if not self.ready:
             raise RuntimeError(
                 "This process does not hold the hub's layers (`expert_parallel`), so the hub cannot run by itself. "
-                "Make the stitched model first, and call that in all processes; inside of `disable_adapter()` it runs "
-                "the hub alone."
+                "Make the stitched model first, and call that in all processes; inside of `disable_adapter()` it "
+                "runs the hub alone."
             )
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
