@@ -21,6 +21,7 @@ def draw_all(results: dict, folder: Path) -> dict[str, str]:
     drawings = {
         "prefill": lambda rows: ratios(rows, "stitched / E", target=1.06),
         "decode": lambda rows: ratios(rows, "stitched / E", target=1.06),
+        "lora": lambda rows: ratios(rows, "stitched / E"),
         "dropping": lambda rows: ratios(rows, "dropped / E"),
         "training": lambda rows: bars(next(iter(rows.values()))["seconds"], "seconds of a step"),
         "memory": lambda rows: bars({n: r["peak_bytes"] / 2**20 for n, r in rows.items()}, "rise of memory, MiB"),
