@@ -45,6 +45,10 @@ class StitchModel(StitchTuner):
         """
         return self._joint_lora.describe(self._single_active_adapter())
 
+    def experts_in_one_batch(self) -> list[str]:
+        """Names of the active adapter's experts that run with the hub as one batch in inference."""
+        return self._joint_lora.names(self._single_active_adapter())
+
     def attach_expert(
         self,
         name: str,
@@ -179,7 +183,7 @@ class StitchModel(StitchTuner):
 
         Args:
             max_active_experts, expert_threshold: Leave out experts meanwhile, see `drop_experts`.
-            draft: `"hub"`: the hub alone, which needs no further memory for weights, drafts up to 4 tokens
+            draft: `"hub"`: the hub alone, which needs no further memory for weights, drafts 2 tokens at a time
                 (`num_assistant_tokens`), and the stitched model checks them in one forward. Greedy tokens stay what
                 they are without drafts, and so does the distribution of sampled ones.
 

@@ -190,6 +190,34 @@ def test_lora_and_half_precision(tmp_path):
     assert plan(str(tmp_path / "hub"), None, config(experts=experts), **size).to_dict() == estimate.to_dict()
 
 
+@pytest.mark.parametrize("arch, together", [("llama", True), ("gemma2", True), ("bloom", False)])
+def test_weights_read_in_a_decoding_step(arch, together, tmp_path):
+    """Those of the hub once for all LoRA experts that run with it as one batch; once more for any that does not."""
+    fresh(arch).save_pretrained(tmp_path / "hub")
+    lora = get_peft_model(fresh(arch), LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
+    lora.save_pretrained(tmp_path / "lora")
+    experts = {"a": str(tmp_path / "lora"), "b": str(tmp_path / "lora")}
+    estimate = plan(str(tmp_path / "hub"), {**experts, "full": fresh("gpt2")}, config(), sequence_length=8)
+
+    def numbers(module):
+        return sum(p.numel() for p in module.parameters())
+
+    hub, full = fresh(arch), fresh("gpt2").transformer
+    embeddings = sum(numbers(m) for m in hub.modules() if isinstance(m, torch.nn.Embedding))
+    head = numbers(hub.get_output_embeddings())
+    body = numbers(hub.base_model) - embeddings
+    per_model = {
+        "hub": body + head,
+        "full": numbers(full) - numbers(full.wte) - numbers(full.wpe),
+        **dict.fromkeys("ab", lora.get_nb_trainable_parameters()[0] + (0 if together else body)),
+    }
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        loras = 2 * lora.get_nb_trainable_parameters()[0] * (4 - size)  # stay in float32, as the stitches do
+        expected = sum(per_model.values()) * size + loras + 4 * estimate.stitches.parameters
+        assert estimate.memory[dtype].weights_read == expected
+    assert "read per decoding step" in str(estimate)
+
+
 def test_loaded_models():
     """Loaded models are counted as their configs are, and left alone."""
     hub, expert = fresh("llama").train(), fresh("gpt2", **SIZES)
