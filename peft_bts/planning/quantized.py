@@ -20,7 +20,7 @@ _CODE = 16 * 4  # what the 4-bit numbers stand for, kept with every weight
 
 
 def saved_bytes(models: Iterable[CausalLM], quantization: Quantization) -> int:
-    """By how much models get smaller if they are loaded in 4 bits (without double quantisation) or in 8.
+    """Return by how much models get smaller if they are loaded in 4 bits (without double quantisation) or in 8.
 
     Weights that several models share count once. LoRA weights, embeddings and heads stay as they are.
 
