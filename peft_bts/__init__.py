@@ -5,6 +5,7 @@ Importing this package registers the method `STITCH` with PEFT.
 
 from peft.utils import register_peft_method
 
+from ._compat.accelerate import spread_data
 from ._compat.peft import (
     add_peft_type,
     after_model_card,
@@ -21,6 +22,7 @@ from ._compat.transformers import call_first
 add_peft_type("STITCH")  # what follows needs the member
 
 from .config import StitchConfig  # noqa: E402
+from .distributed.parallel import check_before_loading, data_axis, expert_parallel  # noqa: E402
 from .experts.compatibility import CompatibilityReport, check_compatibility  # noqa: E402
 from .export.config import StitchExportConfig  # noqa: E402
 from .export.model import StitchExportForCausalLM, StitchExportModel  # noqa: E402
@@ -42,7 +44,8 @@ register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchMod
 keep_offloaded_hubs()
 undo_failed_loads(StitchModel._discard_adapter)
 call_first(GateLogger)
-check_config_files(check_config_file)
+check_config_files(lambda values, path: check_before_loading(check_config_file(values, path)))
+spread_data(data_axis)
 after_model_card(card_after_peft)
 around_saving(before_saving, update_model_card)
 take_seeds_from_configs(where_the_seed_is)
@@ -65,6 +68,7 @@ __all__ = [
     "StitchModel",
     "assess",
     "check_compatibility",
+    "expert_parallel",
     "plan",
     "push_experts",
     "trace_gates",

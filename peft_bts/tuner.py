@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -26,11 +27,14 @@ from ._compat.peft import peft_type_name
 from ._compat.trained_copies import check_modules_to_save, drop_trained_copies
 from ._compat.trl import fused_output, is_fused
 from .config import StitchConfig, check_rank, stitch_schedule
+from .distributed.checks import check_config
+from .distributed.executor import Distributed
+from .distributed.parallel import parallel_of
 from .experts.attaching import ExpertMaker
 from .experts.expert_set import ExpertSet, NamedModules
 from .experts.loading import resolve_reference
 from .forward.composition import Composition
-from .forward.decoder import find_decoder, text_config
+from .forward.decoder import find_decoder, text_config, token_embeddings
 from .forward.expert import Expert
 from .forward.head import ModelHead
 from .forward.hooks import HubForward
@@ -71,13 +75,17 @@ class StitchTuner(BaseTuner):
         self._hub_trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.experts: NamedModules[NamedModules[Expert]] = NamedModules()
         self._expert_sets: dict[str, ExpertSet] = {}  # by adapter; their modules are in `experts`
-        self._maker = ExpertMaker(self.model, self._all_experts)
+        self._parallel = parallel_of(self.model)
+        self._maker = ExpertMaker(self.model, self._all_experts, self._parallel)
         self._dropping = DroppingPolicies()
         self._forward = HubForward(
             self._decoder.backbone, self._decoder.layers[0], self._active_composition, self._dropping.make_state
         )
         self._joint_lora = JointLora(self._decoder, self._forward)
         self._forward.make_executor = self._joint_lora
+        if self._parallel is not None:
+            self._forward.make_executor = Distributed(self._joint_lora, self._parallel, self._hub_dtype)
+            self._forward.around = self._parallel.delivery
         self._mixed_head: Optional[MixedHead] = None  # made with the first adapter that mixes outputs
         self._stitches_enabled = True
         keep_repacked_weights(self)
@@ -91,6 +99,8 @@ class StitchTuner(BaseTuner):
         self._check_adapter_name(adapter_name)
         schedule = stitch_schedule(config, len(self._decoder.layers))
         check_rank(config, text_config(self.model).hidden_size)
+        if self._parallel is not None:
+            check_config(config)
         layers = [layer.base_layer if isinstance(layer, StitchLayer) else layer for layer in self._decoder.layers]
         check_modules_to_save(model, config.modules_to_save or [], [layers[index] for index in schedule])
         # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
@@ -100,7 +110,7 @@ class StitchTuner(BaseTuner):
             references = config.experts
         else:
             found = {name: resolve_reference(name, reference) for name, reference in config.experts.items()}
-            made = {name: self._maker.load(name, reference, config) for name, reference in found.items()}
+            made = self._maker.load(found, config)
             experts = {name: expert for name, (expert, _) in made.items()}
             references = {name: reference for name, (_, reference) in made.items()}
         hub_config, projected = text_config(self.model), config.expert_streams == "projected"
@@ -285,6 +295,7 @@ class StitchTuner(BaseTuner):
         hub and experts, stitches, and experts, whose call gathers what they have around their layers. A `StitchLayer`
         is no unit: it runs layers of the experts, which are units of their own.
         """
+        self._refuse_parallel("Sharding a model (FSDP2, `_no_split_modules`)")
         units: list[nn.Module] = [*self._all_experts()]
         for layer in self._decoder.layers:
             units += [layer.base_layer, *layer.stitch_layer.values()] if isinstance(layer, StitchLayer) else [layer]
@@ -310,6 +321,34 @@ class StitchTuner(BaseTuner):
         self.peft_config[adapter] = dataclasses.replace(self.peft_config[adapter], experts=references)
 
     # ---------------------------------------------------------------- a forward (see forward/hooks.py)
+
+    def _refuse_parallel(self, what: str) -> None:
+        """Raise `ValueError` if this process does not have all models."""
+        if self._parallel is not None:
+            raise ValueError(
+                f"{what} needs all models in one process, and these are spread over processes (expert_parallel). Load "
+                "the adapter in one process, without it."
+            )
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether this process is the one that saves, where all call `save_pretrained`: each has the whole adapter."""
+        return self._parallel is None or self._parallel.is_first
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP must not copy from the first process into the others: they hold different models.
+
+        It asks the module that it wraps, this one or the `PeftModel` around it.
+        """
+        if self._parallel is None:
+            return []
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in self.named_buffers()]
+        return [*frozen, *(f"base_model.{name}" for name in frozen)]
+
+    def _hub_dtype(self) -> torch.dtype:
+        return token_embeddings(self.model).weight.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the hub's `forward`. If TRL asks for its fused head and outputs are mixed, that is of the mixture."""

@@ -112,8 +112,14 @@ def training(page):
 
 def distributed(page):
     accelerator = Accelerator(cpu=True)
-    before = save_adapter()
-    run_blocks(page, {"accelerator": accelerator, "model": accelerator.prepare(before)})
+    before = accelerator.prepare(save_adapter())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+            patch.setenv(name, str(value))
+        try:
+            run_blocks(page, {"accelerator": accelerator, "model": before})
+        finally:
+            torch.distributed.destroy_process_group()
     assert AutoModelForCausalLM.from_pretrained("seed-tax").config.hidden_size == 64
 
 

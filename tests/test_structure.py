@@ -14,6 +14,7 @@ FLOORS = [  # from low to high; what stands on one floor may import from it and 
     {"_compat", "config", "reference", "places", "stitch", "mixture", "keys", "formatting", "modules"}
     | {"install", "toy"},
     {"forward"},
+    {"distributed"},
     {"experts"},
     {"inference", "export", "planning"},
     {"tuner"},

@@ -156,7 +156,9 @@ def around_saving(before: Callable[[PeftModel], None], update: Callable[[PeftMod
         configs: dict[str, Any] = self.peft_config
         for config in configs.values():
             config.save_embedding_layers = call.arguments["save_embedding_layers"] is True
-        save(self, *args, **kwargs)
+        if not self.base_model.writes_files:
+            call.arguments["is_main_process"] = False
+        save(*call.args, **call.kwargs)
         if call.arguments["is_main_process"]:
             for adapter in configs if adapters is None else adapters:
                 update(self, adapter, folder if adapter == "default" else os.path.join(folder, adapter))

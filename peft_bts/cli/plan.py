@@ -43,6 +43,9 @@ def plan(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+    quantization: Annotated[
+        Optional[Literal["4bit", "8bit"]], typer.Option(help="Count hub and experts as bitsandbytes quantises them.")
+    ] = None,
 ) -> Result:
     """Count parameters, memory, operations and the size of the adapter. Reads config files only, no weights."""
     config = StitchConfig(
@@ -59,6 +62,11 @@ def plan(
         modules_to_save=modules_to_save or None,
     )
     estimate = make_plan(
-        as_source(hub), models_by_name(expert), config, batch_size=batch_size, sequence_length=sequence_length
+        as_source(hub),
+        models_by_name(expert),
+        config,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        quantization=quantization,
     )
     return Result(estimate.tables(), estimate.to_dict())

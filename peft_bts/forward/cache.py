@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from .thread_local import ThreadLocal
 
@@ -192,6 +192,17 @@ def expert_caches(cache: Cache, hub_layers: int, experts: Mapping[str, Stitchabl
         # Its last layer brings back the one behind, which is the experts' now, instead of its first.
         cache.prefetch(0, cache.only_non_sliding)
     return held
+
+
+def count_tokens(cache: Cache, layer: int, batch: int, tokens: int, device: torch.device) -> None:
+    """Have a layer of a cache count tokens of a model that another process runs: one number each, for keys and values.
+
+    Masks, positions, crops and beams then find the lengths that they would find there.
+    """
+    if layer < len(cache.layers) and not isinstance(cache.layers[layer], CacheLayerMixin):
+        return  # linear attention: no length is kept
+    one = torch.zeros(batch, 1, tokens, 1, device=device)
+    cache.update(one, one, layer)
 
 
 def is_plain(cache: Cache) -> bool:

@@ -10,6 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Optional
 
 from torch import Tensor, nn
@@ -199,6 +200,9 @@ class HubForward(InstanceForward, ForwardRunner):
         first_layer: The first of them.
         active_composition: Says what a forward that starts now runs; `None` for the hub alone.
         make_state: Makes the state of a forward.
+
+    Attributes:
+        around: Makes a context for every forward, from what it runs.
     """
 
     def __init__(
@@ -212,6 +216,7 @@ class HubForward(InstanceForward, ForwardRunner):
         ForwardRunner.__init__(self, make_state)
         self._backbone, self._first_layer, self._active_composition = backbone, first_layer, active_composition
         self._hook: Any = None
+        self.around: Callable[[Optional[Composition]], AbstractContextManager[Any]] = nullcontext
 
     def install(self) -> None:
         super().install()
@@ -226,6 +231,10 @@ class HubForward(InstanceForward, ForwardRunner):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         composition = self._active_composition()
+        with self.around(composition):
+            return self._call(composition, *args, **kwargs)
+
+    def _call(self, composition: Optional[Composition], *args: Any, **kwargs: Any) -> Any:
         if composition is None:
             return self.run(None, {}, None, functools.partial(self._forward, *args, **kwargs))
         call = self._by_name(args, kwargs)

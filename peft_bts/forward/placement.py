@@ -28,7 +28,8 @@ def place_for_stitch(base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
 
     Behind an offloaded layer (meta device) the stitch itself is not offloaded: it is where the layer is run.
     """
-    for module in base_layer.modules():
+    like: nn.Module = getattr(base_layer, "placed_like", base_layer)  # a layer that another process runs tells by this
+    for module in like.modules():
         for tensor in module.parameters(recurse=False):
             if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2:
                 on_meta = tensor.device.type == "meta"

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from .._compat.peft import CausalLM
 from .._compat.transformers import is_mixture
@@ -29,6 +29,7 @@ from ..formatting import as_text, human, table
 from ..forward.cache import held_expert_caches
 from ..forward.decoder import find_decoder
 from ..keys import is_stitch_weight
+from .quantized import QUANTIZATIONS, Quantization, saved_bytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Memory:
 
     Attributes:
         weights: Of all models and the stitches (those are float32 beside models in half precision).
+        weights_read: Of these, what one decoding step reads, whatever the number of sequences: all but embeddings and
+            the experts' heads. Weights that a LoRA expert shares with the hub count once if it runs with the hub as
+            one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts: it depends
+            on the tokens.
         cache: What a `DynamicCache` holds of `batch_size` sequences of `sequence_length` tokens, for all models.
         cache_per_token: By how much that grows with every further token of one sequence.
         recurrent: The part of `cache` that never grows: states of convolutions and linear attention.
@@ -64,6 +69,7 @@ class Memory:
     """
 
     weights: int
+    weights_read: Optional[int]
     cache: int
     cache_per_token: int
     recurrent: int
@@ -91,6 +97,7 @@ class Estimate:
         memory: By dtype of hub and experts, such as `"bfloat16"`.
         adapter_bytes: Size of adapter_model.safetensors.
         batch_size, sequence_length: What cache, activations and operations are counted for.
+        quantization: In how many bits the weights of hub and experts are counted, if not in those of the dtype.
     """
 
     hub: Part
@@ -100,6 +107,7 @@ class Estimate:
     adapter_bytes: int
     batch_size: int
     sequence_length: int
+    quantization: Optional[Quantization] = None
 
     @property
     def together(self) -> Part:
@@ -126,10 +134,11 @@ class Estimate:
             (label, *("-" if (n := getattr(m, name)) is None else human(n, "B") for m in self.memory.values()))
             for name, label in _LABELS.items()
         ]
+        bits = "" if self.quantization is None else f", models' weights in {self.quantization}"
         size = f"{self.batch_size} x {self.sequence_length:,} tokens"
         return [
             table("Parts", ["", "parameters", "trained", "FLOPs per token", "hub = 1"], rows),
-            table(f"Memory for {size}", ["", *(f"models in {dtype}" for dtype in self.memory)], memory),
+            table(f"Memory for {size}{bits}", ["", *(f"models in {dtype}" for dtype in self.memory)], memory),
             f"The adapter's file: {human(self.adapter_bytes, 'B')}. FLOPs are of a forward over {size}. Not counted: "
             "the operations' temporary buffers, and what the libraries take for themselves.",
         ]
@@ -140,6 +149,7 @@ class Estimate:
 
 _LABELS = {
     "weights": "weights",
+    "weights_read": "  read per decoding step",
     "cache": "cache",
     "cache_per_token": "  further per token",
     "recurrent": "  thereof constant",
@@ -159,6 +169,7 @@ def plan(
     batch_size: int = 1,
     sequence_length: int = 2048,
     dtypes: Iterable[Union[str, torch.dtype]] = (torch.bfloat16, torch.float32),
+    quantization: Optional[Quantization] = None,
 ) -> Estimate:
     """Count what stitching these models will take: weights, memory, operations, and the adapter's file.
 
@@ -171,6 +182,8 @@ def plan(
         config: Options of the stitches; `None` for the defaults.
         batch_size, sequence_length: What cache, activations and operations are counted for.
         dtypes: The dtypes of hub and experts to count for.
+        quantization: Count the weights of hub and experts as bitsandbytes keeps them, `"4bit"` or `"8bit"`; all but
+            embeddings, heads, norms and LoRAs, which stay in their dtype.
 
     Raises:
         ValueError: For all that `get_peft_model` and `attach_expert` would refuse, with their messages.
@@ -182,14 +195,21 @@ def plan(
     for option, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{option} must be a whole number of at least 1, got {value!r}.")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, or None, got {quantization!r}.")
     of_models = [getattr(torch, dtype) if isinstance(dtype, str) else dtype for dtype in dtypes]
     memory: dict[str, Memory] = {}
     try:
         with no_weights():
             tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long)
             for dtype in of_models:
-                model, blueprints = _stitched(hub, references, config, dtype)
-                memory[str(dtype).removeprefix("torch.")] = _memory(model, tokens)
+                model, seed, blueprints = _stitched(hub, references, config, dtype)
+                of_dtype = _memory(model, tokens)
+                if quantization is not None:
+                    smaller = saved_bytes([seed, *blueprints.values()], quantization)
+                    read = None if of_dtype.weights_read is None else of_dtype.weights_read - smaller
+                    of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller, weights_read=read)
+                memory[str(dtype).removeprefix("torch.")] = of_dtype
             # The same for every dtype of the models, as is the file.
             parts = _parts(model, blueprints, tokens, heads=config.output == "mixture")
             size = _file_size(model)
@@ -197,13 +217,13 @@ def plan(
         raise ValueError(
             f"These models cannot be counted without their weights: what they compute depends on numbers ({error})."
         ) from error
-    return Estimate(*parts, memory, size, batch_size, sequence_length)
+    return Estimate(*parts, memory, size, batch_size, sequence_length, quantization)
 
 
 def _stitched(
     hub: ModelLike, experts: Mapping[str, ModelLike], config: StitchConfig, dtype: torch.dtype
-) -> tuple[PeftModel, dict[str, CausalLM]]:
-    """The stitched model, without weights, and the experts in it by name."""
+) -> tuple[PeftModel, PreTrainedModel, dict[str, CausalLM]]:
+    """The stitched model, without weights, the hub in it, and the experts by name."""
     seed = hub_blueprint(hub, dtype)
     blueprints = {name: expert_blueprint(name, expert, seed, dtype) for name, expert in sorted(experts.items())}
     model = get_peft_model(seed, dataclasses.replace(config, experts={}))
@@ -211,7 +231,7 @@ def _stitched(
         warnings.filterwarnings("ignore", "Expert .* came from no id or path")  # blueprints are not for saving
         for name, expert in blueprints.items():
             model.attach_expert(name, expert)
-    return model.eval(), blueprints
+    return model.eval(), seed, blueprints
 
 
 def _parts(
@@ -263,6 +283,7 @@ def _memory(model: PeftModel, tokens: Tensor) -> Memory:
         grown = _cache_bytes(cache)[0]
     return Memory(
         weights=sum(tensor.nbytes for tensor in weights),
+        weights_read=_weights_read(model),
         cache=held,
         cache_per_token=(grown - held) // len(tokens),
         recurrent=recurrent,
@@ -270,6 +291,32 @@ def _memory(model: PeftModel, tokens: Tensor) -> Memory:
         optimizer=2 * trained,  # AdamW: running means of the gradient and of its square
         activations=_activations(model, tokens, weights),
     )
+
+
+def _weights_read(model: PeftModel) -> Optional[int]:
+    """Bytes of weights that a forward over one token reads."""
+    if any(map(is_mixture, model.modules())):
+        return None
+    tuner: Any = model.base_model
+    hub = model.get_base_model()
+    looked_up = {id(m.weight) for m in tuner.modules() if isinstance(m, nn.Embedding)}
+
+    def multiplied(module: nn.Module) -> dict[int, int]:
+        return {id(p): p.nbytes for p in module.parameters() if id(p) not in looked_up}
+
+    def head(model: Any) -> int:
+        return sum(weight.nbytes for weight in model.get_output_embeddings().parameters())
+
+    weights = multiplied(hub)  # with the stitches
+    for weight in tuner.model.get_output_embeddings().parameters():
+        weights.pop(id(weight), None)
+    read = sum(weights.values()) + head(hub)
+    adapter, together = tuner.active_adapters[0], tuner.experts_in_one_batch()
+    for name, expert in tuner.experts[adapter].items():
+        own = multiplied(find_decoder(expert.model, name).backbone)
+        read += sum(size for key, size in own.items() if name not in together or key not in weights)
+        read += head(expert.model) if tuner.peft_config[adapter].output == "mixture" else 0
+    return read
 
 
 def _cache_bytes(cache: Cache) -> tuple[int, int]:

@@ -64,6 +64,7 @@ def push_experts(
     tuner = model.base_model
     if not isinstance(tuner, StitchModel):
         raise ValueError(f"Expected a model with a stitch adapter, got a {type(model).__name__} without.")
+    tuner._refuse_parallel("push_experts()")
     adapter = tuner._single_active_adapter()
     config, experts, hub = tuner.peft_config[adapter], tuner.experts[adapter], tuner.model
     ids = _ids([name for name in sorted(experts.keys()) if _is_local(config.experts[name])], repo_id)

@@ -1,5 +1,6 @@
 """`plan` says beforehand, without weights, what is measured here on real stitched models."""
 
+import dataclasses
 import json
 import re
 
@@ -9,9 +10,10 @@ import transformers
 from packaging import version
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from peft_bts import StitchConfig, plan
+from peft_bts._compat.bitsandbytes import quantization_states
 from tests.helpers.models import IDS, RIGHT, cache_layers, fresh, stitch
 from tests.helpers.zoo import ARCHITECTURES, UNSUPPORTED, tiny_config
 
@@ -194,6 +196,76 @@ def test_lora_and_half_precision(tmp_path):
         assert memory.activations == pytest.approx(activation_bytes(model), rel=0.03), dtype
     check(estimate, model, tmp_path)
     assert plan(str(tmp_path / "hub"), None, config(experts=experts), **size).to_dict() == estimate.to_dict()
+
+
+def stored_bytes(model):
+    """The bytes of a loaded model's weights, and of what bitsandbytes keeps beside them."""
+    beside = [state for module in model.modules() for state in quantization_states(module)]
+    scales = [getattr(state, name, None) for state in beside for name in ("absmax", "code", "SCB")]
+    scales += [getattr(parameter, "SCB", None) for parameter in model.parameters()]
+    tensors = [*model.parameters(), *model.buffers(), *(scale for scale in scales if scale is not None)]
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantization(tmp_path, bits):
+    """The weights of hub and full experts against bitsandbytes itself; LoRAs stay, and the rest is as it was."""
+    pytest.importorskip("bitsandbytes")
+    for name, arch in (("hub", "llama"), ("code", "gpt2")):
+        fresh(arch, width=64).save_pretrained(tmp_path / name)
+    hub = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    get_peft_model(hub, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "lora"
+    )
+    experts = {name: str(tmp_path / name) for name in ("code", "lora")}
+    size = {"batch_size": BATCH, "sequence_length": LENGTH, "dtypes": [torch.float32]}
+    plain = plan(str(tmp_path / "hub"), experts, config(), **size)
+    estimate = plan(str(tmp_path / "hub"), experts, config(), quantization=bits, **size)
+    smaller = plain.memory["float32"].weights - estimate.memory["float32"].weights
+    expected = 0
+    for name in ("hub", "code"):
+        how = BitsAndBytesConfig(load_in_4bit=bits == "4bit", load_in_8bit=bits == "8bit")
+        models = [
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, quantization_config=quantization)
+            for quantization in (None, how)
+        ]
+        expected += stored_bytes(models[0]) - stored_bytes(models[1])
+    assert smaller == pytest.approx(expected, rel=0.01) and expected > 0
+    read = [e.memory["float32"].weights_read for e in (plain, estimate)]
+    assert read[0] - read[1] == smaller  # every one of these weights is read
+    same = [dataclasses.replace(e.memory["float32"], weights=0, weights_read=0) for e in (plain, estimate)]
+    assert same[0] == same[1] and estimate.together == plain.together
+    assert f"weights in {bits}" in str(estimate)
+    with pytest.raises(ValueError, match="quantization must be one of 4bit, 8bit"):
+        plan(str(tmp_path / "hub"), experts, config(), quantization="2bit")
+
+
+@pytest.mark.parametrize("arch, together", [("llama", True), ("gemma2", True), ("bloom", False)])
+def test_weights_read_in_a_decoding_step(arch, together, tmp_path):
+    """Those of the hub once for all LoRA experts that run with it as one batch; once more for any that does not."""
+    fresh(arch).save_pretrained(tmp_path / "hub")
+    lora = get_peft_model(fresh(arch), LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
+    lora.save_pretrained(tmp_path / "lora")
+    experts = {"a": str(tmp_path / "lora"), "b": str(tmp_path / "lora")}
+    estimate = plan(str(tmp_path / "hub"), {**experts, "full": fresh("gpt2")}, config(), sequence_length=8)
+
+    def numbers(module):
+        return sum(p.numel() for p in module.parameters())
+
+    hub, full = fresh(arch), fresh("gpt2").transformer
+    embeddings = sum(numbers(m) for m in hub.modules() if isinstance(m, torch.nn.Embedding))
+    head = numbers(hub.get_output_embeddings())
+    body = numbers(hub.base_model) - embeddings
+    per_model = {
+        "hub": body + head,
+        "full": numbers(full) - numbers(full.wte) - numbers(full.wpe),
+        **dict.fromkeys("ab", lora.get_nb_trainable_parameters()[0] + (0 if together else body)),
+    }
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        loras = 2 * lora.get_nb_trainable_parameters()[0] * (4 - size)  # stay in float32, as the stitches do
+        expected = sum(per_model.values()) * size + loras + 4 * estimate.stitches.parameters
+        assert estimate.memory[dtype].weights_read == expected
+    assert "read per decoding step" in str(estimate)
 
 
 def test_loaded_models():

@@ -143,7 +143,7 @@ def test_deepspeed_zero3(folder):
         check(folder, scenario, "DistributedType.DEEPSPEED")
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3", "expert_parallel"])
 def test_config_files(name):
     """accelerate knows every key of the config files."""
     config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))
