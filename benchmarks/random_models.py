@@ -1,7 +1,9 @@
 """Models of random weights, which change no time and no memory: a hub, its experts, and stitches between them."""
 
 import copy
+import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,6 +14,7 @@ from peft_bts import StitchConfig
 
 PATTERNS = ("alternating", "experts_into_hub")
 MIXTURES = {"mixture": {"output": "mixture"}, "output gates": {"output": "mixture", "num_stitches": 0}}
+LORA_RANK = 16  # of experts that are LoRAs of the hub
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,27 @@ def models(case: Case, **options) -> tuple[PeftModel, LlamaForCausalLM, list[Lla
     """A stitched model; its hub (a copy of it) and its experts (the same objects), to be run alone."""
     hub, *experts = llamas(case)
     return stitched(case, copy.deepcopy(hub), experts, **options), hub, experts
+
+
+def save_loras(case: Case, hub: LlamaForCausalLM, folder: Path) -> None:
+    """Save a LoRA of the hub for each expert, with random weights, in `folder`/<name>; the hub is left as it was."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=LORA_RANK, target_modules="all-linear", init_lora_weights=False)
+    for number in range(case.experts):
+        model = get_peft_model(hub, config)
+        model.save_pretrained(folder / f"e{number}")
+        model.unload()
+
+
+def lora_models(case: Case) -> tuple[PeftModel, LlamaForCausalLM, list[LlamaForCausalLM]]:
+    """A stitched model whose experts are LoRAs of its hub, on all linear layers; a copy of the hub, to be run alone;
+    the experts (the same objects)."""
+    hub = llama(case)
+    with tempfile.TemporaryDirectory() as folder:
+        save_loras(case, hub, Path(folder))
+        paths = [str(Path(folder) / f"e{number}") for number in range(case.experts)]
+        model = stitched(case, copy.deepcopy(hub), paths)
+    experts = model.base_model.experts["default"]
+    return model, hub, [experts[f"e{number}"].model.get_base_model() for number in range(case.experts)]
 
 
 def lora(case: Case) -> PeftModel:

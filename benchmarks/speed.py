@@ -3,6 +3,7 @@
     python -m benchmarks.speed                       # two CPU cores, about an hour: 4 models of 98M parameters
     python -m benchmarks.speed --preset paper        # one GPU: 4 models of the paper's shape
     python -m benchmarks.speed --preset large        # one GPU of 141 GB: 4 models of 8B parameters
+    python -m benchmarks.speed --preset lora         # one GPU of 80 GB: a model of 8B parameters and 3 LoRAs of it
     python -m benchmarks.speed --only decode,plain   # some sections
 
 Writes `benchmarks/results/speed-<machine>.json`, and beside it a page (.md) with tables, plots and targets met or not.

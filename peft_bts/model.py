@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from peft import PeftModel
 
@@ -45,6 +45,10 @@ class StitchModel(StitchTuner):
         all experts by themselves.
         """
         return self._joint_lora.describe(self._single_active_adapter())
+
+    def experts_in_one_batch(self) -> list[str]:
+        """Names of the active adapter's experts that run with the hub as one batch in inference."""
+        return self._joint_lora.names(self._single_active_adapter())
 
     def attach_expert(
         self,
@@ -174,12 +178,16 @@ class StitchModel(StitchTuner):
         *args: Any,
         max_active_experts: Optional[int] = None,
         expert_threshold: Optional[float] = None,
+        draft: Optional[Literal["hub"]] = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text, as the hub's own `generate` does.
 
         Args:
             max_active_experts, expert_threshold: Leave out experts meanwhile, see `drop_experts`.
+            draft: `"hub"`: the hub alone, which needs no further memory for weights, drafts 2 tokens at a time
+                (`num_assistant_tokens`), and the stitched model checks them in one forward. Greedy tokens stay what
+                they are without drafts, and so does the distribution of sampled ones.
 
         Raises:
             ValueError: For drafts that would have to be taken back from an expert with recurrent states, and for
@@ -188,11 +196,11 @@ class StitchModel(StitchTuner):
         """
         if max_active_experts is not None or expert_threshold is not None:
             with self.drop_experts(max_active_experts, expert_threshold):
-                return self.generate(*args, **kwargs)
+                return self.generate(*args, draft=draft, **kwargs)
         observers, dropping = self._forward.settings.observers, self._dropping.current is not None
-        parallel = self._parallel
+        parallel, composition = self._parallel, self._active_composition()
         with nullcontext() if parallel is None else generation_in_step(parallel.processes, self.model, kwargs):
-            return generation.generate(self.model, self._active_composition(), observers, dropping, args, kwargs)
+            return generation.generate(self.model, composition, observers, dropping, draft, args, kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """The hub's `generate_batch` (continuous batching) while the adapter is disabled, else a `ValueError`."""

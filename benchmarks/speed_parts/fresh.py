@@ -1,5 +1,6 @@
 """Rows that need a process of their own: peak memory, attaching, loading; also by number of experts and K."""
 
+import gc
 import math
 import re
 import tempfile
@@ -13,7 +14,7 @@ from torch.utils.benchmark import timer
 from transformers import AutoModelForCausalLM
 
 from ..measuring import Peak, in_fresh_process, take_turns
-from ..random_models import Case, bytes_of, llama, llamas, stitched, to_train, token_ids
+from ..random_models import Case, bytes_of, llama, llamas, save_loras, stitched, to_train, token_ids
 from .presets import Preset
 from .rows import Rows, sizes_of
 from .runners import Decoding, Forward, TrainingStep, alone
@@ -30,6 +31,7 @@ def attaching(preset: Preset, case: Case) -> Rows:
     """One expert attached, in a process of its own."""
     yield "attach, a loaded model", in_fresh_process, attach, case
     yield "attach, from a path", with_checkpoints, attach, case
+    yield "attach, a LoRA of the hub", in_fresh_process, attach_lora, case
     yield "load, adapter and experts", with_checkpoints, load, case
 
 
@@ -98,22 +100,41 @@ def peak(name: str, preset: Preset, case: Case) -> dict:
 
 def attach(case: Case, folder: Path | None = None) -> dict:
     """Attach one expert: a loaded model, or the path of one."""
-
-    def measure(case: Case, expert: torch.nn.Module | str) -> dict:
-        model = stitched(case, llama(case), [])
-        before = bytes_of(model)
-        watched, start = Peak(case.device), timer()
-        model.attach_expert("e0", expert)
-        elapsed, rise = timer() - start, watched.rise()
-        size = bytes_of(model.base_model.experts["default"]["e0"].model)
-        stitches = bytes_of(model) - before - size
-        return {"seconds": elapsed, "peak_bytes": rise, "expert_bytes": size, "stitch_bytes": stitches}
-
     with tempfile.TemporaryDirectory() as rehearsal:
         expert = llama(tiny(case), 1)
         expert.save_pretrained(rehearsal)
-        measure(tiny(case), expert if folder is None else rehearsal)
-    return measure(case, llama(case, 1) if folder is None else str(folder / "e0"))
+        attached(tiny(case), llama(tiny(case)), expert if folder is None else rehearsal)
+    return attached(case, llama(case), llama(case, 1) if folder is None else str(folder / "e0"))
+
+
+def attach_lora(case: Case) -> dict:
+    """Attach one expert by the path of a LoRA of the hub."""
+
+    def measure(case: Case) -> dict:
+        hub = llama(case)
+        with tempfile.TemporaryDirectory() as folder:
+            save_loras(replace(case, experts=1), hub, Path(folder))
+            gc.collect()
+            return attached(case, hub, str(Path(folder) / "e0"))
+
+    measure(tiny(case))
+    return measure(case)
+
+
+def attached(case: Case, hub: torch.nn.Module, expert: torch.nn.Module | str) -> dict:
+    model = stitched(case, hub, [])
+    before, there = bytes_of(model), set(map(id, model.parameters()))
+    watched, start = Peak(case.device), timer()
+    model.attach_expert("e0", expert)
+    elapsed, rise = timer() - start, watched.rise()
+    own = [p for p in model.base_model.experts["default"]["e0"].model.parameters() if id(p) not in there]
+    size = sum(p.numel() * p.element_size() for p in own)
+    return {
+        "seconds": elapsed,
+        "peak_bytes": rise,
+        "expert_bytes": size,
+        "stitch_bytes": bytes_of(model) - before - size,
+    }
 
 
 def load(case: Case, folder: Path) -> dict:

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..random_models import PATTERNS
 from ..reporting import table
-from . import fresh, processes, rows
+from . import fresh, lora, processes, rows
 from .figures import draw_all
 
 
-SECTIONS = rows.SECTIONS | processes.SECTIONS | fresh.SECTIONS
+SECTIONS = rows.SECTIONS | lora.SECTIONS | processes.SECTIONS | fresh.SECTIONS
 MIB = 2**20
 
 
@@ -75,6 +75,13 @@ def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
     return [
         ("prefill, in E", 1.06, worst("prefill", "stitched / E")),
         ("sequential decoding, in E", 1.06, worst("decode", "stitched / E")),
+        ("decoding 1 sequence, LoRA experts, in E", 0.45, worst("lora", "stitched / E", prefix="decode, 1 sequence")),
+        (
+            "decoding 4 sequences, LoRA experts, in E",
+            0.55,
+            worst("lora", "stitched / E", prefix="decode, 4 sequences"),
+        ),
+        ("prefill, LoRA experts, in E", 1.05, worst("lora", "stitched / E", prefix="prefill")),
         ("decoding with parallel streams, in E", 0.70, worst("streams", " / E", prefix="decode")),
         ("decoding with experts dropped, in (hub + kept experts)", 1.2, worst("dropping", "/ hub + kept experts")),
         ("training step, in full training", 0.55, worst("training", "alternating / full training")),
@@ -96,6 +103,7 @@ def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
         ("two processes: peak memory of one of them, in that of one process", 0.6, of_two()),
         ("attaching a loaded model: rise of memory, in its size", 0.1, rise("attach, a loaded model")),
         ("attaching a path: peak of memory, in the expert's size", 1.2, rise("attach, from a path")),
+        ("attaching a LoRA's path: peak of memory, in the LoRA's size", 1.2, rise("attach, a LoRA of the hub")),
     ]
 
 

@@ -32,7 +32,9 @@ class Preset:
     seconds: float = 90.0  # that a row may take, beyond its least number of rounds
     scaling_seconds: float = 8.0
     rounds: tuple = (9, 30)  # at least, at most
-    sections: str = "prefill,decode,training,plain,streams,processes,dropping,mixture,memory,attaching,scaling,sizes"
+    sections: str = (
+        "prefill,decode,training,plain,lora,streams,processes,dropping,mixture,memory,attaching,scaling,sizes"
+    )
 
 
 PRESETS = {
@@ -55,7 +57,7 @@ PRESETS = {
         seconds=0.1,
         scaling_seconds=0.05,
         rounds=(1, 2),
-        sections=f"{Preset.sections},compiled",
+        sections=f"{Preset.sections},compiled,lora_compiled",
     ),
     # The paper's models (appendix A): 2.7B parameters without embeddings.
     "paper": Preset(
@@ -82,5 +84,12 @@ PRESETS = {
             *(f"training, {p}{how}" for how in (", checkpointed", "") for p in PATTERNS),
         ),
         sections="memory",
+    ),
+    # LoRA experts of a hub of 8B parameters, whose weights are there once.
+    "lora": Preset(
+        case=replace(CUDA, width=4096, layers=32, heads=32, kv_heads=8, intermediate=14336, vocabulary=128_256),
+        prefill=((1, 2048),),
+        tokens=64,
+        sections="lora,lora_compiled",
     ),
 }

@@ -7,7 +7,7 @@ the forward under way is in a `ForwardState`, which lives from the hub's backbon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -35,6 +35,20 @@ class FinalStates(NamedTuple):
 
     by_name: dict[str, Tensor]
     present: Optional[dict[str, Tensor]] = None
+
+
+class Lane(NamedTuple):
+    """Sequences for which an expert runs over the tokens of a call, and over no others.
+
+    Attributes:
+        name: The expert's.
+        rows: Which sequences of the batch, (R,) in the expert's order; `None`: all of them in theirs.
+        cache: The expert's, of these sequences; `None` without one.
+    """
+
+    name: str
+    rows: Optional[Tensor]
+    cache: Optional[Cache]
 
 
 class ForwardState:
@@ -83,16 +97,15 @@ class ForwardState:
         held = expert_caches(self.cache, self.composition.hub_layers, self.composition.experts)
         return held.by_name
 
-    @property
-    def plain_rows(self) -> bool:
-        """Whether every expert runs for all sequences, over the tokens of this call."""
-        return True
+    def lanes(self, names: Sequence[str]) -> dict[Hashable, Lane]:
+        """What an executor may run of the named experts together with the hub, by key of the stream in its place."""
+        return {name: Lane(name, None, self.caches.get(name)) for name in names}
 
-    def begin_streams(self, without: Sequence[str] = ()) -> dict[Hashable, Stream]:
+    def begin_streams(self, without: Collection[Hashable] = ()) -> dict[Hashable, Stream]:
         """Begin the experts' forwards; executors call this.
 
         Args:
-            without: Names of experts that the executor runs by itself.
+            without: Keys of streams that the executor runs by itself, some of `lanes`.
 
         Returns:
             Streams by key, which is the expert's name, unless a subclass says otherwise.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from ..config import EXPERTS_INTO_HUB
 from ..forward.cache import cached_tokens, expert_caches, held_expert_caches, is_plain
 from ..forward.composition import Composition
 from ..forward.masks import is_text
-from ..forward.state import FinalStates, ForwardState
+from ..forward.state import FinalStates, ForwardState, Lane
 from ..forward.stream import Stream
 from ..forward.thread_local import ThreadLocal, Transient
 from ..mixture import OutputMixture
@@ -292,25 +292,43 @@ class DroppingForwardState(ForwardState):
         self.catch_up = held.catch_up
         return {}
 
-    @property
-    def plain_rows(self) -> bool:
-        return self.catch_up is None
+    def lanes(self, names: Sequence[str]) -> dict[Hashable, Lane]:
+        if self.catch_up is None:
+            return super().lanes(names)
+        self._choose(self.catch_up)
+        batch = torch.arange(len(next(iter(self.present.values()))))
+        return {
+            key: Lane(key[0], None if torch.equal(group.rows, batch) else group.rows, group.cache)
+            for key, group in self.running.items()
+            if key[0] in names and is_plain(group.cache) and len(self.catch_up.since(group)) == 1
+        }
 
-    def begin_streams(self, without: Sequence[str] = ()) -> dict[Hashable, Stream]:
+    def begin_streams(self, without: Collection[Hashable] = ()) -> dict[Hashable, Stream]:
         if self.catch_up is None:
             return super().begin_streams(without)
+        self._choose(self.catch_up)
+        streams: dict[Hashable, Stream] = {}
+        for key, group in self.running.items():
+            if key not in without:
+                call = self._call_for(group, self.catch_up.since(group))
+                streams[key] = self.composition.experts[key[0]](call, group.cache, self.composition.hub_config)
+        return streams
+
+    def _choose(self, catch_up: CatchUpState) -> None:
+        """Choose the groups that run; once in a forward."""
+        if self.new:
+            return
         tokens = {
             name: value.detach().clone()
             for name in _PER_TOKEN
             if isinstance(value := self.call.get(name), Tensor) and value.dim() > 1
         }
         given = tokens["input_ids"] if "input_ids" in tokens else tokens["inputs_embeds"]
-        catch_up, self.new = self.catch_up, given.shape[1]
+        self.new = given.shape[1]
         catch_up.adapter = self.composition.adapter
         wanted = catch_up.choose(self.policy, self.new)
         catch_up.missed.append(MissedForward(catch_up.seen, tokens, {}))
         catch_up.seen += self.new
-        streams: dict[Hashable, Stream] = {}
         for name in catch_up.names:
             groups = [part for group in catch_up.groups[name] for part in group.split(wanted[name])]
             catch_up.groups[name] = groups
@@ -318,10 +336,7 @@ class DroppingForwardState(ForwardState):
             for number, group in enumerate(groups):
                 # Others than plain caches (recurrent states) cannot make up for what they missed: they run on unheard.
                 if wanted[name][group.rows].any() or not is_plain(group.cache):
-                    expert, call = self.composition.experts[name], self._call_for(group, catch_up.since(group))
                     self.running[name, number] = group
-                    streams[name, number] = expert(call, group.cache, self.composition.hub_config)
-        return streams
 
     def _call_for(self, group: RowGroup, calls: list[MissedForward]) -> dict[str, Any]:
         """The hub's call as this group is to see it: its rows, with all it has missed; `calls` ends with this one."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn, Optional
 
+from ..experts.weight_sharing import share_weights
 from ..forward.cache import caches_roll_back
 from ..forward.composition import Composition
 from ..forward.observers import Observer, observed_generation
+
+
+DRAFT_TOKENS = 2  # that the hub drafts, unless `num_assistant_tokens` is given: the best of benchmarks/drafts.py
+_DRAFT_OPTIONS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 
 
 def generate(
@@ -16,6 +21,7 @@ def generate(
     composition: Optional[Composition],
     observers: Sequence[Observer],
     dropping: bool,
+    draft: Optional[str],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -26,6 +32,7 @@ def generate(
         composition: What takes part; `None` for the hub alone.
         observers: Told of the call.
         dropping: Whether experts may be left out meanwhile.
+        draft: `"hub"`: the hub alone drafts tokens; `None` for no drafts but those that the arguments ask for.
         args, kwargs: The arguments of the call.
 
     Raises:
@@ -38,12 +45,16 @@ def generate(
         return next((value for value in given if value is not None), None)
 
     drafts = kwargs.get("assistant_model") is not None or asked_for("prompt_lookup_num_tokens")
+    _check_draft(draft, bool(drafts))
+    if draft is not None and composition is None:
+        draft = None  # the hub would draft for itself
+    drafts = drafts or draft
     if composition is not None and drafts:
         _check_drafts(composition)
     if composition is not None and dropping:
         refused = {
             "num_beams": asked_for("num_beams") not in (None, 1),
-            "assistant_model or prompt_lookup_num_tokens": drafts,
+            "drafts (draft, assistant_model or prompt_lookup_num_tokens)": drafts,
             "cache_implementation": asked_for("cache_implementation") not in (None, "dynamic"),
             "use_cache=False": asked_for("use_cache") is False,
         }
@@ -55,9 +66,33 @@ def generate(
             )
     if composition is not None and asked_for("cache_implementation") == "paged":
         refuse_continuous_batching()
+    if draft is not None and composition is not None:
+        kwargs = {**kwargs, "assistant_model": _drafting_hub(hub, composition.adapter, asked_for)}
     rolls_back = caches_roll_back() if drafts or asked_for("is_assistant") else nullcontext()
     with rolls_back, observed_generation(observers, hub, args, kwargs):
         return hub.generate(*args, **kwargs)
+
+
+def _check_draft(draft: Optional[str], others: bool) -> None:
+    if draft not in (None, "hub"):
+        raise ValueError(f"draft must be 'hub' or None, got {draft!r}. For another model, pass `assistant_model`.")
+    if draft is not None and others:
+        raise ValueError(
+            "draft='hub' cannot be combined with `assistant_model` or `prompt_lookup_num_tokens`: only one can draft. "
+            "Leave one of them out."
+        )
+
+
+def _drafting_hub(hub: Any, adapter: str, asked_for: Callable[[str], Any]) -> Any:
+    """The hub without stitches, as an assistant that drafts: other modules around the very same weights."""
+    twin = share_weights(hub, adapter)
+    twin.generation_config.num_assistant_tokens_schedule = "constant"
+    twin.generation_config.num_assistant_tokens = DRAFT_TOKENS
+    twin.generation_config.assistant_confidence_threshold = 0.0  # so few drafts need not end early
+    for option in _DRAFT_OPTIONS:
+        if asked_for(option) is not None:
+            setattr(twin.generation_config, option, asked_for(option))
+    return twin
 
 
 def _check_drafts(composition: Composition) -> None:
@@ -65,8 +100,8 @@ def _check_drafts(composition: Composition) -> None:
         if expert.is_stateful:
             raise ValueError(
                 f"Drafts have to be taken back where they were wrong, and expert {name!r} "
-                f"({expert.config.model_type}) is stateful: it cannot. Generate without `assistant_model` and "
-                "`prompt_lookup_num_tokens`, or leave the expert out (`set_active_experts`)."
+                f"({expert.config.model_type}) is stateful: it cannot. Generate without `draft`, "
+                "`assistant_model` and `prompt_lookup_num_tokens`, or leave the expert out (`set_active_experts`)."
             )
 
 

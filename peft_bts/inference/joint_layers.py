@@ -107,25 +107,29 @@ class _InTurn(StandIn):
 
 
 class JointCacheLayer:
-    """One layer of the experts' caches, for the batch of all. What is kept is in their own layers, as ever."""
+    """One layer of several models' caches, for the batch of all. What is kept is in their own layers, as ever.
 
-    def __init__(self, parts: Sequence[Any]) -> None:
-        self.parts = parts
+    Args:
+        parts: The models' own layers.
+        sizes: How many sequences each of them is for.
+    """
+
+    def __init__(self, parts: Sequence[Any], sizes: Sequence[int]) -> None:
+        self.parts, self.sizes = parts, list(sizes)
         self.plain = all(type(part) is DynamicLayer for part in parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.parts[0], name)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        number = len(self.parts)
         if not self.plain or not all(part.is_initialized for part in self.parts):
-            new = zip(self.parts, keys.chunk(number), values.chunk(number))
+            new = zip(self.parts, keys.split(self.sizes), values.split(self.sizes))
             updated = [part.update(k, v, *args, **kwargs) for part, k, v in new]
             keys, values = (torch.cat(tensors) for tensors in zip(*updated))
             return keys, values
         keys = torch.cat([_joined([part.keys for part in self.parts]), keys], dim=-2)
         values = torch.cat([_joined([part.values for part in self.parts]), values], dim=-2)
-        for part, k, v in zip(self.parts, keys.chunk(number), values.chunk(number)):
+        for part, k, v in zip(self.parts, keys.split(self.sizes), values.split(self.sizes)):
             part.keys, part.values = k, v
         return keys, values
 

@@ -248,7 +248,8 @@ def _architecture(expert: Expert) -> dict[str, Any]:
 def _joint_stream(layers: Sequence[nn.Module], streams: Sequence[Stream], caches: Sequence[Cache]) -> _JointStream:
     cache = None
     if caches:
-        layer_caches = [JointCacheLayer(parts) for parts in zip(*(cache.layers for cache in caches))]
+        sizes = [len(stream.state) for stream in streams]
+        layer_caches = [JointCacheLayer(parts, sizes) for parts in zip(*(cache.layers for cache in caches))]
         cache = Cache(layers=layer_caches)  # type: ignore[arg-type]  # need not be subclasses of transformers'
     parts = [stream.state for stream in streams]
     batch, number = len(parts[0]), len(parts)

@@ -54,6 +54,10 @@ class Memory:
 
     Attributes:
         weights: Of all models and the stitches (those are float32 beside models in half precision).
+        weights_read: Of these, what one decoding step reads, whatever the number of sequences: all but embeddings and
+            the experts' heads. Weights that a LoRA expert shares with the hub count once if it runs with the hub as
+            one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts: it depends
+            on the tokens.
         cache: What a `DynamicCache` holds of `batch_size` sequences of `sequence_length` tokens, for all models.
         cache_per_token: By how much that grows with every further token of one sequence.
         recurrent: The part of `cache` that never grows: states of convolutions and linear attention.
@@ -65,6 +69,7 @@ class Memory:
     """
 
     weights: int
+    weights_read: Optional[int]
     cache: int
     cache_per_token: int
     recurrent: int
@@ -144,6 +149,7 @@ class Estimate:
 
 _LABELS = {
     "weights": "weights",
+    "weights_read": "  read per decoding step",
     "cache": "cache",
     "cache_per_token": "  further per token",
     "recurrent": "  thereof constant",
@@ -201,7 +207,8 @@ def plan(
                 of_dtype = _memory(model, tokens)
                 if quantization is not None:
                     smaller = saved_bytes([seed, *blueprints.values()], quantization)
-                    of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller)
+                    read = None if of_dtype.weights_read is None else of_dtype.weights_read - smaller
+                    of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller, weights_read=read)
                 memory[str(dtype).removeprefix("torch.")] = of_dtype
             # The same for every dtype of the models, as is the file.
             parts = _parts(model, blueprints, tokens, heads=config.output == "mixture")
@@ -276,6 +283,7 @@ def _memory(model: PeftModel, tokens: Tensor) -> Memory:
         grown = _cache_bytes(cache)[0]
     return Memory(
         weights=sum(tensor.nbytes for tensor in weights),
+        weights_read=_weights_read(model),
         cache=held,
         cache_per_token=(grown - held) // len(tokens),
         recurrent=recurrent,
@@ -283,6 +291,32 @@ def _memory(model: PeftModel, tokens: Tensor) -> Memory:
         optimizer=2 * trained,  # AdamW: running means of the gradient and of its square
         activations=_activations(model, tokens, weights),
     )
+
+
+def _weights_read(model: PeftModel) -> Optional[int]:
+    """Bytes of weights that a forward over one token reads."""
+    if any(map(is_mixture, model.modules())):
+        return None
+    tuner: Any = model.base_model
+    hub = model.get_base_model()
+    looked_up = {id(m.weight) for m in tuner.modules() if isinstance(m, nn.Embedding)}
+
+    def multiplied(module: nn.Module) -> dict[int, int]:
+        return {id(p): p.nbytes for p in module.parameters() if id(p) not in looked_up}
+
+    def head(model: Any) -> int:
+        return sum(weight.nbytes for weight in model.get_output_embeddings().parameters())
+
+    weights = multiplied(hub)  # with the stitches
+    for weight in tuner.model.get_output_embeddings().parameters():
+        weights.pop(id(weight), None)
+    read = sum(weights.values()) + head(hub)
+    adapter, together = tuner.active_adapters[0], tuner.experts_in_one_batch()
+    for name, expert in tuner.experts[adapter].items():
+        own = multiplied(find_decoder(expert.model, name).backbone)
+        read += sum(size for key, size in own.items() if name not in together or key not in weights)
+        read += head(expert.model) if tuner.peft_config[adapter].output == "mixture" else 0
+    return read
 
 
 def _cache_bytes(cache: Cache) -> tuple[int, int]:

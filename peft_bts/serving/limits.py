@@ -22,12 +22,7 @@ _OTHER_SHAPES = ("gpt2",)
 def check_config(vllm_config: VllmConfig) -> None:
     """Raise `ValueError` for a way of serving, or a model, that compositions cannot be served with."""
     config: StitchExportConfig = vllm_config.model_config.hf_config
-    parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        raise ValueError(
-            f"A stitched model cannot be served with pipeline_parallel_size={parallel.pipeline_parallel_size}: its "
-            "models run side by side, so no layer is the last of a stage. Use --tensor-parallel-size instead."
-        )
+    processes = vllm_config.parallel_config.tensor_parallel_size
     if vllm_config.quant_config is not None or vllm_config.model_config.quantization is not None:
         raise ValueError(
             f"A stitched model cannot be served quantised (quantization={vllm_config.model_config.quantization!r}): "
@@ -44,7 +39,7 @@ def check_config(vllm_config: VllmConfig) -> None:
             "one model. Leave out --speculative-config."
         )
     for name, shape in zip(config.names, part_shapes(config)):
-        _check_model(name, config, shape, parallel.tensor_parallel_size)
+        _check_model(name, config, shape, processes)
 
 
 def _check_model(name: str, config: StitchExportConfig, shape: Any, processes: int) -> None:

@@ -63,6 +63,8 @@ class ServedComposition(CausalMixin):
 
     config: StitchExportConfig
     model: ServedModel
+    # vLLM refuses pipeline parallelism then, before it starts a process: models that run side by side have no stages.
+    supports_pp = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_config(vllm_config)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import measuring, speed
-from benchmarks.random_models import PATTERNS, llama, llamas, models, stitched, token_ids
-from benchmarks.speed_parts import fresh, rows
+from benchmarks.random_models import LORA_RANK, PATTERNS, llama, llamas, lora_models, models, stitched, token_ids
+from benchmarks.speed_parts import fresh, lora, rows
 from benchmarks.speed_parts.page import SECTIONS, target_values, write_page
 from benchmarks.speed_parts.plain import PlainLoop
 from benchmarks.speed_parts.presets import PRESETS
@@ -23,7 +23,7 @@ from tests.helpers.models import assert_near, expected_logits
 ROOT = Path(speed.__file__).parent.parent
 SMOKE = PRESETS["smoke"]
 CASE = SMOKE.case
-IN_PROCESS = "prefill,decode,training,plain,streams,dropping,mixture,scaling"
+IN_PROCESS = "prefill,decode,training,plain,lora,streams,dropping,mixture,scaling"
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +119,29 @@ def test_options_that_make_decoding_cheaper(monkeypatch):
         "stacked",
         1,
     }
+
+
+def test_rows_of_lora_experts():
+    """E runs the hub and every LoRA by themselves, and gives what the stitched model's experts give, in one batch."""
+    model, hub, experts = lora_models(CASE)
+    ids = token_ids(CASE, 2, 5)
+    assert model.describe_execution().count("one batch with the hub") == CASE.experts
+    names = {f"e{number}": expert for number, expert in enumerate(experts)}
+    expected = expected_logits(model, hub, names, ids)
+    with torch.no_grad():
+        assert_near(model(input_ids=ids).logits, expected, 1e-5)
+        with lora.one_by_one(model):
+            assert_near(model(input_ids=ids).logits, expected, 1e-5)
+    row = measure(next(lora.lora(SMOKE, CASE)))
+    assert row["ratios"].keys() == {"stitched / E", "one by one / E", "hub alone / E"}
+
+
+def test_attaching_a_lora_takes_memory_for_the_lora():
+    """Its weights are counted without the hub's, which it shares."""
+    row = fresh.attach_lora(CASE)
+    shapes = [p.shape for n, p in llama(CASE).model.layers.named_parameters() if "proj" in n]
+    assert row["expert_bytes"] == sum(4 * LORA_RANK * (rows + columns) for rows, columns in shapes)
+    assert row["stitch_bytes"] > 0
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -286,13 +309,14 @@ def test_stitches_in_the_models_dtype_or_in_float32():
 
 @pytest.mark.slow
 def test_rows_of_processes_and_compiled_steps(run, tmp_path):
-    results, page = run("--only=attaching,compiled,sizes")
+    results, page = run("--only=attaching,compiled,lora_compiled,sizes")
     rows = results["rows"]
     files = {name: row["load"]["file_bytes"] for name, row in rows["sizes"].items()}
     assert files["experts = 1"] < files["base"] < files["stitches = 4"] and files["stitches = 1"] < files["base"]
     assert all(row["training"]["peak_bytes"] > 0 and row["attach"]["seconds"] > 0 for row in rows["sizes"].values())
     assert "| experts = 1 |" in page and (tmp_path / "speed" / "sizes.png").stat().st_size > 1000
     assert rows["attaching"]["load, adapter and experts"]["file_bytes"] > 10_000
+    assert {"stitched / E", "hub alone / E"} == rows["lora_compiled"]["decode, 1 sequence"]["ratios"].keys()
     compiled = rows["compiled"]["decode, 1 sequence"]
     read = compiled["bytes_read"]["stitched"]
     share = read / compiled["bytes_per_second"] * SMOKE.tokens / compiled["seconds"]["stitched"]
@@ -304,7 +328,8 @@ def test_rows_of_processes_and_compiled_steps(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "low", "high"), [("base", 97e6, 98e6), ("paper", 3.0e9, 3.1e9), ("large", 8e9, 8.1e9)]
+    ("preset", "low", "high"),
+    [("base", 97e6, 98e6), ("paper", 3.0e9, 3.1e9), ("large", 8e9, 8.1e9), ("lora", 8e9, 8.1e9)],
 )
 def test_presets_have_models_of_their_size(preset, low, high):
     """The paper's 2.7B are without embeddings, which are 0.4B more."""

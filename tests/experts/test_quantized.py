@@ -12,6 +12,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_bts import StitchConfig
+from peft_bts.inference.joint_lora import JointLinear
 from tests.helpers.models import IDS, LEFT, assert_near, expected_logits, logits, randomize
 from tests.helpers.zoo import tiny_model
 
@@ -182,6 +183,28 @@ def test_lora_of_a_quantized_hub(folder, quantization):
     assert sum(p.numel() * p.element_size() for p in own) < size / 4
     experts = {"lora": alone.base_model.model, "code": load(folder / "code")}
     expected = expected_logits(model, load(folder / "seed", quantization), experts)
+    assert_near(actual, expected, TOLERANCE[quantization])
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_loras_in_one_batch_with_a_quantized_hub(folder, quantization, monkeypatch):
+    """Its layers are called once for the rows of all, where they give what each model gives alone.
+
+    8-bit layers do not, which treat a row by what else is in the batch, nor those whose kernels round otherwise for
+    more rows (nf4 on CPUs with bfloat16 instructions): these experts run by themselves, and this is said.
+    """
+    model = stitched(load_anew(folder / "seed", quantization), lora=(folder / "lora", {}), again=(folder / "lora", {}))
+    together = model.describe_execution().count("one batch with the hub")
+    separate = model.describe_execution().count("by itself (a batch of all gives other results")
+    may_differ = quantization in ("bitsandbytes nf4", "bitsandbytes 8 bit")
+    assert (together, separate) == (2, 0) or (may_differ and separate == 2)
+    rows, forward = [], JointLinear.forward
+    monkeypatch.setattr(JointLinear, "forward", lambda self, x: rows.append(len(x)) or forward(self, x))
+    actual = logits(model, attention_mask=LEFT)[:, -3:]
+    assert set(rows) == ({3 * len(IDS)} if together else set())
+    alone = PeftModel.from_pretrained(load_anew(folder / "seed", quantization), folder / "lora").eval()
+    experts = dict.fromkeys(["lora", "again"], alone.base_model.model)
+    expected = expected_logits(model, load(folder / "seed", quantization), experts, attention_mask=LEFT)[:, -3:]
     assert_near(actual, expected, TOLERANCE[quantization])
 
 

@@ -181,6 +181,28 @@ def test_experts_that_are_left_out_have_no_rows(tmp_path, joint_forwards):
     assert_near(logits(model), got, 1e-10)
 
 
+@pytest.mark.parametrize("config", [{}, {"output": "mixture", "num_stitches": 0}, {"expert_streams": "projected"}])
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_dropped_experts_have_no_rows(arch, config, tmp_path, joint_forwards):
+    """Sequences drop different experts, which catch up by themselves when they are called back."""
+    model, _, _ = make(tmp_path, arch, loras=("code", "law", "math"), **config)
+    torch.manual_seed(3)
+    ids = torch.randint(0, 64, (3, 30))
+
+    def decode():
+        cache, found = DynamicCache(config=model.get_base_model().config), []
+        with torch.no_grad(), model.drop_experts(1):
+            for part in (ids[:, :4], *ids[:, 4:].split(1, dim=1)):
+                found.append(model(input_ids=part, past_key_values=cache).logits)
+        return torch.cat(found, dim=1)
+
+    got = decode()
+    sizes = [executor.number_of_rows for executor in joint_forwards]
+    assert sizes[0] == 4 * len(ids) and set(sizes[1:]) <= {4, 5, 6} and 6 in sizes[1:]
+    assert any(len(executor.rows) == 2 for executor in joint_forwards[1:])
+    assert_near(got, alone(model, decode), 1e-10)
+
+
 @pytest.mark.parametrize("family", [arch for arch in FAMILIES if arch in JOINT])
 def test_training_is_as_ever(family, tmp_path, joint_forwards):
     model, _, _ = make(tmp_path, family, torch.float32)
