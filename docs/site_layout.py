@@ -18,6 +18,7 @@ PUBLISHED = [
     "benchmarks/README.md",
     "benchmarks/results/**/*.*",
     "examples/**/*.*",
+    "recipes/*.yaml",
 ]
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from common import DataArguments, PackingArguments, load_domains, pack, parse_experts
+from common import DataArguments, PackingArguments, check_block_size, load_domains, pack, parse_experts
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model_state_dict
 from rich.console import Console
 from rich.table import Table
@@ -52,6 +52,7 @@ def main() -> None:
     model = AutoPeftModelForCausalLM.from_pretrained(arguments.adapter, is_trainable=True)
     config = model.active_peft_config
     tokenizer = AutoTokenizer.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+    check_block_size(packing.block_size, model)
     with training.main_process_first(desc="packing"):
         mix, held_out = load_domains(data, partial(pack, tokenizer=tokenizer, arguments=packing))
 
@@ -75,6 +76,7 @@ def main() -> None:
     rows = {"before": losses(first)}
     old_weights = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
     model.attach_expert(name, reference, init=arguments.init)
+    check_block_size(packing.block_size, model)
     rows["attached"] = losses(first)
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

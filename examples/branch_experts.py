@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Optional
 
-from common import DataArguments, PackingArguments, load_domains, pack, parse_datasets
+from common import DataArguments, PackingArguments, check_block_size, load_domains, pack, parse_datasets
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -50,7 +50,9 @@ def main() -> None:
         raise ValueError(f"Every branch needs a --dataset of its name; there is none for {sorted(missing)}.")
     if branch is None:
         for branch in arguments.branches:
-            subprocess.run([sys.executable, *sys.argv, "--only", branch], check=True)
+            code = subprocess.run([sys.executable, *sys.argv, "--only", branch]).returncode
+            if code != 0:  # what went wrong, the process has said itself
+                sys.exit(f"Branch {branch!r} was not trained (exit code {code}): see above.")
         return
 
     others = set(arguments.branches) - {branch}
@@ -58,10 +60,12 @@ def main() -> None:
     training = replace(training, output_dir=os.path.join(training.output_dir, branch))
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.seed_model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.seed_model, dtype=arguments.dtype)
+    check_block_size(packing.block_size, model)
     with training.main_process_first(desc="packing"):  # the others find its work in the cache
         mix, held_out = load_domains(data, partial(pack, tokenizer=tokenizer, arguments=packing))
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(arguments.seed_model, dtype=arguments.dtype),
+        model=model,
         args=training,
         train_dataset=mix,
         eval_dataset=held_out,

@@ -8,24 +8,26 @@
 the Hub, `org/name` or `org/name/subset`. A text file is one document, a row of jsonl, csv or parquet is one, too.
 """
 
-import glob
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, interleave_datasets, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from peft_bts.recipes import data as recipe_data
+from peft_bts.recipes.data import Domain, as_domain, check_block_size, mix, split_domains
+from peft_bts.recipes.recipe import by_name
+from peft_bts.reference import as_source
 
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # all other files are text
+
+__all__ = ["DataArguments", "PackingArguments", "check_block_size", "load_domains", "pack", "parse_experts"]
 
 
 @dataclass
 class DataArguments:
     dataset: list[str] = field(metadata={"action": "extend", "help": "name=source[:weight], for each domain"})
-    held_out: int = field(default=50, metadata={"help": "rows of each domain that are kept for evaluation"})
+    held_out: int = field(default=50, metadata={"help": "documents of each domain that are kept for evaluation"})
 
 
 @dataclass
@@ -36,92 +38,30 @@ class PackingArguments:
 
 def parse_experts(values: list[str]) -> dict[str, dict[str, Any]]:
     """`name=id_or_path[@revision]`, several times, as the `experts` of a `StitchConfig`."""
-    experts = {}
-    for value in values:
-        name, _, source = value.partition("=")
-        if not source:
-            raise ValueError(f"--expert {value!r} is not of the form name=id_or_path[@revision].")
-        if name in experts:
-            raise ValueError(f"--expert gives the name {name!r} twice.")
-        experts[name] = {"model": source}
-        if "@" in source and not os.path.exists(source):
-            experts[name]["model"], experts[name]["revision"] = source.rsplit("@", 1)
-    return experts
+    sources = {name: as_source(value) for name, value in by_name("--expert", values).items()}
+    return {name: source if isinstance(source, dict) else {"model": source} for name, source in sources.items()}
 
 
-def parse_datasets(values: list[str]) -> dict[str, tuple[str, float]]:
-    """`name=source[:weight]`, several times, as {name: (source, weight)}."""
-    domains = {}
-    for value in values:
-        match = re.fullmatch(r"(\w+)=(.+?)(?::(\d+\.?\d*|\.\d+))?", value)
-        if match is None:
-            raise ValueError(f"--dataset {value!r} is not of the form name=source[:weight].")
-        name, source, weight = match.groups(default="1")
-        if name in domains:
-            raise ValueError(f"--dataset gives the name {name!r} twice; use a pattern or a folder for several files.")
-        domains[name] = source, float(weight)
-    return domains
-
-
-def load_documents(source: str) -> Dataset:
-    """The documents of a file, a pattern of files, a folder, or an id on the Hub (its split "train")."""
-    pattern = os.path.join(source, "**") if os.path.isdir(source) else source
-    files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
-    if files:
-        readers = {READERS.get(os.path.splitext(file)[1], "text") for file in files}
-        if len(readers) > 1:
-            raise ValueError(f"{source!r} has files of several kinds, {sorted(readers)}: make each a domain.")
-        (reader,) = readers
-        options = {"sample_by": "document"} if reader == "text" else {}
-        return load_dataset(reader, data_files=files, split="train", **options)
-    parts = source.split("/")
-    repository, subset = "/".join(parts[:2]), "/".join(parts[2:]) or None
-    if os.path.exists(repository) or glob.has_magic(source):
-        raise FileNotFoundError(f"--dataset: there is no file {source!r}.")
-    return load_dataset(repository, subset, split="train")
+def parse_datasets(values: list[str]) -> dict[str, Domain]:
+    """`name=source[:weight]`, several times."""
+    return {name: as_domain(name, value) for name, value in by_name("--dataset", values).items()}
 
 
 def pack(documents: Dataset, tokenizer: PreTrainedTokenizerBase, arguments: PackingArguments) -> Dataset:
-    """The documents, an end token behind each, one after another, cut into rows of `block_size` tokens."""
-    size, column, end = arguments.block_size, arguments.text_column, tokenizer.eos_token_id
-    if column not in documents.column_names:
-        raise ValueError(f"The data has no column {column!r} but {documents.column_names}: see --text_column.")
-    if end is None:
-        raise ValueError("The tokenizer has no end token (`eos_token`) to put behind documents.")
-
-    def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        tokens = []
-        for ids in tokenizer(batch[column], verbose=False)["input_ids"]:
-            tokens += ids if ids[-1:] == [end] else [*ids, end]
-        starts = range(0, len(tokens) - size + 1, size)  # an incomplete last row is dropped
-        rows = [tokens[start : start + size] for start in starts]
-        return {"input_ids": rows, "labels": rows}
-
-    return documents.map(cut, batched=True, remove_columns=documents.column_names, desc="Packing")
+    """The documents as rows of `block_size` tokens."""
+    return recipe_data.pack(documents, tokenizer, arguments.block_size, arguments.text_column)
 
 
 def load_domains(
-    arguments: DataArguments, prepare: Callable[[Dataset], Dataset] = lambda documents: documents, seed: int = 0
+    arguments: DataArguments, prepare: Callable[[Dataset], Dataset] = lambda documents: documents
 ) -> tuple[Dataset, dict[str, Dataset]]:
-    """The training mix in the given shares, and the held-out rows of each domain.
+    """The training mix in the given shares, and what is held out of each domain.
 
     `prepare` makes rows of a domain's documents, such as `pack`. One epoch of the mix goes through every domain at
     least once; the rows of small domains are repeated.
     """
-    train, weights, held_out = [], [], {}
-    for name, (source, weight) in parse_datasets(arguments.dataset).items():
-        rows = prepare(load_documents(source).shuffle(seed=seed))  # files may be sorted, and what is held out is fair
-        border = len(rows) - arguments.held_out
-        if border < 1:
-            raise ValueError(
-                f"Domain {name!r} has {len(rows)} rows, so none is left to train on when {arguments.held_out} are "
-                "held out: see --held_out, and --block_size where there is one."
-            )
-        held_out[name] = rows.select(range(border, len(rows)))
-        if weight > 0:
-            train.append(rows.select(range(border)))
-            weights.append(weight)
-    if not train:
-        raise ValueError("--dataset gives no domain a weight above 0, so there is nothing to train on.")
-    shares = [weight / sum(weights) for weight in weights]
-    return interleave_datasets(train, shares, seed=seed, stopping_strategy="all_exhausted"), held_out
+    domains = parse_datasets(arguments.dataset)
+    training, held_out = split_domains(domains, {}, arguments.held_out)
+    rows = {name: prepare(documents) for name, documents in training.items()}
+    mixed = mix(rows, {name: domain.weight for name, domain in domains.items()})
+    return mixed, {name: prepare(documents) for name, documents in held_out.items()}

@@ -20,7 +20,7 @@ every stitch, too. All options of `StitchConfig` can be set (`--num_stitches 6 -
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from common import DataArguments, PackingArguments, load_domains, pack, parse_experts
+from common import DataArguments, PackingArguments, check_block_size, load_domains, pack, parse_experts
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -49,12 +49,13 @@ def main() -> None:
     set_seed(training.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(names.hub, revision=config.revision)
-    with training.main_process_first(desc="packing"):  # the others find its work in the cache
-        mix, held_out = load_domains(data, partial(pack, tokenizer=tokenizer, arguments=packing))
-
     hub = AutoModelForCausalLM.from_pretrained(names.hub, revision=config.revision, dtype=names.dtype)
     model = get_peft_model(hub, config)
     model.print_trainable_parameters()
+    check_block_size(packing.block_size, model)
+    with training.main_process_first(desc="packing"):  # the others find its work in the cache
+        mix, held_out = load_domains(data, partial(pack, tokenizer=tokenizer, arguments=packing))
+
     trainer = Trainer(
         model=model,
         args=training,

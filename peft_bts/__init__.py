@@ -5,13 +5,15 @@ Importing this package registers the method `STITCH` with PEFT.
 
 from peft.utils import register_peft_method
 
+from ._compat.accelerate import spread_data
 from ._compat.peft import (
     add_peft_type,
     after_model_card,
-    after_saving,
     around_push,
+    around_saving,
     check_config_files,
     keep_offloaded_hubs,
+    take_seeds_from_configs,
     undo_failed_loads,
 )
 from ._compat.transformers import call_first
@@ -20,6 +22,7 @@ from ._compat.transformers import call_first
 add_peft_type("STITCH")  # what follows needs the member
 
 from .config import StitchConfig  # noqa: E402
+from .distributed.parallel import check_before_loading, data_axis, expert_parallel  # noqa: E402
 from .experts.compatibility import CompatibilityReport, check_compatibility  # noqa: E402
 from .export.config import StitchExportConfig  # noqa: E402
 from .export.model import StitchExportForCausalLM, StitchExportModel  # noqa: E402
@@ -33,6 +36,7 @@ from .planning.estimate import Estimate, plan  # noqa: E402
 from .reference import check_config_file  # noqa: E402
 from .sharing.model_card import card_after_peft, card_before_upload, update_model_card  # noqa: E402
 from .sharing.push import check_others_can_load, push_experts  # noqa: E402
+from .sharing.saving import before_saving, where_the_seed_is  # noqa: E402
 from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 
@@ -40,9 +44,11 @@ register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchMod
 keep_offloaded_hubs()
 undo_failed_loads(StitchModel._discard_adapter)
 call_first(GateLogger)
-check_config_files(check_config_file)
+check_config_files(lambda values, path: check_before_loading(check_config_file(values, path)))
+spread_data(data_axis)
 after_model_card(card_after_peft)
-after_saving(update_model_card)
+around_saving(before_saving, update_model_card)
+take_seeds_from_configs(where_the_seed_is)
 around_push(before=check_others_can_load, card=card_before_upload)
 
 __version__ = "0.1.0"
@@ -62,6 +68,7 @@ __all__ = [
     "StitchModel",
     "assess",
     "check_compatibility",
+    "expert_parallel",
     "plan",
     "push_experts",
     "trace_gates",

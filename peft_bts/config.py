@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Optional
+from typing import Any, ClassVar, Final, Literal, Optional
 
 from peft import PeftConfig, PeftType
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
+from .places import to_file
 from .reference import as_reference, without_placement
 
 
@@ -138,13 +140,26 @@ class StitchConfig(PeftConfig):
                 "follows from num_stitches or layers_to_stitch. Leave it out."
             )
 
+    _folder: ClassVar[Optional[str]] = None  # where this is being saved
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json. Models beside or below the folder are written relative to it (places.py).
+
+        Args:
+            save_directory: The folder.
+            **kwargs: As for `PeftConfig.save_pretrained`.
+        """
+        saved: Any = copy.copy(self)
+        saved._folder = save_directory
+        super(StitchConfig, saved).save_pretrained(save_directory, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """The config as it is saved: without the experts' places on this machine."""
         values = super().to_dict()
         values["experts"] = {name: without_placement(ref) for name, ref in values["experts"].items()}
         if not self.save_embedding_layers:
             del values["save_embedding_layers"]
-        return values
+        return values if self._folder is None else to_file(values, self._folder)
 
 
 def _is_number(value: Any) -> bool:
@@ -156,7 +171,7 @@ def _is_int(value: Any) -> bool:
 
 
 def stitch_schedule(config: StitchConfig, num_layers: int) -> dict[int, StitchKind]:
-    """Where the stitches sit and of which kind they are: 0-based hub layer -> kind, in order (paper, section 2.2).
+    """List the stitches in order, as 0-based hub layer -> kind (paper, section 2.2).
 
     Raises `ValueError` where the config does not fit a hub of `num_layers` layers.
     """
@@ -202,5 +217,5 @@ def check_rank(config: StitchConfig, hub_width: int) -> None:
 
 
 def expert_boundary(hub_layers_done: int, hub_layers: int, expert_layers: int) -> int:
-    """How many of its own layers an expert has run when the hub has run `hub_layers_done` of its `hub_layers`."""
+    """Return how many layers an expert has run when the hub has run `hub_layers_done` of its `hub_layers`."""
     return round(hub_layers_done * expert_layers / hub_layers)

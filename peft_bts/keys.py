@@ -31,7 +31,7 @@ _ABOUT_EMBEDDINGS = (
 
 
 def is_stitch_weight(name: str) -> bool:
-    """Whether a parameter of a stitched model, by its name in memory, belongs to a stitch adapter."""
+    """Return whether a parameter of a stitched model, by its name in memory, belongs to a stitch adapter."""
     return ".stitch_layer." in name or ".stitch_output." in name
 
 
@@ -128,7 +128,7 @@ def _embedding_layers(model: PeftModel) -> dict[str, Optional[str]]:
 
 
 def _is_resized(model: PeftModel) -> bool:
-    """Whether the hub's vocabulary is not that of its checkpoint: PEFT's own rule for saving embedding layers."""
+    """Return whether the hub's vocabulary differs from its checkpoint's: PEFT's rule for saving embedding layers."""
     hub = base_model(model)
     try:
         saved = type(hub.config).from_pretrained(hub.name_or_path or "")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Optional, Union
 
 from peft import PeftModel
 
 from ._compat.peft import CausalLM
+from .distributed.generation import generation_in_step
 from .experts.attaching import add_stitch_weights
 from .experts.expert_set import ActiveExperts
 from .export.write import export_composition
@@ -158,6 +159,7 @@ class StitchModel(StitchTuner):
         Raises:
             ValueError: If a model is quantised.
         """
+        self._refuse_parallel("export()")
         adapter = self._single_active_adapter()
         stitches = {layer.index: layer.stitch_layer[adapter] for layer in self._layers_of(adapter)}
         export_composition(
@@ -196,7 +198,16 @@ class StitchModel(StitchTuner):
             with self.drop_experts(max_active_experts, expert_threshold):
                 return self.generate(*args, draft=draft, **kwargs)
         observers, dropping = self._forward.settings.observers, self._dropping.current is not None
-        return generation.generate(self.model, self._active_composition(), observers, dropping, draft, args, kwargs)
+        parallel = self._parallel
+        if draft is not None and parallel is not None:
+            raise ValueError(
+                "draft='hub' is not supported under expert_parallel(): the hub's layers are in one process only. "
+                "Generate without drafts, or pass an `assistant_model`."
+            )
+        with nullcontext() if parallel is None else generation_in_step(parallel.processes, self.model, kwargs):
+            return generation.generate(
+                self.model, self._active_composition(), observers, dropping, draft, args, kwargs
+            )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """The hub's `generate_batch` (continuous batching) while the adapter is disabled, else a `ValueError`."""
@@ -246,6 +257,7 @@ class StitchModel(StitchTuner):
             ValueError: If `threads` is out of range, or there are no two experts to stack; the message says why.
             RuntimeError: If it is on already.
         """
+        self._refuse_parallel("parallel_streams()")
         least = 1 if stack else 2
         if not isinstance(threads, int) or threads < least:
             raise ValueError(f"threads must be an integer of at least {least}, got {threads!r}.")

@@ -17,6 +17,7 @@ this machine (`RepoId`), and at most `MAX_DOWNLOADED` experts.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -29,6 +30,8 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers.utils.hub import extract_commit_hash
 
+from .places import from_file, without_mark
+
 
 REFERENCE_KEYS = ("model", "revision", "subfolder", "adapter", "base_revision", "quantization_config", "config")
 PLACEMENT_KEYS = ("device_map", "max_memory", "offload_folder")  # about this machine, so never in a file
@@ -37,12 +40,15 @@ _NAME = re.compile(r"[A-Za-z0-9_]+")
 _ATTRIBUTES = frozenset(vars(nn.Module()))  # torch assigns them, and then an expert of that name is in the way
 
 
+Source = Union[str, dict[str, Any]]  # an id or a path, or a reference
+
+
 class RepoId(str):
     """The `model` or `adapter` of a downloaded reference: looked up on the Hugging Face Hub, never on this disk."""
 
 
 def is_repo_id(source: Optional[str]) -> TypeGuard[str]:
-    """Whether loaders would look for `source` on the Hugging Face Hub.
+    """Return whether loaders would look for `source` on the Hugging Face Hub.
 
     That is so if it has the form of a repo id, and no such path exists here.
     """
@@ -53,6 +59,14 @@ def is_repo_id(source: Optional[str]) -> TypeGuard[str]:
     except HFValidationError:
         return False
     return True
+
+
+def check_there(source: str) -> None:
+    """Raise `ValueError` if `source` can only be a path, and no folder is there; asking the Hub would be in vain."""
+    if os.path.isfile(source):
+        raise ValueError(f"{source!r} is a file, expected a folder or an id on the Hub.")
+    if not os.path.exists(source) and not is_repo_id(source):
+        raise ValueError(f"there is no such folder as {source!r}.")
 
 
 def check_expert_name(name: Any) -> None:
@@ -131,6 +145,8 @@ def without_placement(reference: Any) -> Any:
 def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike[str]]) -> dict[str, Any]:
     """Keep those values of an adapter_config.json that its author may set (`_compat` has PEFT call this).
 
+    Paths relative to the adapter's folder become absolute, unless the file was downloaded.
+
     Args:
         values: What the file says.
         path: Where the file is; in the cache of huggingface_hub if it was downloaded.
@@ -138,6 +154,8 @@ def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike[str]]
     Raises:
         ValueError: If it was downloaded and names a path of this machine as its seed, or has very many experts.
     """
+    downloaded = extract_commit_hash(os.fspath(path), None) is not None
+    values = without_mark(values) if downloaded else from_file(values, os.path.dirname(path))
     experts = values.get("experts")
     if not isinstance(experts, dict):
         return values
@@ -148,7 +166,7 @@ def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike[str]]
             "config instead.",
             stacklevel=4,
         )
-    if extract_commit_hash(os.fspath(path), None) is not None:  # it was downloaded
+    if downloaded:
         vouch = (
             "If you trust it, make it your own: `hf download <its id> --local-dir <folder>`, edit adapter_config.json "
             "there if need be, and load the folder."
@@ -181,3 +199,25 @@ def _with_repo_ids(reference: Any) -> Any:
         return reference
     sources = {key: RepoId(reference[key]) for key in ("model", "adapter") if isinstance(reference.get(key), str)}
     return {**reference, **sources}
+
+
+def as_source(text: str) -> Source:
+    """Read what names a model on the command line and in recipes: an id or path, `id@revision`, or JSON.
+
+    Raises:
+        ValueError: If it begins like JSON and is none, or has a key that references have not.
+    """
+    if text.startswith("{"):
+        try:
+            reference = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{text!r} is no JSON: {error}") from error
+        for key in reference:
+            if key not in REFERENCE_KEYS + PLACEMENT_KEYS:
+                near = difflib.get_close_matches(key, REFERENCE_KEYS, 1)
+                raise ValueError(f"A reference has no key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'}")
+        return dict(reference)
+    if "@" in text and not os.path.exists(text):
+        model, revision = text.rsplit("@", 1)
+        return {"model": model, "revision": revision}
+    return text

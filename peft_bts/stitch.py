@@ -71,7 +71,7 @@ Projection = Union[nn.Linear, LowRankProjection]
 
 
 class _Stitch(nn.Module):
-    """What both kinds share: a gate and a projection per model, how they start, and how models come and go."""
+    """Base of both kinds: a gate and a projection per model, how they start, and how models come and go."""
 
     kind: str
 
@@ -166,7 +166,7 @@ class _Stitch(nn.Module):
                 low_rank.up.weight.zero_()  # the identity; `down` stays random, or no gradient would ever flow
             return low_rank
         projection = self._new_linear(d_in, d_out, False, factory)
-        if self.init_weights:
+        if self.init_weights and not projection.weight.is_meta:  # serving engines make models without weights
             nn.init.eye_(projection.weight)
         return projection
 

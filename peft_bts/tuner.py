@@ -15,21 +15,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, Union
 
+import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ._compat.bitsandbytes import keep_repacked_weights
+from ._compat.peft import peft_type_name
 from ._compat.trained_copies import check_modules_to_save, drop_trained_copies
 from ._compat.trl import fused_output, is_fused
 from .config import StitchConfig, check_rank, stitch_schedule
+from .distributed.checks import check_config
+from .distributed.executor import Distributed
+from .distributed.parallel import parallel_of
 from .experts.attaching import ExpertMaker
 from .experts.expert_set import ExpertSet, NamedModules
 from .experts.loading import resolve_reference
 from .forward.composition import Composition
-from .forward.decoder import find_decoder, text_config
+from .forward.decoder import find_decoder, text_config, token_embeddings
 from .forward.expert import Expert
 from .forward.head import ModelHead
 from .forward.hooks import HubForward
@@ -60,19 +65,27 @@ class StitchTuner(BaseTuner):
 
     # ---------------------------------------------------------------- adapters come and go
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_is_plain(model)  # before PEFT adds to what a stitched hub already has
+        super().__init__(model, *args, **kwargs)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # Called once, by BaseTuner.__init__, before anything else of ours.
         self._decoder = find_decoder(self.model, "The hub")
         self._hub_trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.experts: NamedModules[NamedModules[Expert]] = NamedModules()
         self._expert_sets: dict[str, ExpertSet] = {}  # by adapter; their modules are in `experts`
-        self._maker = ExpertMaker(self.model, self._all_experts)
+        self._parallel = parallel_of(self.model)
+        self._maker = ExpertMaker(self.model, self._all_experts, self._parallel)
         self._dropping = DroppingPolicies()
         self._forward = HubForward(
             self._decoder.backbone, self._decoder.layers[0], self._active_composition, self._dropping.make_state
         )
         self._joint_lora = JointLora(self._decoder, self._forward)
         self._forward.make_executor = self._joint_lora
+        if self._parallel is not None:
+            self._forward.make_executor = Distributed(self._joint_lora, self._parallel, self._hub_dtype)
+            self._forward.around = self._parallel.delivery
         self._mixed_head: Optional[MixedHead] = None  # made with the first adapter that mixes outputs
         self._stitches_enabled = True
         keep_repacked_weights(self)
@@ -86,6 +99,8 @@ class StitchTuner(BaseTuner):
         self._check_adapter_name(adapter_name)
         schedule = stitch_schedule(config, len(self._decoder.layers))
         check_rank(config, text_config(self.model).hidden_size)
+        if self._parallel is not None:
+            check_config(config)
         layers = [layer.base_layer if isinstance(layer, StitchLayer) else layer for layer in self._decoder.layers]
         check_modules_to_save(model, config.modules_to_save or [], [layers[index] for index in schedule])
         # Another adapter's own config means its very experts: TRL's DPOTrainer makes a copy of the adapter so.
@@ -95,7 +110,7 @@ class StitchTuner(BaseTuner):
             references = config.experts
         else:
             found = {name: resolve_reference(name, reference) for name, reference in config.experts.items()}
-            made = {name: self._maker.load(name, reference, config) for name, reference in found.items()}
+            made = self._maker.load(found, config)
             experts = {name: expert for name, (expert, _) in made.items()}
             references = {name: reference for name, (_, reference) in made.items()}
         hub_config, projected = text_config(self.model), config.expert_streams == "projected"
@@ -280,6 +295,7 @@ class StitchTuner(BaseTuner):
         hub and experts, stitches, and experts, whose call gathers what they have around their layers. A `StitchLayer`
         is no unit: it runs layers of the experts, which are units of their own.
         """
+        self._refuse_parallel("Sharding a model (FSDP2, `_no_split_modules`)")
         units: list[nn.Module] = [*self._all_experts()]
         for layer in self._decoder.layers:
             units += [layer.base_layer, *layer.stitch_layer.values()] if isinstance(layer, StitchLayer) else [layer]
@@ -306,6 +322,34 @@ class StitchTuner(BaseTuner):
 
     # ---------------------------------------------------------------- a forward (see forward/hooks.py)
 
+    def _refuse_parallel(self, what: str) -> None:
+        """Raise `ValueError` if this process does not have all models."""
+        if self._parallel is not None:
+            raise ValueError(
+                f"{what} needs all models in one process, and these are spread over processes (expert_parallel). Load "
+                "the adapter in one process, without it."
+            )
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether this process is the one that saves, where all call `save_pretrained`: each has the whole adapter."""
+        return self._parallel is None or self._parallel.is_first
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP must not copy from the first process into the others: they hold different models.
+
+        It asks the module that it wraps, this one or the `PeftModel` around it.
+        """
+        if self._parallel is None:
+            return []
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in self.named_buffers()]
+        return [*frozen, *(f"base_model.{name}" for name in frozen)]
+
+    def _hub_dtype(self) -> torch.dtype:
+        return token_embeddings(self.model).weight.dtype
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the hub's `forward`. If TRL asks for its fused head and outputs are mixed, that is of the mixture."""
         if self._mixed_head is None or self._active_mixture() is None or not is_fused(self.model.forward, kwargs):
@@ -313,7 +357,7 @@ class StitchTuner(BaseTuner):
         return fused_output(self.model.forward, self._mixed_head.measure, kwargs)
 
     def _active_composition(self) -> Optional[Composition]:
-        """What a forward that starts now runs; `None` for the hub alone."""
+        """Return what a forward that starts now runs; `None` for the hub alone."""
         if not self._stitches_enabled or not self.active_adapters:
             return None
         experts = self._expert_sets.get(self.active_adapters[0])
@@ -357,3 +401,27 @@ class StitchTuner(BaseTuner):
             self._unfreeze_without_adapters()
         else:
             self.delete_adapter(adapter)
+
+
+def check_is_plain(model: nn.Module) -> None:
+    """Raise `ValueError` if what is to be a hub has adapters, stitches or others."""
+    if isinstance(model, PeftModel):
+        kind = peft_type_name(model.peft_type)
+        if kind != "STITCH":
+            raise ValueError(
+                f"The hub is a PeftModel with a {kind} adapter, to which a stitch adapter's file could not refer. "
+                "Merge it (`merge_and_unload()`), save the merged model, and take that; or take the plain model, and "
+                "attach the adapter as an expert."
+            )
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(isinstance(layer, AdapterPart) for layer in layers):
+        raise ValueError(
+            "This model is stitched already. Take its stitches off first, `hub = model.unload()`, where `model` is "
+            "the PeftModel that it is in; or give it a second adapter, `model.add_adapter(name, config)`."
+        )
+    if layers:
+        raise ValueError(
+            f"The hub has layers of another PEFT method ({type(layers[0]).__name__}), which a stitch adapter's file "
+            "could not refer to. Merge them, save the merged model, and take that; or take the plain model, and "
+            "attach the adapter as an expert."
+        )

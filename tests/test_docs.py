@@ -1,12 +1,14 @@
 """The README and the pages in docs/: their code runs, their commands, links and error messages exist."""
 
 import ast
+import json
 import os
 import random
 import re
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments, cache_utils, l
 import peft_bts
 from peft_bts import StitchConfig
 from peft_bts.cli import app
+from peft_bts.recipes.recipe import RecipeParser
 from tests import ROOT
 from tests.helpers.models import fresh
 from tests.helpers.pages import blocks, run_blocks
@@ -87,7 +90,13 @@ def readme(page):
 
 
 def experts(page):
+    for name in ("seed", "seed-math"):
+        shutil.copytree(f"org/{name}", f"moved/{name}")
     names = run_blocks(page)
+    loaded = names["smaller"].base_model.experts["default"]
+    assert loaded["code"].model.is_loaded_in_4bit and loaded["math"].model.is_loaded_in_4bit
+    assert names["model"].active_peft_config.experts["math"]["model"] == "moved/seed-math"
+    assert names["model"].get_base_model().name_or_path == "moved/seed"
     assert sorted(names["again"].active_peft_config.experts) == ["code", "law", "math"]
     assert names["again"].active_peft_config.experts["math"]["quantization_config"]["load_in_4bit"]
     assert names["model"](torch.arange(3, 9)[None]).logits.isfinite().all()
@@ -103,8 +112,14 @@ def training(page):
 
 def distributed(page):
     accelerator = Accelerator(cpu=True)
-    before = save_adapter()
-    run_blocks(page, {"accelerator": accelerator, "model": accelerator.prepare(before)})
+    before = accelerator.prepare(save_adapter())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+            patch.setenv(name, str(value))
+        try:
+            run_blocks(page, {"accelerator": accelerator, "model": before})
+        finally:
+            torch.distributed.destroy_process_group()
     assert AutoModelForCausalLM.from_pretrained("seed-tax").config.hidden_size == 64
 
 
@@ -134,6 +149,13 @@ def concepts(page):
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} == set(os.listdir("my-stitch"))
 
 
+def serving(page):
+    save_adapter()
+    run_blocks(page)
+    config = json.loads(Path("folder", "config.json").read_text())
+    assert config["architectures"] == ["StitchExportForCausalLM"] and Path("folder", "tokenizer_config.json").exists()
+
+
 def troubleshooting(page):
     save_adapter()
     assert run_blocks(page)["model"].active_peft_config.experts["math"]["model"] == "new/place"
@@ -141,7 +163,7 @@ def troubleshooting(page):
 
 STORIES = {"README.md": readme} | {
     f"docs/{story.__name__}.md": story
-    for story in (concepts, distributed, experts, gates, inference, planning, training, troubleshooting)
+    for story in (concepts, distributed, experts, gates, inference, planning, serving, training, troubleshooting)
 }
 
 ELSEWHERE = ["docs/sharing.md"]  # needs a Hub, which test_sharing.py has
@@ -194,6 +216,8 @@ def test_commands(page, monkeypatch, capsys):
     for program, words in commands(page):
         if program == "make":
             assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        elif program == "peft-bts" and words[0] == "train":
+            RecipeParser().given([word for word in words[1:] if not word.endswith(".yaml") and word != "--help"])
         elif program == "peft-bts" and words[0] != "run":
             known = {
                 name for parameter in ours[words[0]].params for name in [*parameter.opts, *parameter.secondary_opts]

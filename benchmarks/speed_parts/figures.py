@@ -1,4 +1,4 @@
-"""The page's plots."""
+"""The page's plots: cost and memory as curves over one size. What a table shows as well has no picture."""
 
 import re
 from collections.abc import Collection
@@ -17,46 +17,14 @@ AXES = {"experts": "experts", "stitches": "stitches, K", "width": "width", "leng
 
 @rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8})
 def draw_all(results: dict, folder: Path) -> dict[str, str]:
-    """Write a figure for every section that has one; their paths from the page, by section."""
+    """Write a figure for every section that has one, and return their paths from the page, by section."""
     drawings = {
-        "prefill": lambda rows: ratios(rows, "stitched / E", target=1.06),
-        "decode": lambda rows: ratios(rows, "stitched / E", target=1.06),
-        "lora": lambda rows: ratios(rows, "stitched / E"),
-        "dropping": lambda rows: ratios(rows, "dropped / E"),
-        "training": lambda rows: bars(next(iter(rows.values()))["seconds"], "seconds of a step"),
-        "memory": lambda rows: bars({n: r["peak_bytes"] / 2**20 for n, r in rows.items()}, "rise of memory, MiB"),
         "scaling": lambda rows: scaling(rows, results["settings"]),
         "sizes": lambda rows: sizes(rows, results["settings"]["case"]),
     }
-    found = {section: rows for section, rows in results["rows"].items() if section in drawings}
-    if "memory" in found:
-        found["memory"] = {name: row for name, row in found["memory"].items() if "peak_bytes" in row}
-    return save_figures({section: drawings[section](rows) for section, rows in found.items() if rows}, folder)
-
-
-def bars(values: dict[str, float], label: str) -> Figure:
-    figure = Figure(figsize=(7, 0.3 * len(values) + 0.8))
-    axes = figure.subplots()
-    shown = axes.barh(list(values)[::-1], list(values.values())[::-1], color="#9db8d2")
-    axes.bar_label(shown, fmt="%.3g", padding=3, fontsize=8)
-    axes.set_xlabel(label)
-    return figure
-
-
-def ratios(rows: dict, ratio: str, target: float | None = None) -> Figure:
-    """Medians with quartiles, and where they should be."""
-    found = {name: row["ratios"][ratio] for name, row in reversed(rows.items()) if ratio in row.get("ratios", ())}
-    figure = Figure(figsize=(7, 0.3 * len(found) + 0.9))
-    axes = figure.subplots()
-    medians, errors = with_errors(found.values())
-    axes.errorbar(medians, [*found], xerr=errors, fmt="o", color="#1f77b4", capsize=3)
-    axes.axvline(1, color="black", lw=0.7)
-    if target is not None:
-        axes.axvline(target, color="#d62728", lw=0.9, ls="--", label=f"target {target}")
-        axes.legend()
-    axes.set_xlabel(ratio)
-    axes.margins(y=0.3)
-    return figure
+    return save_figures(
+        {name: draw(results["rows"][name]) for name, draw in drawings.items() if results["rows"].get(name)}, folder
+    )
 
 
 def with_errors(spreads: Collection[dict]) -> tuple[list[float], list[list[float]]]:

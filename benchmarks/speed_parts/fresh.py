@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,14 +68,21 @@ def tiny(case: Case) -> Case:
     return replace(case, width=64, layers=4, heads=2, kv_heads=1, intermediate=64, vocabulary=64, stitches=4)
 
 
+def case_of(name: str, case: Case) -> Case:
+    """The case of a row in whose name there may be another vocabulary."""
+    sizes = re.findall(r"vocabulary of (\d+)", name)
+    return replace(case, vocabulary=int(sizes[0]), tied=True) if sizes else case
+
+
 def peak(name: str, preset: Preset, case: Case) -> dict:
-    """How far memory rises in two runs of what a row is called, such as "training, alternating, checkpointed"."""
-    what, kind, *checkpointed = name.split(", ")
+    """How far memory rises in two runs of what a row is called, such as "training, alternating, checkpointed" or
+    "training, mixture, vocabulary of 128000"."""
+    (what, kind, *how), case = name.split(", "), case_of(name, case)
 
     def measure(preset: Preset, case: Case) -> dict:
         parts = llamas(case) if kind == "models alone" else to_train(case, kind)
         held, ids = sum(map(bytes_of, parts)), token_ids(case, *preset.training)
-        for part in parts if checkpointed else ():
+        for part in parts if "checkpointed" in how else ():
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         run = {
             "inference": lambda: Forward(alone(parts[0], parts[1:]), ids),

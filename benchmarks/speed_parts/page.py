@@ -7,11 +7,11 @@ from typing import Any
 
 from ..random_models import PATTERNS
 from ..reporting import table
-from . import fresh, lora, rows
+from . import fresh, lora, processes, rows
 from .figures import draw_all
 
 
-SECTIONS = rows.SECTIONS | lora.SECTIONS | fresh.SECTIONS
+SECTIONS = rows.SECTIONS | lora.SECTIONS | processes.SECTIONS | fresh.SECTIONS
 MIB = 2**20
 
 
@@ -60,9 +60,17 @@ def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
         row = rows.get("attaching", {}).get(name)
         return row and max(0, row["peak_bytes"] - row["stitch_bytes"]) / row["expert_bytes"]
 
-    memory = rows.get("memory", {})
-    alternating, into_hub = (memory.get(f"training, {pattern}", {}).get("peak_bytes") for pattern in PATTERNS)
-    ratio = into_hub / alternating if alternating and into_hub else None
+    def peaks(kind: str, other: str, how: str = "") -> float | None:
+        """Of two kinds of training steps."""
+        memory = rows.get("memory", {})
+        one, two = (memory.get(f"training, {name}{how}", {}).get("peak_bytes") for name in (kind, other))
+        return one / two if one and two else None
+
+    def of_two() -> float | None:
+        """Memory of the larger of two processes, in that of one, at worst."""
+        found = [row for row in rows.get("processes", {}).values() if "peak_bytes" in row]
+        return max((row["peak_bytes"] / row["one_process_bytes"] for row in found), default=None)
+
     pattern = '`pattern="experts_into_hub"`, in'
     return [
         ("prefill, in E", 1.06, worst("prefill", "stitched / E")),
@@ -78,7 +86,21 @@ def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
         ("decoding with experts dropped, in (hub + kept experts)", 1.2, worst("dropping", "/ hub + kept experts")),
         ("training step, in full training", 0.55, worst("training", "alternating / full training")),
         (f"training step, {pattern} full training", 0.40, worst("training", "experts_into_hub / full training")),
-        (f"peak memory of a training step, {pattern} alternating", 0.7, ratio),
+        (f"peak memory of a training step, {pattern} alternating", 0.7, peaks(*PATTERNS[::-1])),
+        ("training step of output gates alone, in E'", 1.1, worst("mixture", "/ E'", prefix="training")),
+        (
+            'peak memory of a training step, vocabulary of 128,000, `output="mixture"`, in `output="hub"`',
+            1.2,
+            peaks("mixture", "alternating", ", vocabulary of 128000"),
+        ),
+        ("two processes: decoding, in E", 0.65, worst("processes", "two processes / E", prefix="decode")),
+        ("two processes: prefill, in E", 1.0, worst("processes", "two processes / E", prefix="prefill")),
+        (
+            "two processes: training step, in that of one",
+            1.0,
+            worst("processes", "two processes / one process", prefix="training"),
+        ),
+        ("two processes: peak memory of one of them, in that of one process", 0.6, of_two()),
         ("attaching a loaded model: rise of memory, in its size", 0.1, rise("attach, a loaded model")),
         ("attaching a path: peak of memory, in the expert's size", 1.2, rise("attach, from a path")),
         ("attaching a LoRA's path: peak of memory, in the LoRA's size", 1.2, rise("attach, a LoRA of the hub")),
@@ -118,6 +140,11 @@ def timed(rows: dict[str, dict]) -> str:
         ),
         "by operations alone": ("flops", lambda row: each(flop_ratios(row), ".3f")),
         "of the bandwidth limit": ("share_of_bandwidth", lambda row: each(row["share_of_bandwidth"], ".0%")),
+        "sent per token, KiB": number("sent_per_token", ",.1f", 2**10),
+        "FSDP would send, KiB": number("fsdp_per_token", ",.0f", 2**10),
+        "peak of a process, MiB": number("peak_bytes", ",.0f", MIB),
+        "of one process, MiB": number("one_process_bytes", ",.0f", MIB),
+        "left out": ("left_out", lambda row: row["left_out"]),
         "out of memory": ("out_of_memory", lambda row: ", ".join(row["out_of_memory"])),
         "rounds": ("rounds", lambda row: row["rounds"]),
     }

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from ..random_models import PATTERNS, Case
+from ..random_models import MIXTURES, PATTERNS, Case
 
 
 CPU = Case()
@@ -27,11 +27,14 @@ class Preset:
         "inference, models alone",
         "training, full",
         "training, LoRA",
+        *(f"training, {kind}, vocabulary of 128000" for kind in ("alternating", *MIXTURES)),
     )
     seconds: float = 90.0  # that a row may take, beyond its least number of rounds
     scaling_seconds: float = 8.0
     rounds: tuple = (9, 30)  # at least, at most
-    sections: str = "prefill,decode,training,plain,lora,streams,dropping,memory,attaching,scaling,sizes"
+    sections: str = (
+        "prefill,decode,training,plain,lora,streams,processes,dropping,mixture,memory,attaching,scaling,sizes"
+    )
 
 
 PRESETS = {
@@ -46,7 +49,11 @@ PRESETS = {
         training=(2, 8),
         vocabularies=(128,),
         scaling={"experts": (1,), "stitches": (1, 4), "width": (128,), "length": (4, 8, 16)},
-        processes=(*Preset.processes, "training, alternating, checkpointed", "decode, alternating"),
+        processes=(
+            *(name.replace("128000", "256") for name in Preset.processes),
+            "training, alternating, checkpointed",
+            "decode, alternating",
+        ),
         seconds=0.1,
         scaling_seconds=0.05,
         rounds=(1, 2),
@@ -64,7 +71,7 @@ PRESETS = {
         train_one_of_all=True,
         stitch_dtypes=("float32", "bfloat16"),
         processes=tuple(name for name in Preset.processes if name != "training, full"),
-        sections="compiled,prefill,decode,training,streams,dropping,memory",
+        sections="compiled,prefill,decode,training,streams,dropping,mixture,memory",
     ),
     # Four models of 8B parameters, on one card.
     "large": Preset(

@@ -19,7 +19,7 @@ from peft_bts.inference.joint_layers import MOST_SEQUENCES
 from peft_bts.stitch import ExpertsIntoHub
 
 from ..measuring import Runner, take_turns
-from ..random_models import PATTERNS, Case, llama, llamas, lora, models, stitched, token_ids
+from ..random_models import MIXTURES, PATTERNS, Case, llama, llamas, lora, models, stitched, token_ids
 from .plain import PlainLoop
 from .presets import Preset
 from .runners import Decoding, Forward, TrainingStep, alone
@@ -80,6 +80,20 @@ def dropping(preset: Preset, case: Case) -> Rows:
         yield f"decode, 1 sequence, {kept} of {case.experts} experts kept", dropped, preset, case, kept
 
 
+def mixture(preset: Preset, case: Case) -> Rows:
+    """With `output="mixture"`. E' is E with the experts' heads; a step of the output gates alone is measured in
+    forwards."""
+    batch, length = preset.prefill[0]
+    yield f"prefill, {batch} x {length} tokens", in_E_with_heads, preset, case, "mixture", Forward, batch, length
+    for batch in preset.decode:
+        row = in_E_with_heads, preset, case, "mixture", decoding(preset), batch, preset.prompt
+        yield f"decode, {sequences(batch)}", *row
+    name = "training step of the gates alone, {} x {} tokens".format(*preset.training)
+    for size in (case.vocabulary, *preset.vocabularies):
+        row = in_E_with_heads, preset, replace(case, vocabulary=size), "output gates", TrainingStep, *preset.training
+        yield f"{name}, vocabulary of {size:,}", *row
+
+
 def compiled(preset: Preset, case: Case) -> Rows:
     """Static cache, one graph per step; on a GPU, CUDA graphs."""
     for more, one in by_dtype(preset, case):
@@ -114,6 +128,7 @@ SECTIONS = {
     "plain": ("A plain loop", plain),
     "streams": ("Parallel streams", streams),
     "dropping": ("Dropping experts", dropping),
+    "mixture": ("Output mixture", mixture),
     "compiled": ("Compiled decoding", compiled),
     "scaling": ("One size at a time", scaling),
 }
@@ -153,6 +168,14 @@ def in_E(preset: Preset, case: Case, work: Callable, batch: int, length: int, fl
     ids = token_ids(case, batch, length)
     unit = Forward if work is TrainingStep else work
     return turns(preset, {"stitched": work([model], ids)}, {"E": unit(alone(hub, experts), ids)}, flops)
+
+
+def in_E_with_heads(preset: Preset, case: Case, kind: str, work: Callable, batch: int, length: int) -> dict:
+    """The same with an output mixture, against E with the experts' heads."""
+    model, hub, experts = models(case, **MIXTURES[kind])
+    ids = token_ids(case, batch, length)
+    unit = Forward if work is TrainingStep else work
+    return turns(preset, {"mixture": work([model], ids)}, {"E'": unit([hub, *experts], ids)})
 
 
 def training_step(preset: Preset, case: Case) -> dict:

@@ -1,4 +1,4 @@
-"""What is done about bitsandbytes' insides (0.50.2). The library itself is optional, and not imported here."""
+"""Adaptations to bitsandbytes' insides (0.50.2). The library itself is optional, and not imported here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _show_repacking(model: nn.Module, *_: Any) -> None:
 
 
 def saves_repacked_weights(model: CausalLM) -> bool:
-    """Whether a model of 4-bit weights would be saved wrong: on a CPU, where it may have been repacked (see above)."""
+    """Return whether saving 4-bit weights would go wrong: on a CPU, where they may have been repacked (see above)."""
     return bool(getattr(model, "is_loaded_in_4bit", False)) and model.device.type == "cpu"
 
 
@@ -50,7 +50,7 @@ def num_weights(weight: Tensor) -> int:
 
 
 def quantization_states(module: nn.Module) -> list[Any]:
-    """What a quantised linear layer keeps beside its parameters, such as the scales of its weights.
+    """Return what a quantised linear layer keeps beside its parameters, such as the scales of its weights.
 
     It could be removed if it were made of buffers.
     """

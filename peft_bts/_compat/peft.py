@@ -17,6 +17,7 @@ from typing import Any, Optional, Union, cast
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, PeftType
+from peft.auto import _BaseAutoPeftModel
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -30,6 +31,8 @@ CausalLM = Union[PreTrainedModel, PeftModel]  # the latter passes on all that th
 
 # The hub onto which `PeftModel.from_pretrained` is loading a new adapter.
 _HUB_BEING_LOADED_ONTO: ContextVar[Optional[nn.Module]] = ContextVar("hub_being_loaded_onto", default=None)
+# What the config that `AutoPeftModelForCausalLM.from_pretrained` was given says of the seed.
+_SEED: ContextVar[dict[str, Any]] = ContextVar("seed", default={})  # noqa: B039  # never edited
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -76,9 +79,38 @@ def check_config_files(check: Callable[[dict[str, Any], str], dict[str, Any]]) -
     @functools.wraps(read)
     def from_json_file(cls: type[Any], /, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         values = read(cls, path_json_file, **kwargs)
-        return check(values, path_json_file) if values.get("peft_type") == "STITCH" else values
+        return {**check(values, path_json_file), **_SEED.get()} if values.get("peft_type") == "STITCH" else values
 
     replace_method(PeftConfigMixin, "from_json_file", classmethod(from_json_file))
+
+
+def take_seeds_from_configs(explain: Callable[[str, Any, OSError], Optional[str]]) -> None:
+    """Have `AutoPeftModelForCausalLM.from_pretrained(adapter, config=config)` load the seed that `config` names.
+
+    PEFT reads the adapter's file for it, whatever `config` says. If an `OSError` comes up and
+    `explain(adapter, arguments, error)` has something to say of it, that becomes the message.
+
+    It could be removed if PEFT took the seed from the config that it is given.
+    """
+    load = function_of(_BaseAutoPeftModel, "from_pretrained")
+
+    @functools.wraps(load)
+    def from_pretrained(cls: type[Any], adapter: str, *args: Any, **kwargs: Any) -> PeftModel:
+        given = inspect.signature(load).bind(cls, adapter, *args, **kwargs).arguments
+        config = given.get("config")
+        keys = () if config is None else ("base_model_name_or_path", "revision")
+        token = _SEED.set({key: getattr(config, key) for key in keys})
+        try:
+            return load(cls, adapter, *args, **kwargs)
+        except OSError as error:
+            message = explain(adapter, given, error)
+            if message is None:
+                raise
+            raise OSError(message) from error
+        finally:
+            _SEED.reset(token)
+
+    replace_method(_BaseAutoPeftModel, "from_pretrained", classmethod(from_pretrained))
 
 
 def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> None:
@@ -103,10 +135,11 @@ def after_model_card(update: Callable[[PeftModel, str, list[str]], None]) -> Non
     replace_method(PeftModel, "create_or_update_model_card", create_or_update_model_card)
 
 
-def after_saving(update: Callable[[PeftModel, str, str], None]) -> None:
+def around_saving(before: Callable[[PeftModel], None], update: Callable[[PeftModel, str, str], None]) -> None:
     """Have `update(model, adapter, folder)` called for every stitch adapter that `save_pretrained` has saved.
 
-    Also notes in the config whether the user has asked for the embedding layers, which PEFT does not.
+    `before(model)` is called first. Also notes in the config whether the user has asked for the embedding layers,
+    which PEFT does not.
 
     It could be removed with `after_model_card`, and if PEFT's configs said what is in the file.
     """
@@ -119,10 +152,13 @@ def after_saving(update: Callable[[PeftModel, str, str], None]) -> None:
         call = inspect.signature(save).bind(self, *args, **kwargs)
         call.apply_defaults()
         folder, adapters = call.arguments["save_directory"], call.arguments["selected_adapters"]
+        before(self)
         configs: dict[str, Any] = self.peft_config
         for config in configs.values():
             config.save_embedding_layers = call.arguments["save_embedding_layers"] is True
-        save(self, *args, **kwargs)
+        if not self.base_model.writes_files:
+            call.arguments["is_main_process"] = False
+        save(*call.args, **call.kwargs)
         if call.arguments["is_main_process"]:
             for adapter in configs if adapters is None else adapters:
                 update(self, adapter, folder if adapter == "default" else os.path.join(folder, adapter))
@@ -242,7 +278,7 @@ def undo_failed_loads(undo: Callable[[Any, str], None]) -> None:
 
 
 def _place_of_weights(model_id: str, subfolder: Optional[str] = None, revision: Optional[str] = None, **_: Any) -> str:
-    """Where PEFT looks for the weights of an adapter: a file, or what it was asked to download."""
+    """Return where PEFT looks for the weights of an adapter: a file, or what it was asked to download."""
     if not os.path.isdir(model_id):
         return os.fspath(model_id) + (f" at revision {revision}" if revision else "")
     files = [os.path.join(model_id, subfolder or "", name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]

@@ -8,7 +8,7 @@ backbone's layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional, TypeGuard
 
@@ -70,8 +70,30 @@ def no_output_capture() -> Iterator[None]:
         _active_collector.reset(token)
 
 
+@contextmanager
+def when_models_are_made(told: Callable[[PreTrainedModel], None]) -> Iterator[None]:
+    """Call `told(model)` for every model whose modules have been made, before any weight is loaded into them.
+
+    Models that are parts of others are told first.
+
+    It could be removed if `from_pretrained` could leave out modules, or be asked to call somebody between the two.
+    """
+    post_init = function_of(PreTrainedModel, "post_init")
+
+    @functools.wraps(post_init)
+    def tell(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        post_init(self, *args, **kwargs)
+        told(self)
+
+    replace_method(PreTrainedModel, "post_init", tell)
+    try:
+        yield
+    finally:
+        replace_method(PreTrainedModel, "post_init", post_init)
+
+
 def is_mixture(module: nn.Module) -> TypeGuard[PreTrainedModel]:
-    """Whether this is a mixture of experts, a model whose experts' kernels can be chosen.
+    """Return whether this is a mixture of experts, a model whose experts' kernels can be chosen.
 
     It could be removed if `set_experts_implementation` had a public question beside it.
     """

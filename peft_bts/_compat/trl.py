@@ -1,4 +1,4 @@
-"""What is done about TRL's insides (1.16.0). The library itself is optional, and imported only where it calls."""
+"""Adaptations to TRL's insides (1.16.0). The library itself is optional, and imported only where it calls."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _OWN = ("fused_lm_head", "labels", "shift_labels", "num_items_in_batch")
 
 
 def is_fused(forward: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call asks for the fused head that TRL's trainers give a model (`add_fused_lm_head`)."""
+    """Return whether a call asks for the fused head that TRL's trainers give a model (`add_fused_lm_head`)."""
     return bool(kwargs.get("fused_lm_head")) and "original_forward" in _settings(forward)
 
 
 def fused_output(forward: Callable[..., Any], measure: MeasureTokens, kwargs: dict[str, Any]) -> Any:
-    """What TRL's fused head returns, of other logits than those of the model's own head.
+    """Return what TRL's fused head returns, of other logits than those of the model's own head.
 
     TRL's trainers replace the model's `forward`. With `fused_lm_head=True` theirs calls the backbone, multiplies its
     states by the weight of the head, and returns log probabilities of the labels, with statistics: here they are of
@@ -64,7 +64,7 @@ def fused_output(forward: Callable[..., Any], measure: MeasureTokens, kwargs: di
 
 
 def _settings(forward: Callable[..., Any]) -> dict[str, Any]:
-    """What TRL's `forward` closes over: `temperature`, `outputs`, `text_config`, `original_forward`."""
+    """Return what TRL's `forward` closes over: `temperature`, `outputs`, `text_config`, `original_forward`."""
     function = getattr(forward, "__func__", None)
     return {} if function is None else dict(inspect.getclosurevars(function).nonlocals)
 

@@ -8,6 +8,9 @@ runs another program, and has that program's output and exit code.
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from .assess import assess
@@ -18,15 +21,38 @@ from .export import export
 from .gates import gates
 from .inspect import inspect
 from .plan import plan
+from .push import push
+from .recipes import takes_recipe
 from .run_module import run_module
+from .train import train
 
 
 app = typer.Typer(
-    help="Check, plan, assess, inspect, evaluate and export Branch-Train-Stitch adapters.",
+    help="Check, plan, assess, train, inspect, evaluate, export and push Branch-Train-Stitch adapters.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the options' names
 )
-for command in (check, plan, assess, inspect, eval, gates, export):
-    app.command()(run(command))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft_bts {version('peft_bts')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the options of the program itself."""
+
+
+for command in (check, plan, assess, inspect, eval, gates, export, push):
+    app.command()(run(takes_recipe(command)))
+# What follows `train` is a recipe's file and its keys as flags, which `recipes` parses.
+app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})(run(train))
 app.command("run", context_settings={"allow_interspersed_args": False})(run_module)

@@ -11,8 +11,9 @@ import typer
 from ..gates.extras import needs
 from ..planning.assess import assess as measure
 from ..planning.assessment import Assessment
-from .common import Dtype, Experts, Hub, Result, by_name
-from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, read_documents
+from ..reference import as_source
+from .common import Dtype, Experts, Hub, Result, by_name, models_by_name
+from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, read_texts
 
 
 if TYPE_CHECKING:
@@ -39,19 +40,19 @@ def assess(
     device: Device = None,
 ) -> Result:
     """Measure whether combining models pays: each alone, averaged, as oracles pick them, and mixed by output gates."""
-    sources, files = by_name(expert), by_name(data, "--data", "FILE")
+    sources, files = models_by_name(expert), by_name(data, "--data", "FILE")
     if plot is not None:  # this, and a folder that is not there, is said before anything is loaded
         needs("matplotlib")
         if not plot.parent.is_dir():
             raise ValueError(f"There is no folder {plot.parent} to write {plot.name} to.")
-    documents = {name: read_documents(file, text_column) for name, file in files.items()}
+    documents = {name: read_texts(file, text_column) for name, file in files.items()}
     if device is not None:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {device} cannot be used: {error}") from error
     found = measure(
-        hub,
+        as_source(hub),
         sources,
         documents,
         sequence_length=sequence_length,

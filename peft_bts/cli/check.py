@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from ..experts.compatibility import check_compatibility
-from .common import Experts, Hub, Result, by_name
+from ..reference import as_source
+from .common import Experts, Hub, Result, models_by_name
 
 
 def check(hub: Hub, expert: Experts) -> Result:
     """Check whether experts can be stitched to a hub. Reads config and tokenizer files only, no weights."""
-    reports = [check_compatibility(hub, source, name=name) for name, source in by_name(expert).items()]
+    reports = [
+        check_compatibility(as_source(hub), source, name=name) for name, source in models_by_name(expert).items()
+    ]
     ok = all(report.ok for report in reports)
     data = {"ok": ok, "experts": {report.name: report.to_dict() for report in reports}}
-    return Result([f"{report}\n" for report in reports], data, ok)
+    return Result([part for report in reports for part in (*report.parts(), "")], data, ok)

@@ -16,14 +16,19 @@ from rich.console import Console
 
 from .._compat.transformers import find_file
 from ..config import StitchConfig
+from ..formatting import as_text
+from ..reference import Source, as_source, check_there
 
 
-Hub = Annotated[str, typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model: an id on the Hub or a folder.")]
+Hub = Annotated[
+    str,
+    typer.Option("--hub", metavar="ID_OR_PATH", help="The seed model: an id on the Hub (or id@revision) or a folder."),
+]
 Experts = Annotated[
     list[str],
     typer.Option("--expert", metavar="NAME=ID_OR_PATH", help="An expert. Repeat the option for every expert."),
 ]
-Adapter = Annotated[str, typer.Argument(help="The adapter: an id on the Hub or a folder.")]
+Adapter = Annotated[str, typer.Argument(help="The adapter: an id on the Hub, a folder, or a recipe's file.")]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="The dtype of the hub and the experts.")
 ]
@@ -59,8 +64,11 @@ def run(command: Callable[..., Result]) -> Callable[..., None]:
             typer.echo(json.dumps(result.data, indent=2))
         else:
             console = Console()
-            for part in result.parts:
-                console.print(part, markup=False, highlight=False)
+            if console.is_terminal:
+                for part in result.parts:
+                    console.print(part, markup=False, highlight=False)
+            else:  # a file, or another program: nobody there has lines of a certain width
+                typer.echo(as_text(*result.parts, width=None))
         if not result.ok:
             raise typer.Exit(1)
 
@@ -84,8 +92,14 @@ def by_name(values: list[str], option: str = "--expert", source: str = "ID_OR_PA
     return {name: place for name, _, place in pairs}
 
 
+def models_by_name(values: list[str]) -> dict[str, Source]:
+    """Read `["code=org/code@v2"]` as experts by name; see `as_source` for what may stand behind a name."""
+    return {name: as_source(place) for name, place in by_name(values).items()}
+
+
 def stitch_config(adapter: str) -> StitchConfig:
     """Read the config of a stitch adapter. Raise a `ValueError` for anything else."""
+    check_there(adapter)
     if find_file(adapter, CONFIG_NAME) is None:
         raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")
     config = PeftConfig.from_pretrained(adapter)

@@ -25,7 +25,7 @@ def eval(
         typer.Option(
             "--data",
             metavar="NAME=FILE",
-            help="A domain and its text or jsonl file. Repeat the option for every domain.",
+            help="A domain and its text or jsonl file (rows of text, or of `messages`). Repeat it for every domain.",
         ),
     ],
     text_column: TextColumn = "text",
@@ -40,7 +40,7 @@ def eval(
     documents = {name: read_documents(file, text_column) for name, file in files.items()}
     model, _, length, domains = load_domains(adapter, documents, dtype, device, sequence_length, max_tokens)
     for name, domain in domains.items():
-        domain.rows = sorted((row for row in domain.rows if len(row) > 1), key=len, reverse=True)  # little padding
+        domain.keep_predictable()
         if not domain.rows:
             raise ValueError(f"{files[name]} has no two tokens in a row, so there is nothing to predict.")
     attached = stitch_tuner(model).experts[model.active_adapter]
@@ -67,7 +67,7 @@ def eval(
             "documents": domain.documents,
             "bytes": domain.size,
             "rows": len(domain.rows),
-            "predicted_tokens": sum(len(row) - 1 for row in domain.rows),
+            "predicted_tokens": domain.predicted,
         }
         for name, domain in domains.items()
     }
@@ -76,15 +76,16 @@ def eval(
 
 
 @torch.no_grad()
-def loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], bar: tqdm) -> float:
-    """Compute the mean negative log-likelihood, in nats, of all tokens but the first of every row."""
+def loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], bar: tqdm) -> float:
+    """Compute the mean negative log-likelihood, in nats, of all labels (not -100) but the first of every row."""
     total, count = 0.0, 0
-    for ids, mask in batches:
+    for ids, mask, labels in batches:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, length, row_logits in zip(ids, mask.sum(1).tolist(), logits):  # by row: float32 logits are large
-            predicted = row_logits[: length - 1].float()
-            total += nn.functional.cross_entropy(predicted, row[1:length], reduction="sum").item()
-            count += length - 1
+        for row, row_logits in zip(labels, logits):  # by row: float32 logits are large
+            places = (row[1:] != -100).nonzero()[:, 0]
+            predicted = row_logits[places].float()
+            total += nn.functional.cross_entropy(predicted, row[1:][places], reduction="sum").item()
+            count += len(places)
         bar.update(len(ids))
     return total / count
 
@@ -104,6 +105,7 @@ def _tables(result: dict[str, Any]) -> list[Any]:
     return [
         table("Loss per token and perplexity", ["model", *columns], rows),
         table("Data", ["domain", "file", "documents", "bytes", "rows", "predicted tokens"], sizes, left=2),
-        "loss: in nats, mean over all tokens but the first of every row. ppl: exp(loss). hub, experts: each alone.\n"
+        "loss: in nats, mean over all tokens but the first of every row; of chats, over what the assistant says.\n"
+        "ppl: exp(loss). hub, experts: each alone. "
         f"Documents are cut into rows of {result['sequence_length']} tokens. No row sees another.",
     ]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from peft import AutoPeftModelForCausalLM
 
-from .common import Adapter, Dtype, Result
+from .common import Adapter, Dtype, Result, stitch_config
 
 
 def export(
@@ -16,6 +16,7 @@ def export(
     dtype: Dtype = "auto",
 ) -> Result:
     """Load an adapter with its models, and write them as one standalone checkpoint."""
+    stitch_config(adapter)  # says what is wrong with it before anything is loaded
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype)
     model.export(folder)
     return Result([f"Wrote {folder}. Load it with `import peft_bts` and AutoModelForCausalLM."], {"folder": folder})

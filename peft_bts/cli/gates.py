@@ -56,7 +56,7 @@ def gates(
     files = by_name(named, "--file", "FILE")
     documents = {name: read_documents(path, text_column) for name, path in files.items()}
     if text:
-        documents["text"] = text + documents.get("text", [])
+        documents["text"] = [*text, *documents.get("text", [])]
     model, tokenizer, _, domains = load_domains(adapter, documents, dtype, device, sequence_length, max_tokens)
     total = sum(len(domain.rows) for domain in domains.values())
     if total == 0:
@@ -64,7 +64,7 @@ def gates(
     with tqdm(total=total, desc="gates", unit=" rows") as bar, trace_gates(model) as trace, torch.no_grad():
         for name, domain in domains.items():
             with trace.domain(name):
-                for ids, mask in domain.batches(batch_size, model.device):
+                for ids, mask, _ in domain.batches(batch_size, model.device):
                     model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
                     bar.update(len(ids))
     if not -len(trace.stitches) <= stitch < len(trace.stitches):

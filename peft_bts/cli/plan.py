@@ -8,7 +8,8 @@ import typer
 
 from ..config import StitchConfig
 from ..planning.estimate import plan as make_plan
-from .common import Experts, Hub, Result, by_name
+from ..reference import as_source
+from .common import Experts, Hub, Result, models_by_name
 
 
 def plan(
@@ -27,14 +28,24 @@ def plan(
         Literal["intact", "projected"],
         typer.Option(help="Whether Experts-into-Hub leaves experts' states or projects them."),
     ] = "intact",
+    output: Annotated[
+        Literal["hub", "mixture"], typer.Option(help="Whether the hub's head speaks alone, or all heads are mixed.")
+    ] = "hub",
     gate: Annotated[
         Literal["channel", "token"], typer.Option(help="One gate value per channel, or per token.")
     ] = "channel",
     gate_bias: Annotated[bool, typer.Option(help="Whether the gates have biases.")] = True,
     gate_dropout: Annotated[float, typer.Option(help="Dropout on the logits of the gates in training.")] = 0.0,
     r: Annotated[Optional[int], typer.Option("--r", help="Rank of the projections. Default: full matrices.")] = None,
+    modules_to_save: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A module of the hub that is trained and saved, too. Repeat the option for every module."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per batch.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+    quantization: Annotated[
+        Optional[Literal["4bit", "8bit"]], typer.Option(help="Count hub and experts as bitsandbytes quantises them.")
+    ] = None,
 ) -> Result:
     """Count parameters, memory, operations and the size of the adapter. Reads config files only, no weights."""
     config = StitchConfig(
@@ -43,10 +54,19 @@ def plan(
         layers_to_stitch=layers_to_stitch or None,
         pattern=pattern,
         expert_streams=expert_streams,
+        output=output,
         gate=gate,
         gate_bias=gate_bias,
         gate_dropout=gate_dropout,
         r=r,
+        modules_to_save=modules_to_save or None,
     )
-    estimate = make_plan(hub, by_name(expert), config, batch_size=batch_size, sequence_length=sequence_length)
+    estimate = make_plan(
+        as_source(hub),
+        models_by_name(expert),
+        config,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        quantization=quantization,
+    )
     return Result(estimate.tables(), estimate.to_dict())

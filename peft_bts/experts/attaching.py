@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Optional, Union
 
 from torch import nn
@@ -15,12 +16,16 @@ from transformers import PreTrainedModel
 
 from .._compat.peft import CausalLM
 from ..config import StitchConfig
+from ..distributed.absent import AbsentExpert
+from ..distributed.parallel import ExpertParallel
 from ..forward.expert import Expert
 from ..forward.layer import StitchLayer
 from ..forward.placement import place_for_stitch
+from ..places import same_places
 from ..reference import as_reference
 from ..stitch import HUB, Init
 from .compatibility import compare, sizes
+from .elsewhere import Elsewhere
 from .loading import describe_model, load_expert, resolve_reference
 
 
@@ -35,10 +40,20 @@ class ExpertMaker:
     Args:
         hub: The hub.
         present: Says which experts the model has, of all adapters.
+        parallel: Who runs what, where the models are spread over processes.
     """
 
-    def __init__(self, hub: PreTrainedModel, present: Callable[[], Iterable[Expert]]) -> None:
+    def __init__(
+        self,
+        hub: PreTrainedModel,
+        present: Callable[[], Iterable[Expert]],
+        parallel: Optional[ExpertParallel] = None,
+    ) -> None:
         self._hub, self._present = hub, present
+        self._elsewhere: Optional[Elsewhere] = None
+        if parallel is not None:
+            self._elsewhere = Elsewhere(hub, parallel)
+            self._elsewhere.prepare_hub()
 
     def make(
         self, name: str, model: Union[CausalLM, str, dict[str, Any]], config: StitchConfig, loading: dict[str, Any]
@@ -56,17 +71,54 @@ class ExpertMaker:
         """
         if not isinstance(model, nn.Module):
             reference = as_reference(name, {**as_reference(name, model), **loading})
-            return self.load(name, resolve_reference(name, reference), config)
+            return self.load({name: resolve_reference(name, reference)}, config)[name]
         if loading:
             raise ValueError(f"Expert {name!r} is a loaded model; {sorted(loading)} apply to ids and paths only.")
-        return self._adopt(name, model, describe_model(model), config)
+        reference = describe_model(model)
+        if self._elsewhere is None:
+            made = self._adopt(name, model, reference, config)
+        else:
+            self._elsewhere.place_models({name: model})
+            made = self._elsewhere.here_or_there(
+                name, lambda: self._adopt(name, model, reference, config), reference, config
+            )
+        if made[1]["model"] is None:
+            warnings.warn(
+                f"Expert {name!r} came from no id or path, so a saved adapter cannot say where to find it. If this "
+                "one is to be saved: save the expert in a folder first, and attach the folder.",
+                stacklevel=3,
+            )
+        return made
 
-    def load(self, name: str, reference: dict[str, Any], config: StitchConfig) -> Made:
-        """The same for a reference that `resolve_reference` has looked up."""
-        source = {key: value for key, value in reference.items() if key != "config"}
-        shared = next((expert for expert in self._present() if expert.source == source), None)
+    def load(self, references: dict[str, dict[str, Any]], config: StitchConfig) -> dict[str, Made]:
+        """The same for references that `resolve_reference` has looked up, by name."""
+        if self._elsewhere is None:
+            return {name: self._load(name, reference, config) for name, reference in references.items()}
+        shared = {name: self._shared(reference) for name, reference in references.items()}
+        self._elsewhere.place({name: references[name] for name, expert in shared.items() if expert is None})
+        made: dict[str, Made] = {}
+        for name, reference in references.items():
+            expert = shared[name]
+            if isinstance(expert, AbsentExpert):
+                made[name] = expert, {**reference, "config": sizes(expert.model)}
+            elif expert is not None:
+                made[name] = self._load(name, reference, config)
+            else:
+                made[name] = self._elsewhere.here_or_there(
+                    name, partial(self._load, name, reference, config), reference, config
+                )
+        return made
+
+    def _load(self, name: str, reference: dict[str, Any], config: StitchConfig) -> Made:
+        shared = self._shared(reference)
         model = load_expert(name, reference, self._hub) if shared is None else shared.model
-        return self._adopt(name, model, reference, config, source)
+        return self._adopt(name, model, reference, config, _source(reference))
+
+    def _shared(self, reference: dict[str, Any]) -> Optional[Expert]:
+        """The expert that was loaded from the same place for another adapter, if there is one."""
+        wanted = same_places(_source(reference))
+        sources = ((expert, expert.source) for expert in self._present())
+        return next((expert for expert, known in sources if known and same_places(known) == wanted), None)
 
     def _adopt(
         self,
@@ -99,6 +151,10 @@ class ExpertMaker:
         if any(expert is other for other in self._present()):
             return expert.model
         return expert.release()
+
+
+def _source(reference: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in reference.items() if key != "config"}
 
 
 def add_stitch_weights(layers: Iterable[StitchLayer], adapter: str, name: str, width: int, init: Init) -> None:

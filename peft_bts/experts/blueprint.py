@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .._compat.peft import CausalLM, base_model
-from .._compat.transformers import is_mixture
-from ..reference import as_reference
+from .._compat.peft import CausalLM, base_model, peft_type_name
+from .._compat.transformers import find_file, is_mixture
+from ..reference import as_reference, check_there
 from .loading import check_adapter, read_configs, resolve_reference
 from .weight_sharing import share_weights
 
@@ -52,12 +52,29 @@ def hub_blueprint(hub: ModelLike, dtype: Optional[torch.dtype] = None) -> PreTra
     source = str(reference.get("model"))
     where = {key: reference[key] for key in ("revision", "subfolder") if reference.get(key)}
     try:
+        check_there(source)
         return _model(AutoConfig.from_pretrained(source, trust_remote_code=False, **where), dtype)
     except (OSError, ValueError) as error:
+        adapter = _adapter_at(source, where)
+        if adapter is not None:
+            raise ValueError(
+                f"{source!r} is a {peft_type_name(adapter.peft_type)} adapter, not a model, so it cannot be the hub. "
+                f"Its base is {adapter.base_model_name_or_path!r}: give that, or merge the adapter into a model."
+            ) from error
         raise ValueError(
             f"The hub's config could not be read from {source!r}: {error}\nGive the id or folder of a "
             "causal language model of transformers. Load one that brings its own code yourself, and give the object."
         ) from error
+
+
+def _adapter_at(source: str, where: dict[str, Any]) -> Optional[PeftConfig]:
+    """The config of an adapter that lies in a folder or repository without a model."""
+    try:
+        if find_file(source, "config.json", out_of_reach_is_none=True, **where) is None:
+            return PeftConfig.from_pretrained(source, **where)
+    except (OSError, ValueError):  # nothing is there
+        pass
+    return None
 
 
 def expert_blueprint(name: str, expert: ModelLike, hub: CausalLM, dtype: Optional[torch.dtype] = None) -> CausalLM:

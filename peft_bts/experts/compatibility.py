@@ -34,7 +34,7 @@ _SPECIAL = ("bos", "eos", "pad")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a hub and its expert are compared by.
+    """The facts by which a hub and its expert are compared.
 
     Attributes:
         source: Id or path that the model came from.
@@ -56,7 +56,7 @@ class ModelFacts:
 
 @dataclass
 class CompatibilityReport:
-    """What was found when an expert was compared with a hub; `str(report)` is for people.
+    """The result of comparing an expert with a hub; `str(report)` is for people.
 
     Attributes:
         name: The expert's.
@@ -87,7 +87,8 @@ class CompatibilityReport:
         """Everything as plain values, ready for JSON."""
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Any]:
+        """Return what rich prints: the verdict, the models side by side, and all that was found."""
         models = {"hub": self.hub, f"expert {self.name!r}": self.expert}
         known = {who: dataclasses.asdict(facts) for who, facts in models.items() if facts is not None}
         rows = [
@@ -96,10 +97,13 @@ class CompatibilityReport:
             if any(facts[fact.name] is not None for facts in known.values())
         ]
         verdict = f"Expert {self.name!r} {'fits' if self.ok else 'does not fit'} the hub."
-        parts = [verdict, table("", ["", *known], rows, left=1 + len(known))] if known else [verdict]
+        parts: list[Any] = [verdict, table("", ["", *known], rows, left=1 + len(known))] if known else [verdict]
         for kind, texts in (("error", self.errors), ("warning", self.warnings), ("note", self.notes)):
             parts += [f"{kind}: {text}" for text in texts]
-        return as_text(*parts)
+        return parts
+
+    def __str__(self) -> str:
+        return as_text(*self.parts())
 
 
 def check_compatibility(
@@ -178,7 +182,7 @@ def compare(
 
 
 def sizes(expert: CausalLM) -> dict[str, Any]:
-    """What stitches for this expert are made for, as it is kept in the reference."""
+    """Return what stitches for this expert are made for, as it is kept in the reference."""
     return {key: getattr(text_config(expert), key, None) for key in SIZES}
 
 
@@ -337,7 +341,7 @@ def _are(tokens: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Tokenizer:
-    """What is compared of a tokenizer: token -> id, special tokens by kind, the chat template."""
+    """The compared parts of a tokenizer: token -> id, special tokens by kind, the chat template."""
 
     ids: dict[str, int]
     special: dict[str, Optional[str]]

@@ -105,7 +105,7 @@ class ExpertSet:
 
 
 class ActiveExperts:
-    """What `set_active_experts` returns: leaving it as a context brings the former experts back."""
+    """The result of `set_active_experts`: leaving it as a context brings the former experts back."""
 
     def __init__(self, experts: ExpertSet, left_out_before: frozenset[str]) -> None:
         self._experts, self._before = experts, left_out_before

@@ -22,7 +22,7 @@ from .._compat.accelerate import real_weights
 from .._compat.peft import CausalLM, adapters_where_layers_run, peft_type_name
 from .._compat.transformers import find_file
 from ..forward.placement import is_dispatched, place_for_stitch
-from ..reference import PLACEMENT_KEYS, RepoId, as_reference, is_repo_id
+from ..reference import PLACEMENT_KEYS, RepoId, as_reference, check_there, is_repo_id
 from .lora_base import check_layers
 from .weight_sharing import share_weights
 
@@ -52,7 +52,8 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
                 f"machine; only repo ids are followed from a downloaded file. {how_to_replace(name, key)}"
             )
     where = _where(reference)
-    with _loading(name, source, where):
+    with _loading(name, source, where, reference):
+        check_there(source)
         file = _find(source, CONFIG_NAME, **where)
         if reference.get("adapter") is None:
             model_file = _find(source, "config.json", **where)
@@ -63,7 +64,8 @@ def resolve_reference(name: str, reference: Any) -> dict[str, Any]:
         _pin(reference, "revision", file)
     if reference.get("adapter") and reference.get("model"):
         where = _base_where(reference)
-        with _loading(name, reference["model"], where):
+        with _loading(name, reference["model"], where, reference):
+            check_there(reference["model"])
             file = _find(reference["model"], "config.json", **where)
             _check_depth(file, MAX_LAYERS, "more than any model has")
             _pin(reference, "base_revision", file)
@@ -91,7 +93,7 @@ def _check_depth(config_file: Optional[str], most: int, why: str) -> None:
 
 
 def _num_tensors(source: str, where: dict[str, Any]) -> Optional[int]:
-    """How many tensors a checkpoint has, from its index or header; `None` where it has neither."""
+    """Return how many tensors a checkpoint has, from its index or header; `None` where it has neither."""
     index = _find(source, SAFE_WEIGHTS_INDEX_NAME, **where)
     if index is not None:
         return len(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
@@ -120,7 +122,7 @@ def load_expert(name: str, reference: dict[str, Any], hub: PreTrainedModel) -> C
             f"Expert {name!r} is a LoRA on the hub's own weights, which are loaded already; {sorted(how)} cannot be "
             "set for it. Name its base as `model` to load that once more."
         )
-    with _loading(name, _source(reference), where), real_weights():
+    with _loading(name, _source(reference), where, reference), real_weights():
         if adapter is None:
             return _load_model(reference["model"], hub, **where, **how)
         how |= _base_where(reference)
@@ -137,7 +139,7 @@ def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrai
         ValueError: If they cannot be read, or the adapter cannot be an expert.
     """
     where, adapter, base = _where(reference), reference.get("adapter"), reference.get("model")
-    with _loading(name, _source(reference), where):
+    with _loading(name, _source(reference), where, reference):
         if adapter is None:
             return AutoConfig.from_pretrained(reference["model"], trust_remote_code=False, **where), None
         how = {"trust_remote_code": False, **_base_where(reference)}
@@ -156,19 +158,21 @@ def check_adapter(config: PeftConfig) -> None:
 
 
 @contextmanager
-def _loading(name: str, source: str, where: dict[str, Any]) -> Iterator[None]:
-    """Turn any error inside into a `ValueError` that says which expert failed, where it was, and what to do."""
+def _loading(name: str, source: str, where: dict[str, Any], reference: dict[str, Any]) -> Iterator[None]:
+    """Turn any error inside into a `ValueError` that says which expert failed, and where it was.
+
+    If the reference comes from an adapter, which notes the expert's sizes in it, the error says what to do, too.
+    """
     try:
         yield
     except Exception as error:  # files of others can make their loaders fail in any way
         at = f" at revision {where['revision']!r}" if "revision" in where else ""
-        raise ValueError(
-            f"Expert {name!r} could not be loaded from {source!r}{at}: {error}\n{how_to_replace(name)}"
-        ) from error
+        advice = f"\n{how_to_replace(name)}" if reference.get("config") else ""
+        raise ValueError(f"Expert {name!r} could not be loaded from {source!r}{at}: {error}{advice}") from error
 
 
 def _source(reference: dict[str, Any]) -> str:
-    """What a resolved reference names first: its adapter, or else its model."""
+    """Return what a resolved reference names first: its adapter, or else its model."""
     return reference.get("adapter") or reference["model"]
 
 
@@ -206,7 +210,7 @@ def _cached_commit(source: Optional[str]) -> Optional[str]:
 
 
 def _is_stored_quantized(source: str) -> bool:
-    """Whether a checkpoint itself is quantised, so that loading it takes no `quantization_config`."""
+    """Return whether a checkpoint itself is quantised, so that loading it takes no `quantization_config`."""
     path = _find(source, "config.json")
     return path is not None and "quantization_config" in json.loads(Path(path).read_text(encoding="utf-8"))
 

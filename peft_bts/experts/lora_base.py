@@ -56,7 +56,7 @@ def another_base(name: str, expert: PeftModel) -> tuple[Optional[str], Optional[
 
 
 def same_source(one: str, other: str) -> bool:
-    """Whether two ids or paths name the same model, as far as names tell.
+    """Return whether two ids or paths name the same model, as far as names tell.
 
     A folder is a copy of `org/name` if it is the repository's in the cache, or is called `name`.
     """

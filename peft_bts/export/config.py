@@ -45,7 +45,7 @@ class StitchExportConfig(PreTrainedConfig):
             for key in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
                 kwargs.setdefault(key, getattr(hub, key, None))
             texts = [part.get_text_config(decoder=True) for part in parts]
-            kwargs["layer_types"] = [kind for text in texts for kind in _layer_kinds(text)]
+            kwargs["layer_types"] = [kind for text in texts for kind in layer_kinds(text)]
             windows = [text.sliding_window for text in texts if getattr(text, "sliding_window", None)]
             kwargs["sliding_window"] = windows[0] if windows else None
             kwargs["num_hidden_layers"] = len(kwargs["layer_types"])
@@ -68,7 +68,8 @@ class StitchExportConfig(PreTrainedConfig):
         return config
 
 
-def _layer_kinds(config: PreTrainedConfig) -> list[str]:
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """Return what every layer of a model attends to: `full_attention`, `sliding_attention`, or a kind of its own."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"

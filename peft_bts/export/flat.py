@@ -7,12 +7,14 @@ count their own layers; what is here stands between the two ways of counting.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import Cache
 
 from ..forward.cache import cache_like, cached_tokens
+from ..forward.masks import view_of
 
 
 class FlatLayers(list[Any]):
@@ -56,6 +58,31 @@ class FlatCall:
 def _flat(value: Any) -> Any:
     """For a model's view, the flat cache behind it; anything else as it is."""
     return value.flat if isinstance(value, Cache) else value  # type: ignore[attr-defined]  # set by `LayerRange.view`
+
+
+def check_paged_cache(configs: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless a paged cache, and the masks that go with it, suit all models.
+
+    transformers makes both for continuous batching from one config, with one shape of keys and values for all layers.
+
+    Args:
+        configs: The models' text configs by name, the hub's first.
+    """
+    (_, hub), *others = configs.items()
+    for name, config in others:
+        if (*_paged_shape(hub), *view_of(hub)) != (*_paged_shape(config), *view_of(config)):
+            raise ValueError(
+                f"Continuous batching keeps the states of all models in one paged cache, which is made for the hub "
+                f"({hub.model_type}), and expert {name!r} ({config.model_type}) does not attend as the hub does: it "
+                "needs the same architecture, key-value heads, head size and windows. Use `generate()` with a "
+                "left-padded batch, or vLLM."
+            )
+
+
+def _paged_shape(config: Any) -> tuple[int, int]:
+    heads = config.num_attention_heads
+    kv_heads, size = getattr(config, "num_key_value_heads", None), getattr(config, "head_dim", None)
+    return kv_heads or heads, size or config.hidden_size // heads
 
 
 def flatten_cache(cache: Cache, ranges: dict[str, LayerRange]) -> None:

@@ -3,7 +3,7 @@
 `model.export(path)` writes it; `import peft_bts` registers its class, and `AutoModelForCausalLM.from_pretrained(path)`
 loads it, without PEFT and without the models it was made from. It computes what the adapter computes.
 
-It is shaped for serving engines with a Transformers backend: `StitchExportModel.layers` is one flat list of the
+It is shaped for serving engines (vLLM: `peft_bts.serving`): `StitchExportModel.layers` is one flat list of the
 decoder layers of all models, hub first; `config.num_hidden_layers` is its length; every attention layer has the
 `layer_idx` of its place in it; attention goes through transformers' attention interface; one cache has a layer for
 each.
@@ -45,7 +45,7 @@ from ..mixture import OutputMixture
 from ..modules import TypedModuleDict
 from ..stitch import HUB, PerModel, Stitch, make_stitch
 from .config import StitchExportConfig
-from .flat import FlatCall, LayerRange, flatten_cache
+from .flat import FlatCall, LayerRange, check_paged_cache, flatten_cache
 
 
 class StitchExportPreTrainedModel(PreTrainedModel):
@@ -78,6 +78,7 @@ class StitchExportModel(StitchExportPreTrainedModel):
 
     # Of no module tree but their own: their weights are elsewhere in this one.
     heads: dict[str, ModelHead]
+    _causal_lms: dict[str, tuple[PreTrainedModel, str]]  # with the paths of their backbones
     _hub: PreTrainedModel
 
     def __init__(self, config: StitchExportConfig) -> None:
@@ -86,28 +87,26 @@ class StitchExportModel(StitchExportPreTrainedModel):
         self.backbones: PerModel[PreTrainedModel] = PerModel()
         self.stitches: TypedModuleDict[Stitch] = TypedModuleDict()
         self._init_owners: list[tuple[PreTrainedModel, list[nn.Module]]] = []
-        ranges: dict[str, LayerRange] = {}
-        list_names: dict[str, str] = {}
-        text_configs: dict[str, Any] = {}
-        heads: dict[str, ModelHead] = {}
+        self._ranges: dict[str, LayerRange] = {}
+        self._list_names: dict[str, str] = {}
+        self.__dict__["_causal_lms"] = {}
         for name in config.names:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config.part(name))
             decoder = find_decoder(model, f"Model {name!r}")
             own, backbone = list(decoder.layers), decoder.backbone
-            ranges[name] = LayerRange(self.layers, len(self.layers), len(own), text_config(model))
+            self._ranges[name] = LayerRange(self.layers, len(self.layers), len(own), text_config(model))
             for index, layer in enumerate(own, start=len(self.layers)):
                 for module in layer.modules():
                     for attribute in {"layer_idx", "layer_id"} & module.__dict__.keys():  # gpt_neo: layer_id
                         setattr(module, attribute, index)
-            if config.final_modules is not None:
-                final = [backbone.get_submodule(child) for child in config.final_modules[name]]
-                heads[name] = ModelHead(model, decoder.backbone_path, final)
             self.layers.extend(own)
             setattr(backbone, decoder.list_name, nn.ModuleList())  # they are in the flat list now
             self.backbones.set(name, backbone)
             self._init_owners.append((backbone, own))
-            list_names[name], text_configs[name] = decoder.list_name, text_config(model)
-        widths = {name: part.hidden_size for name, part in text_configs.items()}
+            self._list_names[name] = decoder.list_name
+            if config.final_modules is not None:
+                self._causal_lms[name] = (model, decoder.backbone_path)
+        widths = {name: layers.config.hidden_size for name, layers in self._ranges.items()}
         experts = {name: width for name, width in widths.items() if name != HUB}
         dtype = getattr(torch, config.stitch["dtype"])
         options = {key: config.stitch[key] for key in ("gate", "gate_bias", "r")}
@@ -116,32 +115,41 @@ class StitchExportModel(StitchExportPreTrainedModel):
         # The stitches keep their precision when the models are loaded in half of theirs.
         self._keep_in_fp32_modules_strict = {"stitches"} if dtype == torch.float32 else None
         self.post_init()
-        # Stand-ins take the layers' places in the backbones: recorders for the experts, stitched layers for the hub.
-        # They live outside of the module tree; all weights are in the flat list.
-        self._ranges = ranges
         hub_arguments = inspect.signature(self.backbones.of(HUB).forward).parameters
         self._hub_takes_positions = "position_ids" in hub_arguments
-        recorders = {
-            name: ArgumentRecorder(
-                self.backbones.of(name), list_names[name], ranges[name], config.returns[name], text_configs[name]
-            )
-            for name in experts
+        self._runner = ForwardRunner(partial(_State, self._ranges))
+        self.connect()
+
+    def connect(self) -> None:
+        """Make what runs the forward from the modules that are here now; again after modules were exchanged.
+
+        Stand-ins take the layers' places in the backbones: recorders for the experts, stitched layers for the hub.
+        They live outside of the module tree; all weights are in it.
+        """
+        config, hub_layers = self.config, self._ranges[HUB].num_layers
+        finals = config.final_modules or {}
+        self.__dict__["heads"] = {
+            name: ModelHead(model, path, [self.backbones.of(name).get_submodule(child) for child in finals[name]])
+            for name, (model, path) in self._causal_lms.items()
         }
+        experts: dict[str, _Expert] = {}
+        for name in config.names:
+            if name != HUB:
+                backbone, layers = self.backbones.of(name), self._ranges[name]
+                recorder = ArgumentRecorder(
+                    backbone, self._list_names[name], layers, config.returns[name], layers.config
+                )
+                experts[name] = _Expert(recorder, backbone, layers, self.heads.get(name))
         self._composition = Composition(
             dict(config.schedule),
-            ranges[HUB].num_layers,
-            text_configs[HUB],
-            {
-                name: _Expert(recorder, self.backbones.of(name), ranges[name], heads.get(name))
-                for name, recorder in recorders.items()
-            },
+            hub_layers,
+            self._ranges[HUB].config,
+            experts,
             config.stitch["projected"],
             mixture=config.final_modules is not None,
         )
-        self.__dict__["heads"] = heads  # their weights are the causal LM's
-        self._runner = ForwardRunner(partial(_State, ranges))
-        hub_layers = [_HubLayer(ranges[HUB], i, self.stitches, self._runner) for i in range(ranges[HUB].num_layers)]
-        self.__dict__["_hub"] = with_layers(self.backbones.of(HUB), list_names[HUB], hub_layers)
+        stitched = [_HubLayer(self._ranges[HUB], i, self.stitches, self._runner) for i in range(hub_layers)]
+        self.__dict__["_hub"] = with_layers(self.backbones.of(HUB), self._list_names[HUB], stitched)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbones.of(HUB).get_input_embeddings()
@@ -173,11 +181,15 @@ class StitchExportModel(StitchExportPreTrainedModel):
         }
         if position_ids is None and not self._hub_takes_positions:
             del call["position_ids"]  # as in a call of the hub alone; the experts' are then counted
-        out = self._runner.run(self._composition, call, past_key_values, partial(self._run_hub, call, past_key_values))
+        out = self._run_models(call, past_key_values)
         if isinstance(out, tuple):
             return tuple(past_key_values if isinstance(item, Cache) else item for item in out)
         out.past_key_values = past_key_values
         return out
+
+    def _run_models(self, call: dict[str, Any], cache: Optional[Cache]) -> Any:
+        """Return what the hub's backbone returns, with the experts beside it."""
+        return self._runner.run(self._composition, call, cache, partial(self._run_hub, call, cache))
 
     def _run_hub(self, call: dict[str, Any], cache: Optional[Cache]) -> Any:
         view = None if cache is None else self._ranges[HUB].view(cache)
@@ -275,6 +287,11 @@ class StitchExportForCausalLM(StitchExportPreTrainedModel, GenerationMixin):
         with observed_generation(self.model._runner.settings.observers, self, args, kwargs):
             return super().generate(*args, **kwargs)  # type: ignore[misc]  # typed for a protocol, which no model fits
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `generate_batch` calls it. `ValueError` if an expert does not attend as the hub does."""
+        check_paged_cache({name: layers.config for name, layers in self.model._ranges.items()})
+        return super().init_continuous_batching(*args, **kwargs)
+
 
 class _State(ForwardState):
     """A forward in which every model has a view of one flat cache."""
@@ -341,7 +358,7 @@ class _HubLayer(nn.Module):
 
 
 class _Backbone(nn.Module):
-    """What the hub's causal LM calls as its backbone."""
+    """Stand-in for the backbone that the hub's causal LM calls."""
 
     def __init__(self, model: StitchExportModel) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from .thread_local import ThreadLocal
 
@@ -194,14 +194,25 @@ def expert_caches(cache: Cache, hub_layers: int, experts: Mapping[str, Stitchabl
     return held
 
 
+def count_tokens(cache: Cache, layer: int, batch: int, tokens: int, device: torch.device) -> None:
+    """Have a layer of a cache count tokens of a model that another process runs: one number each, for keys and values.
+
+    Masks, positions, crops and beams then find the lengths that they would find there.
+    """
+    if layer < len(cache.layers) and not isinstance(cache.layers[layer], CacheLayerMixin):
+        return  # linear attention: no length is kept
+    one = torch.zeros(batch, 1, tokens, 1, device=device)
+    cache.update(one, one, layer)
+
+
 def is_plain(cache: Cache) -> bool:
-    """Whether rows of an expert's cache can be taken out and joined: it holds only keys and values, not offloaded."""
+    """Return whether rows of an expert's cache can be split and joined: it holds only keys and values, in place."""
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return not getattr(cache, "offloading", False) and all(type(layer) in plain for layer in cache.layers)
 
 
 def static_length(cache: StaticCache) -> int:
-    """How many tokens a static cache can hold (its layers with a window hold fewer)."""
+    """Return how many tokens a static cache can hold (its layers with a window hold fewer)."""
     return max(layer.max_cache_len for layer in cache.layers if hasattr(layer, "max_cache_len"))
 
 

@@ -14,7 +14,7 @@ from .stream import Stream, StreamLike
 
 
 class StitchableExpert(Protocol):
-    """What the forward needs of an expert: `Expert` offers it for adapters, exported models offer it for theirs.
+    """The protocol of an expert in a forward: `Expert` follows it for adapters, exported models for theirs.
 
     Attributes:
         config: Its text config.
@@ -46,7 +46,7 @@ class StitchableExpert(Protocol):
 
 @dataclass(frozen=True)
 class Composition:
-    """What one adapter runs.
+    """The stitches and experts that one adapter runs.
 
     Attributes:
         schedule: Kind of the stitch behind each stitched hub layer, in order (`stitch_schedule`).

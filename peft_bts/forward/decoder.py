@@ -19,7 +19,7 @@ _STATE_IN_LAYERS = ("recurrent_gemma",)
 
 @dataclass(frozen=True)
 class Decoder:
-    """Where a causal LM keeps its decoder layers."""
+    """The place where a causal LM keeps its decoder layers."""
 
     backbone: PreTrainedModel  # the module whose forward loops over the layers
     list_name: str  # its attribute that holds them, a ModuleList

@@ -7,7 +7,7 @@ what each layer computes is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Optional, Protocol
 
 from torch import Tensor
@@ -19,7 +19,13 @@ Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to 
 
 
 class Executor(Protocol):
-    """What a forward asks of an executor. The keys are those of the streams, mostly experts' names."""
+    """The protocol of an executor, as a forward uses it. The keys are those of the streams, mostly experts' names.
+
+    Attributes:
+        spread: Whether other processes run some of the models.
+    """
+
+    spread: bool
 
     def run_hub(self, hub: Callable[[], Any]) -> Any:
         """Run the hub's backbone, by calling `hub` or in a way that comes to the same; return what it returns."""
@@ -36,8 +42,29 @@ class Executor(Protocol):
         """
         ...
 
+    def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+        """At a stitch: the hub's and the experts' hidden states, wherever these models run."""
+        ...
+
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
         """Go on from these hidden states, which a stitch has made."""
+        ...
+
+    def go_on(self, hub_BTD: Tensor) -> Tensor:
+        """Behind a stitch that is not the last: the hub's new state, from which it goes on, wherever it runs."""
+        ...
+
+    def share(self, names: Sequence[str], values: list[Tensor]) -> list[Tensor]:
+        """Return what models say of some tokens, wherever they run: a value of the same shape for each.
+
+        Args:
+            names: The models', the hub's first; its head is everywhere.
+            values: What those that run here say; for others, anything of the same shape.
+        """
+        ...
+
+    def agree(self, values: Tensor) -> Tensor:
+        """The same numbers, to the last bit, wherever models run: for decisions that must not differ."""
         ...
 
     def close(self) -> None:
@@ -47,6 +74,8 @@ class Executor(Protocol):
 
 class SequentialExecutor:
     """Runs the streams one after the other, when a stitch asks for them."""
+
+    spread = False
 
     def __init__(self, streams: Mapping[Hashable, StreamLike]) -> None:
         self.streams = streams
@@ -59,6 +88,18 @@ class SequentialExecutor:
 
     def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
         return {key: stream.advance(boundary(stream), checkpoint) for key, stream in self.streams.items()}
+
+    def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+        return hub_BTD, states
+
+    def go_on(self, hub_BTD: Tensor) -> Tensor:
+        return hub_BTD
+
+    def share(self, names: Sequence[str], values: list[Tensor]) -> list[Tensor]:
+        return values
+
+    def agree(self, values: Tensor) -> Tensor:
+        return values
 
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
         for key, stream in self.streams.items():

@@ -23,7 +23,7 @@ from .recorder import with_layers, with_modules
 
 
 class ModelHead:
-    """What a causal LM does to the hidden states behind its decoder layers.
+    """The part of a causal LM behind its decoder layers, from hidden states to logits.
 
     Args:
         model: The causal LM.
@@ -95,7 +95,7 @@ class _Backbone(nn.Module):
 
 
 class _BackboneOutput:
-    """What a backbone returns: final hidden states, and `None` for whatever else a model hands on."""
+    """A backbone's output: final hidden states, and `None` for whatever else a model hands on."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:
         self.last_hidden_state = last_hidden_state

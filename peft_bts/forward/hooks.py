@@ -10,6 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Optional
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ MakeState = Callable[[Composition, dict[str, Any], Optional[Cache], MakeExecutor
 
 
 class Body(NamedTuple):
-    """What the models have done when their heads' turn comes.
+    """The models' work as it is when their heads' turn comes.
 
     Attributes:
         state: The forward's state.
@@ -41,7 +42,7 @@ class Body(NamedTuple):
 
 
 class ForwardSettings(Transient):
-    """How a model's forwards run, and who is told of them. Copies of the model start with the defaults.
+    """Settings of a model's forwards: how they run, and who is told. Copies of the model start with the defaults.
 
     Attributes:
         observers: Told of every forward's gates; mostly none.
@@ -179,7 +180,7 @@ class InstanceForward:
         self.installed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes now; as before, unless a subclass says otherwise."""
+        """Return what the module computes now; as before, unless a subclass says otherwise."""
         return self._forward(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,6 +200,9 @@ class HubForward(InstanceForward, ForwardRunner):
         first_layer: The first of them.
         active_composition: Says what a forward that starts now runs; `None` for the hub alone.
         make_state: Makes the state of a forward.
+
+    Attributes:
+        around: Makes a context for every forward, from what it runs.
     """
 
     def __init__(
@@ -212,6 +216,7 @@ class HubForward(InstanceForward, ForwardRunner):
         ForwardRunner.__init__(self, make_state)
         self._backbone, self._first_layer, self._active_composition = backbone, first_layer, active_composition
         self._hook: Any = None
+        self.around: Callable[[Optional[Composition]], AbstractContextManager[Any]] = nullcontext
 
     def install(self) -> None:
         super().install()
@@ -226,6 +231,10 @@ class HubForward(InstanceForward, ForwardRunner):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         composition = self._active_composition()
+        with self.around(composition):
+            return self._call(composition, *args, **kwargs)
+
+    def _call(self, composition: Optional[Composition], *args: Any, **kwargs: Any) -> Any:
         if composition is None:
             return self.run(None, {}, None, functools.partial(self._forward, *args, **kwargs))
         call = self._by_name(args, kwargs)

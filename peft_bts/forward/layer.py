@@ -17,7 +17,7 @@ from .placement import place_for_stitch
 
 
 class AdapterPart(BaseTunerLayer):
-    """What adapters add in one place of a hub; PEFT finds these to switch adapters, and to turn them on and off."""
+    """Base of whatever adapters add in one place of a hub: PEFT looks for it to switch adapters, or turn them off."""
 
 
 class StitchLayer(nn.Module, AdapterPart):

@@ -23,7 +23,7 @@ _MASK_OF_ALL_KEYS = ("bloom",)
 
 def check_mask(mask: Mask, hub: Any, expert: Any, name: str) -> None:
     """Raise `ValueError` if expert `name` cannot be given a mask that was made for the hub. Arguments are configs."""
-    if not _is_prepared(mask) or _view(hub) == _view(expert):
+    if not _is_prepared(mask) or view_of(hub) == view_of(expert):
         return
     models = f"the hub ({hub.model_type}), and expert {name!r} ({expert.model_type})"
     if not _has_full_attention(mask, hub):
@@ -34,8 +34,8 @@ def check_mask(mask: Mask, hub: Any, expert: Any, name: str) -> None:
     if not torch.compiler.is_compiling() and not _is_causal_with_padding(mask):
         raise ValueError(
             f"The attention mask was prepared for {models}, whose layers see differently, could only be given the "
-            "padding in it; but it masks more than the future and padding. Use a 2D mask, or experts of the hub's "
-            "architecture."
+            "padding in it; but it masks more than the future and padding on the left (padding on the right cannot be "
+            "told from it). Use a 2D mask, or experts of the hub's architecture."
         )
 
 
@@ -48,7 +48,7 @@ def expert_mask(mask: Mask, hub: Any, expert: Any, past: Optional[int], queries:
         past: Tokens in the expert's cache; `None` if that cannot be known (while compiling with a static cache).
         queries: Tokens in this call.
     """
-    if mask is None or (_is_prepared(mask) and _view(hub) == _view(expert)):
+    if mask is None or (_is_prepared(mask) and view_of(hub) == view_of(expert)):
         return mask
     if _is_padding(mask):
         padding = mask
@@ -63,7 +63,7 @@ def expert_mask(mask: Mask, hub: Any, expert: Any, past: Optional[int], queries:
 
 
 def is_text(mask: Mask, hub: Any, past: int, queries: int) -> Optional[Tensor]:
-    """Which of this call's tokens are no padding, (B, queries); `None` where the mask does not tell.
+    """Return which of this call's tokens are no padding, (B, queries); `None` where the mask does not tell.
 
     Args:
         mask, hub: The mask in the hub's call, and the hub's config.
@@ -83,7 +83,7 @@ def is_text(mask: Mask, hub: Any, past: int, queries: int) -> Optional[Tensor]:
 
 
 def _is_padding(mask: Mask) -> TypeGuard[Tensor]:
-    """Whether a mask is the tokenizer's: (B, tokens so far)."""
+    """Return whether a mask is the tokenizer's: (B, tokens so far)."""
     return isinstance(mask, Tensor) and mask.dim() != 4
 
 
@@ -107,7 +107,7 @@ def _visible(full: Tensor) -> Tensor:
 
 
 def _is_causal_with_padding(mask: Mask) -> bool:
-    """Whether every query sees just the keys up to itself that the last query sees too."""
+    """Return whether every query sees just the keys up to itself that the last query sees too."""
     full = _full(mask)
     if full is None or full.shape[-2] == 1:
         return True
@@ -124,8 +124,8 @@ def _is_causal_with_padding(mask: Mask) -> bool:
     return bool(torch.where(is_text, expected, nothing_or_all).all())
 
 
-def _view(config: Any) -> tuple[Any, ...]:
-    """What decides the form of prepared masks: the kinds of layers, their windows, and the attention kernel."""
+def view_of(config: Any) -> tuple[Any, ...]:
+    """Return what decides the form of prepared masks: the kinds of layers, their windows, and the attention kernel."""
     kinds = getattr(config, "layer_types", None)
     return (
         config.model_type,

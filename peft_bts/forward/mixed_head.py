@@ -7,7 +7,7 @@ all models for all tokens are never in memory at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Optional, Union
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..mixture import OutputMixture, log_probs, mix
+from ..stitch import HUB
 from .composition import StitchableExpert
 from .head import ModelHead
 from .hooks import Body, ForwardRunner, InstanceForward
@@ -30,26 +31,32 @@ _CHUNK = 2**24
 
 _IGNORED = -100  # of labels, as everywhere in transformers
 
-# What is wanted of a chunk of tokens: from the gates' logarithms (N, M), each model's log probabilities (N, V) and the
-# targets (N,), if there are any, to tensors (N, ...).
-Read = Callable[[Tensor, list[Tensor], Optional[Tensor]], tuple[Tensor, ...]]
+# From what is said by the models that run in this process to what all say, the hub's first; in one process the same.
+Share = Callable[[list[Tensor]], list[Tensor]]
+# What is wanted of a chunk of tokens: from the gates' logarithms (N, M), each model's log probabilities (N, V), the
+# targets (N,), if there are any, and how to share what is read of the models, to tensors (N, ...).
+Read = Callable[[Tensor, list[Tensor], Optional[Tensor], Share], tuple[Tensor, ...]]
 Measure = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # the same from the mixture's log probabilities and targets
 
 
 class _Ready(NamedTuple):
-    """What there is before any head has run.
+    """The models' states and gates before any head has run.
 
     Attributes:
         states: What the hub's head reads, and the states behind the last layers of the experts, (B, T, D_i).
         experts: The experts, in the order of their states.
         log_gates_BTM: Logarithms of the gates.
         vocab: The hub's vocabulary.
+        share: How processes share what their models say.
+        spread: Whether there are several.
     """
 
     states: list[Tensor]
     experts: list[StitchableExpert]
     log_gates_BTM: Tensor
     vocab: int
+    share: Share
+    spread: bool
 
 
 class MixedHead(InstanceForward):
@@ -88,6 +95,7 @@ class MixedHead(InstanceForward):
 
         batch, tokens = ready.log_gates_BTM[:, positions].shape[:2]
         loss = None
+        logits_NV: Optional[Tensor]
         if labels is None:
             (logits_NV,) = self._in_chunks(ready, select, None, _mixture)
         else:
@@ -95,20 +103,24 @@ class MixedHead(InstanceForward):
             ignored = loss_arguments.get("ignore_index", _IGNORED)
             targets_N = select(_next_tokens(labels, loss_arguments.get("shift_labels"), ignored))
             known = targets_N != ignored
-            logits_NV, of_targets_NM = self._in_chunks(
-                ready, select, targets_N.masked_fill(~known, 0), _mixture_and_targets
-            )
-            if self._hub.loss_function is ForCausalLMLoss:
+            usual_loss = self._hub.loss_function is ForCausalLMLoss
+            # Where processes would have to send each other all logits only to train, there are none.
+            read = _targets if usual_loss and ready.spread and torch.is_grad_enabled() else _mixture_and_targets
+            found = self._in_chunks(ready, select, targets_N.masked_fill(~known, 0), read)
+            logits_NV, of_targets_NM = (None if read is _targets else found[0]), found[-1]
+            if usual_loss:
                 # The same number, with no gradient the size of the vocabulary.
                 log_likelihood_N = (select(ready.log_gates_BTM).to(of_targets_NM.dtype) + of_targets_NM).logsumexp(-1)
                 loss = _mean(-log_likelihood_N, known, loss_arguments.get("num_items_in_batch"))
             else:
+                assert logits_NV is not None
                 logits = logits_NV.unflatten(0, (batch, tokens))
                 loss = self._hub.loss_function(logits=logits, labels=labels, vocab_size=ready.vocab, **loss_arguments)
             if out.get("aux_loss") is not None:  # of a hub that is a mixture of experts, as its own forward adds it
                 loss = loss + self._hub.router_aux_loss_coef * out["aux_loss"].to(loss.device)
         rest = {name: value for name, value in out.items() if name not in ("loss", "logits")}
-        mixed = type(out)(loss=loss, logits=logits_NV.unflatten(0, (batch, tokens)), **rest)
+        logits = None if logits_NV is None else logits_NV.unflatten(0, (batch, tokens))
+        mixed = type(out)(loss=loss, logits=logits, **rest)
         return mixed.to_tuple() if as_tuple else mixed
 
     def measure(self, call: Mapping[str, Any], targets_BT: Tensor, measure: Measure) -> tuple[Any, list[Tensor]]:
@@ -132,9 +144,11 @@ class MixedHead(InstanceForward):
         def select(of_tokens: Tensor) -> Tensor:
             return of_tokens[:, : counted_BT.shape[1]][counted_BT.to(of_tokens.device)]
 
-        def read(log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor]) -> tuple[Tensor, ...]:
+        def read(
+            log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor], share: Share
+        ) -> tuple[Tensor, ...]:
             assert targets_N is not None
-            return measure(mix(log_gates_NM, logps), targets_N)
+            return measure(mix(log_gates_NM, share(logps)), targets_N)
 
         found = self._in_chunks(ready, select, targets_BT[counted_BT], read)
         spread = [values_N.new_zeros(counted_BT.shape) for values_N in found]
@@ -144,7 +158,7 @@ class MixedHead(InstanceForward):
         ]
 
     def _run_models(self, call: dict[str, Any], gates: OutputMixture, stitched: bool) -> tuple[Any, _Ready]:
-        """What the hub's causal LM returns, and what its head and the experts' are to read."""
+        """Return what the hub's causal LM returns, and what its head and the experts' are to read."""
         # The hub's logits are made later, in chunks; here its own head has as little to do as possible.
         little = {"logits_to_keep": 1} if "logits_to_keep" in self.__signature__.parameters else {}
         alone = torch.is_grad_enabled() and not stitched and self._nothing_trained(call)
@@ -157,10 +171,12 @@ class MixedHead(InstanceForward):
         body.state.finish()
         states = [body.hub_BTD, *(body.experts.by_name[name] for name in names)]
         experts = [body.state.composition.experts[name] for name in names]
-        return out, _Ready(states, experts, log_gates_BTM, out.logits.shape[-1])
+        executor = body.state.executor
+        share = partial(executor.share, [HUB, *names])
+        return out, _Ready(states, experts, log_gates_BTM, out.logits.shape[-1], share, executor.spread)
 
     def _nothing_trained(self, call: dict[str, Any]) -> bool:
-        """Whether the gates alone are trained: what the models compute then needs no gradient."""
+        """Return whether the gates alone are trained: what the models compute then needs no gradient."""
         embeds = call.get("inputs_embeds")
         return not (embeds is not None and embeds.requires_grad) and not any(
             p.requires_grad for name, p in self._hub.named_parameters() if "stitch_output." not in name
@@ -179,46 +195,57 @@ class MixedHead(InstanceForward):
         """
         states, log_gates_NM = [select(state) for state in ready.states], select(ready.log_gates_BTM)
         targets_N = None if targets_N is None else targets_N.to(log_gates_NM.device)
-        run = partial(self._chunk, ready.experts, ready.vocab, read)
+        run = partial(self._chunk, ready, read)
         if torch.is_grad_enabled() and (log_gates_NM.requires_grad or any(state.requires_grad for state in states)):
             run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         size = max(1, _CHUNK // ready.vocab)
+        if len(log_gates_NM) <= size:  # no loop: compiled, it would make a graph for every number of tokens
+            return run(log_gates_NM, targets_N, *states)
         pieces = [
             run(log_gates_NM[start : start + size], targets, *(state[start : start + size] for state in states))
-            for start in range(0, max(1, len(log_gates_NM)), size)
+            for start in range(0, len(log_gates_NM), size)
             for targets in [None if targets_N is None else targets_N[start : start + size]]
         ]
-        return pieces[0] if len(pieces) == 1 else tuple(torch.cat(parts) for parts in zip(*pieces))
+        return tuple(torch.cat(parts) for parts in zip(*pieces))
 
     def _chunk(
         self,
-        experts: Sequence[StitchableExpert],
-        vocab: int,
+        ready: _Ready,
         read: Read,
         log_gates_NM: Tensor,
         targets_N: Optional[Tensor],
         *states: Tensor,
     ) -> tuple[Tensor, ...]:
         hub_ND, *others = states
-        logits = [self._head.logits(hub_ND[None]), *(e.logits(state[None]) for e, state in zip(experts, others))]
-        logps = [log_probs(logits_1NV[0].to(log_gates_NM.device), vocab) for logits_1NV in logits]
-        return read(log_gates_NM, logps, targets_N)
+        logits = [self._head.logits(hub_ND[None]), *(e.logits(state[None]) for e, state in zip(ready.experts, others))]
+        logps = [log_probs(logits_1NV[0].to(log_gates_NM.device), ready.vocab) for logits_1NV in logits]
+        return read(log_gates_NM, logps, targets_N, ready.share)
 
 
-def _mixture(log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor]) -> tuple[Tensor, ...]:
+def _mixture(
+    log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor], share: Share
+) -> tuple[Tensor, ...]:
     """The mixture's log probabilities, (N, V)."""
-    return (mix(log_gates_NM, logps),)
+    return (mix(log_gates_NM, share(logps)),)
 
 
-def _mixture_and_targets(log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor]) -> tuple[Tensor, ...]:
-    """The mixture's log probabilities, (N, V), and each model's of the targets, (N, M)."""
+def _targets(
+    log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor], share: Share
+) -> tuple[Tensor, ...]:
+    """Each model's log probabilities of the targets, (N, M)."""
     assert targets_N is not None
-    of_targets = [logp_NV.gather(1, targets_N[:, None]) for logp_NV in logps]
-    return mix(log_gates_NM, logps), torch.cat(of_targets, dim=1)
+    return (torch.cat(share([logp_NV.gather(1, targets_N[:, None]) for logp_NV in logps]), dim=1),)
+
+
+def _mixture_and_targets(
+    log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor], share: Share
+) -> tuple[Tensor, ...]:
+    """The mixture's log probabilities, (N, V), and each model's of the targets, (N, M)."""
+    return *_mixture(log_gates_NM, logps, None, share), *_targets(log_gates_NM, logps, targets_N, share)
 
 
 def _present_tokens(body: Body) -> Optional[dict[str, Tensor]]:
-    """Which tokens each expert takes part in, (B, T) and boolean by name; `None`: all."""
+    """Return which tokens each expert takes part in, (B, T) and boolean by name; `None`: all."""
     if body.experts.present is None:
         return None
     shape = body.hub_BTD.shape[:2]
@@ -226,7 +253,7 @@ def _present_tokens(body: Body) -> Optional[dict[str, Tensor]]:
 
 
 def _next_tokens(labels: Tensor, shift_labels: Optional[Tensor], ignored: int) -> Tensor:
-    """What every token is to predict, (B, T), as `ForCausalLMLoss` has it."""
+    """Return what every token is to predict, (B, T), as `ForCausalLMLoss` has it."""
     return F.pad(labels, (0, 1), value=ignored)[:, 1:] if shift_labels is None else shift_labels
 
 

@@ -27,7 +27,7 @@ class Observer(Protocol):
 
 
 class Observation:
-    """What observers are told of one forward.
+    """The message to observers about one forward.
 
     Attributes:
         composition, call: What ran, and the arguments of the hub's backbone by name.

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def execution_device(module: nn.Module) -> Optional[torch.device]:
-    """Where accelerate runs a module whose weights it keeps elsewhere; `None` if it does not."""
+    """Return where accelerate runs a module whose weights it keeps elsewhere; `None` if it does not."""
     hook = getattr(module, "_hf_hook", None)
     devices = [getattr(h, "execution_device", None) for h in (*getattr(hook, "hooks", ()), hook)]
     found = next((device for device in devices if device is not None), None)
@@ -17,7 +17,7 @@ def execution_device(module: nn.Module) -> Optional[torch.device]:
 
 
 def is_dispatched(model: nn.Module) -> bool:
-    """Whether accelerate has spread a model over several places: its parts must not be moved."""
+    """Return whether accelerate has spread a model over several places: its parts must not be moved."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or any(
         parameter.device.type == "meta" for parameter in model.parameters()
     )
@@ -28,7 +28,8 @@ def place_for_stitch(base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
 
     Behind an offloaded layer (meta device) the stitch itself is not offloaded: it is where the layer is run.
     """
-    for module in base_layer.modules():
+    like: nn.Module = getattr(base_layer, "placed_like", base_layer)  # a layer that another process runs tells by this
+    for module in like.modules():
         for tensor in module.parameters(recurse=False):
             if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2:
                 on_meta = tensor.device.type == "meta"

@@ -116,7 +116,7 @@ def with_layers(backbone: M, list_name: str, layers: Sequence[nn.Module]) -> M:
 
 
 def layer_return_sizes(decoder: Decoder, device: torch.device) -> tuple[list[Optional[int]], int]:
-    """What every decoder layer returns (`None`: a tensor, else the size of the tuple), and the hidden states' width.
+    """Return the form of every layer's output (`None`: a tensor, else a tuple's size), and the hidden states' width.
 
     Runs a forward over two tokens.
     """

@@ -125,7 +125,8 @@ class ForwardState:
             hub_BTD: The hub layer's hidden states.
             checkpoint: The hub's gradient checkpointing function while it is in use, else `None`.
         """
-        states = self.executor.advance(self.composition.boundary(layer), checkpoint)
+        states: dict[Any, Tensor] = {**self.executor.advance(self.composition.boundary(layer), checkpoint)}
+        hub_BTD, states = self.executor.meet(hub_BTD, states)
         following = self.composition.next_stitch(layer)
         changes_experts = stitch.kind != EXPERTS_INTO_HUB or self.composition.projected
         if following is not None and not changes_experts:
@@ -133,7 +134,9 @@ class ForwardState:
         hub_BTD, new_states = self._mix(layer, stitch, hub_BTD, states)
         if changes_experts:
             self.executor.replace_states(new_states)
-            if following is not None:
+        if following is not None or self.composition.mixture:  # else nobody goes on
+            hub_BTD = self.executor.go_on(hub_BTD)
+            if following is not None and changes_experts:
                 self.executor.look_ahead(self.composition.boundary(following))
         if following is None and not self.composition.mixture:
             self.finish()

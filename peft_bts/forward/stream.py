@@ -25,7 +25,7 @@ class Layers(Protocol):
 
 
 class LayerCall(NamedTuple):
-    """What a decoder layer would have been called with: hidden states (B, T, D), and its other arguments."""
+    """A recorded call of a decoder layer: hidden states (B, T, D), and its other arguments."""
 
     hidden: Tensor
     args: tuple[Any, ...]
@@ -33,7 +33,7 @@ class LayerCall(NamedTuple):
 
 
 class StreamLike(Protocol):
-    """What an executor asks of a model's forward under way: `Stream`, or a share of a common one."""
+    """The protocol of a model's forward under way: a `Stream`, or a share of a common one."""
 
     state: Tensor
 

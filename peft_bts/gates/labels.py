@@ -22,16 +22,18 @@ def colours(stitches: list[TracedStitch]) -> dict[str, str]:
 
 
 def token_texts(token_ids: list[Optional[int]], tokenizer: Any) -> list[str]:
-    """What each token adds to the text; without a tokenizer, the ids.
+    """Return what each token adds to the text; without a tokenizer, the ids.
 
     Decoding tokens one by one would lose spaces, and characters that several tokens share: those come with their last
-    token, and the others are `�`.
+    token, and the others add nothing. A character that is never completed is `�`, on every one of its tokens.
     """
     if tokenizer is None:
         return ["?" if token is None else str(token) for token in token_ids]
-    texts, before, shown = [], 0, 0  # tokens [before:shown] are the context that the next token is decoded in
+    texts: list[str] = []
+    before = shown = 0  # tokens [before:shown] are the context that the next token is decoded in
     for end in range(1, len(token_ids) + 1):
         if token_ids[end - 1] is None:
+            texts[shown:] = ["\ufffd"] * (end - 1 - shown)
             texts.append("?")
             before = shown = end
             continue
@@ -39,15 +41,16 @@ def token_texts(token_ids: list[Optional[int]], tokenizer: Any) -> list[str]:
         context = tokenizer.decode(token_ids[before:shown], **options)
         text = tokenizer.decode(token_ids[before:end], **options)
         if text.endswith("\ufffd") and end - shown < 4:  # UTF-8 has at most 4 bytes
-            texts.append("\ufffd")
+            texts.append("")
             continue
         texts.append(text[len(context) :])
         before, shown = shown, end
+    texts[shown:] = ["\ufffd"] * (len(texts) - shown)
     return texts
 
 
 def stitch_name(stitch: TracedStitch) -> str:
-    """What a stitch is called below a figure, such as `experts into hub behind layer 3`."""
+    """Return what a stitch is called below a figure, such as `experts into hub behind layer 3`."""
     if stitch.kind == OUTPUT_MIXTURE:
         return "output mixture"
     return f"{stitch.kind.replace('_', ' ')} behind layer {stitch.layer}"

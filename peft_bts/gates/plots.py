@@ -73,6 +73,8 @@ def _plot_sequence(
 
 def _label(text: str) -> str:
     """A token's text as it can stand below an axis."""
+    if not text:
+        return ""  # a part of the next token's character
     text = text.replace("\n", "↵").replace("\t", "⇥").strip() or "␣"
     return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
 

@@ -64,7 +64,7 @@ class Generation:
         self._caches: list[tuple[Any, Batch]] = []  # held until the end, to be asked then
 
     def prompt_of(self, batch: Batch, cache: Any, columns: int) -> int:
-        """Where the batch's prompt ends. A second batch has negative prompts, as long as its first call."""
+        """Return where the batch's prompt ends. A second batch has negative prompts, as long as its first call."""
         if id(batch) not in self._prompts:
             self._prompts[id(batch)] = columns if self._prompts else self._prompt
             if cache is None:
@@ -150,7 +150,7 @@ class Batch:
         return all_gates
 
     def _finished(self, token_ids: Tensor, generated: Tensor) -> Tensor:
-        """Where a row had ended and only waited for the rest of the batch: (B, T)."""
+        """Return where a row had ended and only waited for the rest of the batch: (B, T)."""
         finished = torch.zeros_like(token_ids, dtype=torch.bool)
         starts = torch.cat([torch.full((chunk.columns,), i) for i, chunk in enumerate(self.chunks)])
         for generation in {id(chunk.generation): chunk.generation for chunk in self.chunks}.values():

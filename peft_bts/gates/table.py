@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config import HUB_INTO_EXPERTS, OUTPUT_MIXTURE
+from ..formatting import TextTable, as_text, table
 from ..stitch import HUB
-from .extras import needs
 from .sequences import GateSequence, TracedStitch
 
 
@@ -58,36 +57,32 @@ class GateTable:
         names = {name for row in self.rows for name in row["gates"]}
         return sorted(names, key=lambda name: (name != HUB, name))
 
-    def __rich__(self) -> Any:
-        table = needs("rich.table").Table(
-            title="Mean gates (in brackets: tokens where the model dominates)",
-            caption="stitch: its hub layer. entropy: of a token's gates, in nats; normalised: divided by its maximum",
-        )
-        escape = needs("rich.markup").escape
+    def __rich__(self) -> TextTable:
         keys = [key for key in self.by if key != "stitch"]
-        for column in [*keys, "stitch"]:
-            table.add_column(column)
-        for column in ["tokens", *self.models, "entropy", "normalised"]:
-            table.add_column(column, justify="right")
-        for row in self.rows:
-            gates = [
-                f"{row['gates'][name]:.3f} ({row['dominant'][name]:4.0%})" if name in row["gates"] else ""
-                for name in self.models
-            ]
-            table.add_row(
-                *("-" if row[key] is None else escape(str(row[key])) for key in keys),
+        rows = [
+            [
+                *("-" if row[key] is None else str(row[key]) for key in keys),
                 _place(row),
                 str(row["tokens"]),
-                *gates,
+                *(
+                    f"{row['gates'][name]:.3f} ({row['dominant'][name]:.0%})" if name in row["gates"] else ""
+                    for name in self.models
+                ),
                 f"{row['entropy']:.3f}",
                 f"{row['normalised_entropy']:.3f}",
-            )
-        return table
+            ]
+            for row in self.rows
+        ]
+        return table(
+            "Mean gates (in brackets: tokens where the model dominates)",
+            [*keys, "stitch", "tokens", *self.models, "entropy", "normalised"],
+            rows,
+            left=1 + len(keys),
+            caption="stitch: its hub layer. entropy: of a token's gates, in nats; normalised: divided by its maximum",
+        )
 
     def __str__(self) -> str:
-        console = needs("rich.console").Console(file=io.StringIO(), width=80 + 16 * len(self.models))
-        console.print(self)
-        return console.file.getvalue()
+        return as_text(self)
 
 
 def make_table(

@@ -70,7 +70,7 @@ def trace_gates(model: nn.Module) -> Iterator[GateTrace]:
 
 
 def _settings(model: nn.Module) -> ForwardSettings:
-    """What holds the observers of a model."""
+    """Return what holds the observers of a model."""
     inner = model
     while not isinstance(inner, (PeftModel, StitchModel, StitchExportForCausalLM, StitchExportModel)):
         wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)  # compiled; DDP and the like
@@ -88,7 +88,7 @@ def _settings(model: nn.Module) -> ForwardSettings:
 
 
 class GateTrace:
-    """What `trace_gates` recorded; it can be read during the `with` and after it.
+    """The record of `trace_gates`; it can be read during the `with` and after it.
 
     Stitches are counted from the first layer to the last, as in `stitches`: `stitch=-1` is the one before the head.
     Beam search is recorded as it was computed: a sequence is a place in the batch of beams with the tokens that were
@@ -156,7 +156,7 @@ class GateTrace:
         )
 
     def _is_ours(self) -> bool:
-        """Whether this is the thread that the trace was opened in."""
+        """Return whether this is the thread that the trace was opened in."""
         return threading.get_ident() == self._thread
 
     @contextmanager

@@ -39,7 +39,7 @@ RECENT = 4
 
 @dataclass(frozen=True)
 class Dropping:
-    """Which experts a sequence keeps.
+    """The rule by which a sequence keeps experts.
 
     Args:
         max_active_experts: At most so many, those with the largest gates; 0 leaves the hub alone.
@@ -62,7 +62,7 @@ class Dropping:
             raise ValueError(f"expert_threshold must be a gate, from 0 to 1, got {least!r}.")
 
     def choose(self, gates_BN: Tensor) -> Tensor:
-        """Which experts to run, (B, N) and boolean, by the mean gate of each (the hub's is not among them)."""
+        """Return which experts to run, (B, N) and boolean, by the mean gate of each (the hub's is not among them)."""
         keep = torch.ones_like(gates_BN, dtype=torch.bool)
         if self.max_active_experts is not None:
             places = gates_BN.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -124,7 +124,7 @@ class CatchUpState:
         self.recent: Optional[Tensor] = None
 
     def choose(self, policy: Optional[Dropping], new_tokens: int) -> dict[str, Tensor]:
-        """Which sequences every expert is to run for, (B,) and boolean by name. Prompts are for all."""
+        """Return which sequences every expert is to run for, (B,) and boolean by name. Prompts are for all."""
         batch = sum(len(group.rows) for group in self.groups[self.names[0]])
         if policy is None or self.recent is None or new_tokens > 1:
             return {name: torch.ones(batch, dtype=torch.bool) for name in self.names}
@@ -390,7 +390,7 @@ class DroppingForwardState(ForwardState):
         """Remember the experts' gates, for the choice at the next token."""
         assert self.past is not None  # as `check` has made sure
         text_BT = is_text(self.call.get("attention_mask"), self.composition.hub_config, self.past, self.new)
-        catch_up.note(gates_BTN, text_BT)
+        catch_up.note(self.executor.agree(gates_BTN), text_BT)
 
     def _into_experts(
         self, catch_up: CatchUpState, layer: int, stitch: Stitch, hub_BTD: Tensor, states: dict[Any, Tensor]

@@ -165,7 +165,7 @@ def _child_as_one(modules: Sequence[nn.Module], name: str) -> Optional[nn.Module
 
 
 def _are_plain_linear(modules: Sequence[nn.Module]) -> TypeGuard[Sequence[AnyLinear]]:
-    """Whether these are linear layers, of no subclass, with weights in no format of a quantiser's."""
+    """Return whether these are linear layers, of no subclass, with weights in no format of a quantiser's."""
     return all(type(module) in (nn.Linear, Conv1D) and type(module.weight.data) is Tensor for module in modules)
 
 

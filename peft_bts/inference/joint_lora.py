@@ -11,7 +11,7 @@ Shapes: B sequences, T tokens, D the width; with N experts a batch of all is ((1
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Optional
 
@@ -31,6 +31,8 @@ from transformers.cache_utils import (
 )
 
 from .._compat.peft import peft_type_name
+from ..distributed.absent import AbsentExpert, has_layers
+from ..distributed.parallel import ExpertParallel
 from ..forward.composition import Composition
 from ..forward.decoder import Decoder, text_config, token_embeddings
 from ..forward.executor import Boundary, Executor, SequentialExecutor
@@ -152,7 +154,9 @@ class JointModel:
             return True
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         return any(
-            getattr(hook, "__self__", None) is not self._runner and getattr(hook, "__module__", "") != _COLLECTOR
+            getattr(hook, "__self__", None) is not self._runner
+            and not isinstance(getattr(hook, "__self__", None), ExpertParallel)
+            and getattr(hook, "__module__", "") != _COLLECTOR
             for hook in hooks
         )
 
@@ -171,6 +175,8 @@ class JointExecutor:
         loras: The same, each with the name of its expert.
         number_of_rows: How many the batch of all has.
     """
+
+    spread = False
 
     def __init__(
         self, state: ForwardState, model: JointModel, lanes: Mapping[Hashable, Lane], others: Executor
@@ -220,7 +226,7 @@ class JointExecutor:
         return hidden[: self._batch]
 
     def for_all(self, value: Any) -> Any:
-        """What a layer of the hub is called with, for the batch of all."""
+        """Return what a layer of the hub is called with, for the batch of all."""
         if isinstance(value, Cache):
             return self._cache
         if isinstance(value, (tuple, list)):
@@ -242,6 +248,18 @@ class JointExecutor:
         assert self._states is not None  # the hub's layers bring the experts along
         return {**self._others.advance(boundary, checkpoint), **self._states}
 
+    def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
+        return hub_BTD, states
+
+    def go_on(self, hub_BTD: Tensor) -> Tensor:
+        return hub_BTD
+
+    def share(self, names: Sequence[str], values: list[Tensor]) -> list[Tensor]:
+        return values
+
+    def agree(self, values: Tensor) -> Tensor:
+        return values
+
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
         assert self._states is not None
         self._states = {key: states[key] for key in self.rows}
@@ -255,8 +273,9 @@ def _under_way(runner: ForwardRunner) -> tuple[ForwardState, JointExecutor]:
     """The state of the forward under way, and its executor, which runs the joint layers."""
     state = runner.current()
     assert state is not None
-    assert isinstance(state.executor, JointExecutor)
-    return state, state.executor
+    executor = getattr(state.executor, "inner", state.executor)  # of several processes, each has one inside
+    assert isinstance(executor, JointExecutor)
+    return state, executor
 
 
 class JointLora:
@@ -368,9 +387,13 @@ def _joint_executor(model: JointModel, lanes: Mapping[Hashable, Lane], state: Fo
 
 def why_not(decoder: Decoder, expert: Expert) -> Optional[str]:
     """Why an expert cannot run with the hub as rows of one batch; `None` if it can."""
+    if isinstance(expert, AbsentExpert):
+        return f"in process {expert.owner} of this model"
     model = expert.model
     if not isinstance(model, PeftModel):
         return "it is a full model"
+    if not has_layers(decoder):
+        return "the hub runs in another process"
     layers = [_unstitched(layer) for layer in decoder.layers]
     inner = set(expert.layers.modules())
     if len(expert.layers) != len(layers) or not _share(layers, expert.layers):
@@ -403,7 +426,7 @@ def _unstitched(layer: nn.Module) -> nn.Module:
 
 
 def _share(hub_layers: Iterable[nn.Module], layers: Iterable[nn.Module]) -> bool:
-    """Whether an adapter's layers are the hub's own weights, with adapters."""
+    """Return whether an adapter's layers are the hub's own weights, with adapters."""
     theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
     return all(id(parameter) in theirs for layer in hub_layers for parameter in layer.parameters())
 

@@ -73,7 +73,7 @@ class Stack:
         self._views, self.layers = [], []
 
     def _is_whole(self) -> bool:
-        """Whether the experts are as they were put together: a move or a cast gives them other weights."""
+        """Return whether the experts are as they were put together: a move or a cast gives them other weights."""
         return (
             all(view.is_taken() for view in self._views)
             and all(now == then for now, then in self._built)
@@ -83,7 +83,7 @@ class Stack:
     def join(
         self, streams: dict[Hashable, Stream], experts: Mapping[str, Any], caches: Mapping[str, Cache]
     ) -> dict[Hashable, StreamLike]:
-        """What to run in the place of these experts' streams; nothing if this forward cannot run them as one.
+        """Return what to run in the place of these experts' streams; nothing if this forward cannot run them as one.
 
         Args:
             streams: Just begun, by expert name.
@@ -261,7 +261,7 @@ def _joint_stream(layers: Sequence[nn.Module], streams: Sequence[Stream], caches
 
 
 def for_all(value: Any, batch: int, number: int, cache: Optional[Cache]) -> Any:
-    """What a layer of one expert is called with, for the batch of all. Their configs are the same, so this is too."""
+    """Widen a call of one expert's layer to the batch of all. Their configs are the same, so the call is, too."""
     if isinstance(value, Cache):
         return cache
     if isinstance(value, (tuple, list)):

@@ -122,7 +122,7 @@ class _SideBySide:
 
 
 def _may_run_otherwise() -> bool:
-    """Whether threads and stacks compute what the experts would: graphs, tracers and modes stay with one thread."""
+    """Return whether threads and stacks compute the same: graphs, tracers and modes stay with one thread."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()

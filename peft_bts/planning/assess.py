@@ -179,7 +179,7 @@ class _Domain:
         return torch.tensor(self.owner).repeat_interleave(torch.tensor([len(row) - 1 for row in self.rows]))
 
     def part(self, names: Sequence[str], tokens: Tensor) -> Tokens:
-        """What the hub and the named experts say about chosen tokens, a boolean (N,)."""
+        """Return what the hub and the named experts say about chosen tokens, a boolean (N,)."""
         log_likelihoods = torch.stack([self.columns[name][tokens] for name in (HUB, *names)], dim=-1)
         return Tokens(self.states[tokens], log_likelihoods)
 
@@ -315,7 +315,7 @@ def _losses(names: list[str], tested: list[_Sums], fitted: list[_Sums]) -> Losse
 
 
 def _gain(domains: list[_Sums], over: str) -> Gain:
-    """By how much the gates' loss is lower, with a bootstrap interval over the documents of each domain."""
+    """Return by how much the gates' loss is lower, with a bootstrap interval over the documents of each domain."""
     generator = np.random.default_rng(0)
     resampled = np.zeros(_RESAMPLES)
     value = 0.0
@@ -366,7 +366,7 @@ def _check_models(hub: Source, experts: Mapping[str, Source]) -> tuple[dict[str,
 
 
 def _positions(name: str, expert: Source, hub_config: Any) -> Optional[int]:
-    """How many positions an expert has, from its config."""
+    """Return how many positions an expert has, from its config."""
     if isinstance(expert, nn.Module):
         config = text_config(expert)
     else:

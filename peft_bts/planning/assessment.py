@@ -16,7 +16,7 @@ _COUNTS = 0.01  # nats per token from which a gain counts
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much the output gates' loss is lower, in nats per token.
+    """The amount by which the output gates' loss is lower, in nats per token.
 
     Attributes:
         mean: On the tested documents.
@@ -76,7 +76,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class DomainSize:
-    """How much was read of a domain.
+    """The amount of text that was read of a domain.
 
     Attributes:
         documents, tested: How many documents there are, and how many of them everything was tested on.
@@ -97,7 +97,7 @@ class DomainSize:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What `assess` returns. `str(assessment)` is for people, `to_dict()` for programs.
+    """The result of `assess`. `str(assessment)` is for people, `to_dict()` for programs.
 
     Attributes:
         domains: Losses by domain.
@@ -162,7 +162,7 @@ class Assessment:
         }
 
     def tables(self) -> list[Any]:
-        """What rich prints: losses by domain, gains, how much was read, and the advice."""
+        """Return what rich prints: losses by domain, gains, how much was read, and the advice."""
         domains = list(self.domains)
         losses = {name: one.columns() for name, one in self.domains.items()}
         rows = []

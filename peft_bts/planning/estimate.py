@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from .._compat.peft import CausalLM
 from .._compat.transformers import is_mixture
@@ -28,11 +29,12 @@ from ..formatting import as_text, human, table
 from ..forward.cache import held_expert_caches
 from ..forward.decoder import find_decoder
 from ..keys import is_stitch_weight
+from .quantized import QUANTIZATIONS, Quantization, saved_bytes
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one part adds: the hub, an expert, or the stitches.
+    """The share of one part: the hub, an expert, or the stitches.
 
     Attributes:
         parameters: Numbers in its weights; those that a LoRA shares with the hub count for the hub.
@@ -54,8 +56,8 @@ class Memory:
         weights: Of all models and the stitches (those are float32 beside models in half precision).
         weights_read: Of these, what one decoding step reads, whatever the number of sequences: all but embeddings and
             the experts' heads. Weights that a LoRA expert shares with the hub count once if it runs with the hub as
-            one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts: it depends
-            on the tokens.
+            one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts, where it
+            depends on the tokens, and for quantised weights, which are not counted here.
         cache: What a `DynamicCache` holds of `batch_size` sequences of `sequence_length` tokens, for all models.
         cache_per_token: By how much that grows with every further token of one sequence.
         recurrent: The part of `cache` that never grows: states of convolutions and linear attention.
@@ -88,13 +90,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `plan` returns. `str(estimate)` is for people, `to_dict()` for programs.
+    """The result of `plan`. `str(estimate)` is for people, `to_dict()` for programs.
 
     Attributes:
         hub, experts, stitches: What each part adds; experts by name.
         memory: By dtype of hub and experts, such as `"bfloat16"`.
         adapter_bytes: Size of adapter_model.safetensors.
         batch_size, sequence_length: What cache, activations and operations are counted for.
+        quantization: In how many bits the weights of hub and experts are counted, if not in those of the dtype.
     """
 
     hub: Part
@@ -104,6 +107,7 @@ class Estimate:
     adapter_bytes: int
     batch_size: int
     sequence_length: int
+    quantization: Optional[Quantization] = None
 
     @property
     def together(self) -> Part:
@@ -119,7 +123,7 @@ class Estimate:
         return {**values, "together": dataclasses.asdict(self.together)}
 
     def tables(self) -> list[Any]:
-        """What rich prints: what each part is, what memory it takes, and what was not counted."""
+        """Return what rich prints: what each part is, what memory it takes, and what was not counted."""
         experts = {f"expert {name!r}": part for name, part in self.experts.items()}
         parts = {"hub": self.hub, **experts, "stitches": self.stitches, "together": self.together}
         rows = [
@@ -130,10 +134,11 @@ class Estimate:
             (label, *("-" if (n := getattr(m, name)) is None else human(n, "B") for m in self.memory.values()))
             for name, label in _LABELS.items()
         ]
+        bits = "" if self.quantization is None else f", models' weights in {self.quantization}"
         size = f"{self.batch_size} x {self.sequence_length:,} tokens"
         return [
             table("Parts", ["", "parameters", "trained", "FLOPs per token", "hub = 1"], rows),
-            table(f"Memory for {size}", ["", *(f"models in {dtype}" for dtype in self.memory)], memory),
+            table(f"Memory for {size}{bits}", ["", *(f"models in {dtype}" for dtype in self.memory)], memory),
             f"The adapter's file: {human(self.adapter_bytes, 'B')}. FLOPs are of a forward over {size}. Not counted: "
             "the operations' temporary buffers, and what the libraries take for themselves.",
         ]
@@ -164,6 +169,7 @@ def plan(
     batch_size: int = 1,
     sequence_length: int = 2048,
     dtypes: Iterable[Union[str, torch.dtype]] = (torch.bfloat16, torch.float32),
+    quantization: Optional[Quantization] = None,
 ) -> Estimate:
     """Count what stitching these models will take: weights, memory, operations, and the adapter's file.
 
@@ -176,6 +182,8 @@ def plan(
         config: Options of the stitches; `None` for the defaults.
         batch_size, sequence_length: What cache, activations and operations are counted for.
         dtypes: The dtypes of hub and experts to count for.
+        quantization: Count the weights of hub and experts as bitsandbytes keeps them, `"4bit"` or `"8bit"`; all but
+            embeddings, heads, norms and LoRAs, which stay in their dtype.
 
     Raises:
         ValueError: For all that `get_peft_model` and `attach_expert` would refuse, with their messages.
@@ -187,37 +195,48 @@ def plan(
     for option, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{option} must be a whole number of at least 1, got {value!r}.")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, or None, got {quantization!r}.")
     of_models = [getattr(torch, dtype) if isinstance(dtype, str) else dtype for dtype in dtypes]
     memory: dict[str, Memory] = {}
     try:
         with no_weights():
             tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long)
             for dtype in of_models:
-                model, blueprints = _stitched(hub, references, config, dtype)
-                memory[str(dtype).removeprefix("torch.")] = _memory(model, tokens)
-            parts = _parts(model, blueprints, tokens)  # the same for every dtype of the models, as is the file
+                model, seed, blueprints = _stitched(hub, references, config, dtype)
+                of_dtype = _memory(model, tokens)
+                if quantization is not None:
+                    smaller = saved_bytes([seed, *blueprints.values()], quantization)
+                    of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller, weights_read=None)
+                memory[str(dtype).removeprefix("torch.")] = of_dtype
+            # The same for every dtype of the models, as is the file.
+            parts = _parts(model, blueprints, tokens, heads=config.output == "mixture")
             size = _file_size(model)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"These models cannot be counted without their weights: what they compute depends on numbers ({error})."
         ) from error
-    return Estimate(*parts, memory, size, batch_size, sequence_length)
+    return Estimate(*parts, memory, size, batch_size, sequence_length, quantization)
 
 
 def _stitched(
     hub: ModelLike, experts: Mapping[str, ModelLike], config: StitchConfig, dtype: torch.dtype
-) -> tuple[PeftModel, dict[str, CausalLM]]:
-    """The stitched model, without weights, and the experts in it by name."""
+) -> tuple[PeftModel, PreTrainedModel, dict[str, CausalLM]]:
+    """The stitched model, without weights, the hub in it, and the experts by name."""
     seed = hub_blueprint(hub, dtype)
     blueprints = {name: expert_blueprint(name, expert, seed, dtype) for name, expert in sorted(experts.items())}
     model = get_peft_model(seed, dataclasses.replace(config, experts={}))
-    for name, expert in blueprints.items():
-        model.attach_expert(name, expert)
-    return model.eval(), blueprints
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Expert .* came from no id or path")  # blueprints are not for saving
+        for name, expert in blueprints.items():
+            model.attach_expert(name, expert)
+    return model.eval(), seed, blueprints
 
 
-def _parts(model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor) -> tuple[Part, dict[str, Part], Part]:
-    """Hub, experts and stitches. What is left of the whole after hub and experts is the stitches'."""
+def _parts(
+    model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor, heads: bool
+) -> tuple[Part, dict[str, Part], Part]:
+    """Hub, experts (with their heads, or without) and stitches, which get what is left of the whole."""
     counted: set[int] = set()
 
     def new(weights: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -235,7 +254,7 @@ def _parts(model: PeftModel, experts: Mapping[str, CausalLM], tokens: Tensor) ->
         hub_flops = _flops(model, tokens)
     found, others = {}, hub_flops
     for name, expert in experts.items():
-        flops = _flops(find_decoder(expert, name).backbone, tokens)  # nobody asks for its head
+        flops = _flops(expert if heads else find_decoder(expert, name).backbone, tokens)
         found[name], others = part(new(expert.parameters()), flops), others + flops
     return part(hub_weights, hub_flops), found, part(stitch_weights, _flops(model, tokens) - others)
 

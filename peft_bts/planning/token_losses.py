@@ -105,7 +105,7 @@ class WeightAverage:
 
 @dataclass
 class Reading:
-    """What a model says about rows of tokens, by row; a row of T tokens has T - 1 that are predicted.
+    """A model's statements about rows of tokens, by row; a row of T tokens has T - 1 that are predicted.
 
     Attributes:
         log_likelihoods: The log probability of each predicted token, (T - 1,), at least float32, on the CPU.

@@ -1,4 +1,4 @@
-"""What the model card of an adapter says about its experts, beside what PEFT and Trainer write."""
+"""The part of an adapter's model card about its experts, beside what PEFT and Trainer write."""
 
 from __future__ import annotations
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Optional, Union
 
 from huggingface_hub import HfApi
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .._compat.bitsandbytes import saves_repacked_weights
 from .._compat.peft import CausalLM, base_model
@@ -21,6 +23,7 @@ from ..forward.expert import Expert
 from ..model import StitchModel, stitch_tuner
 from ..reference import is_repo_id
 from ..stitch import HUB
+from .model_card import update_model_card
 
 
 # What a checkpoint folder holds for others. Not code, not the optimizer, not pickles, not nested checkpoints.
@@ -61,6 +64,7 @@ def push_experts(
     tuner = model.base_model
     if not isinstance(tuner, StitchModel):
         raise ValueError(f"Expected a model with a stitch adapter, got a {type(model).__name__} without.")
+    tuner._refuse_parallel("push_experts()")
     adapter = tuner._single_active_adapter()
     config, experts, hub = tuner.peft_config[adapter], tuner.experts[adapter], tuner.model
     ids = _ids([name for name in sorted(experts.keys()) if _is_local(config.experts[name])], repo_id)
@@ -88,6 +92,45 @@ def push_experts(
             if experts[name].source is not None:
                 experts[name].source = {key: value for key, value in reference.items() if key != "config"}
     return ids
+
+
+def push_adapter(
+    model: PeftModel,
+    folder: str,
+    repo_id: str,
+    *,
+    private: Optional[bool] = None,
+    token: Union[bool, str, None] = None,
+) -> str:
+    """Upload an adapter that was loaded from a folder, with the card and the tokenizer that lie beside it.
+
+    `model.push_to_hub` uploads stitches alone, and begins the card anew.
+
+    Args:
+        model: The adapter's model; `push_experts` has made sure that others can load its experts.
+        folder: Where it was loaded from.
+        repo_id: Where to upload to.
+        private, token: As for `push_to_hub`.
+
+    Returns:
+        The repository's full id.
+
+    Raises:
+        ValueError: If others could not load the adapter; nothing is uploaded then.
+    """
+    check_others_can_load(model)
+    api = HfApi(token=token)
+    with TemporaryDirectory() as place:
+        card = Path(folder, "README.md")
+        if card.is_file():
+            shutil.copy(card, place)
+        if Path(folder, "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(place)
+        model.save_pretrained(place)
+        update_model_card(model, next(iter(model.peft_config)), place, repo_id=repo_id)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo_id, folder_path=place, commit_message="Upload stitch adapter")
+    return repo_id
 
 
 @dataclass

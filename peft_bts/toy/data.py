@@ -86,7 +86,7 @@ def split_source(source: str) -> tuple[list[str], str]:
 
 
 def is_english(text: str) -> bool:
-    """Whether a docstring is prose: 512 tokens leave no room for other scripts, and doctests are code."""
+    """Return whether a docstring is prose: 512 tokens leave no room for other scripts, and doctests are code."""
     return text.isascii() and ">>>" not in text and len(text) > 60
 
 

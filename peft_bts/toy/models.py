@@ -44,7 +44,7 @@ LLAMA: dict[str, Any] = {
 
 @dataclass
 class Stage:
-    """What one training run is made of: shares of the domains, steps, blocks per step, peak learning rate."""
+    """The settings of one training run: shares of the domains, steps, blocks per step, peak learning rate."""
 
     mix: dict[str, float]
     steps: int
@@ -109,7 +109,7 @@ class Toy:
         return {domain: rows[:: -(-len(rows) // enough)] for domain, rows in blocks.items()}
 
     def stage(self, name: str) -> Stage:
-        """How the model `name` is trained: one of the stages, shortened in a smoke test."""
+        """Return how the model `name` is trained: one of the stages, shortened in a smoke test."""
         return replace(self.stages[name], steps=4) if self.smoke else self.stages[name]
 
     def rows(self, stage: Stage) -> torch.Tensor:

@@ -23,7 +23,7 @@ from tests.helpers.models import assert_near, expected_logits
 ROOT = Path(speed.__file__).parent.parent
 SMOKE = PRESETS["smoke"]
 CASE = SMOKE.case
-IN_PROCESS = "prefill,decode,training,plain,lora,streams,dropping,scaling"
+IN_PROCESS = "prefill,decode,training,plain,lora,streams,dropping,mixture,scaling"
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +59,7 @@ def test_every_timed_row_and_the_page(run, tmp_path):
     assert all(row["largest_difference"] < 1e-4 for row in rows["plain"].values())
     assert rows["plain"]["decode, 1 sequence"]["same_tokens"]
     assert "sequential decoding, in E" in page and "not measured" in page
-    for picture in ("prefill", "decode", "training", "scaling"):
-        assert (tmp_path / "speed" / f"{picture}.png").stat().st_size > 1000 and f"speed/{picture}.png" in page
+    assert (tmp_path / "speed" / "scaling.png").stat().st_size > 1000 and "speed/scaling.png" in page
 
 
 def test_goes_on_where_it_was(run):
@@ -74,6 +73,21 @@ def test_goes_on_where_it_was(run):
         run("--only=prefill", "--dtype=bfloat16")
     with pytest.raises(SystemExit, match="Unknown section"):
         run("--only=prefil")
+
+
+@pytest.mark.slow
+def test_models_over_processes(run):
+    """Two processes against one: time, memory, and what they send, which has a formula where nothing is generated."""
+    results, page = run("--only=processes")
+    rows = results["rows"]["processes"]
+    assert len(rows) == len(SMOKE.decode) + 2 and "two processes: decoding, in E" in page
+    for name, row in rows.items():
+        assert row["ratios"]["two processes / one process"]["median"] > 0
+        assert row["peak_bytes"] > 0 and row["one_process_bytes"] > 0
+        assert row["fsdp_per_token"] > row["sent_per_token"] > 0, name
+    # Hub and two experts: the process with two of the models sends both states (float32) at both stitches.
+    batch, length = SMOKE.prefill[0]
+    assert rows[f"prefill, {batch} x {length} tokens"]["sent_per_token"] == CASE.stitches * 2 * CASE.width * 4
 
 
 def measure(row):
@@ -182,6 +196,18 @@ def test_unit_of_cost_runs_every_layer_but_no_expert_head():
     assert called == ["layers 0", "head 0", "layers 1", "layers 2"]
 
 
+def test_unit_of_cost_of_a_mixture_runs_every_head():
+    row = measure(next(rows.mixture(SMOKE, CASE)))
+    assert row["ratios"].keys() == {"mixture / E'"}
+    model, hub, experts = models(CASE, output="mixture")
+    ids, called = token_ids(CASE, 1, 4), []
+    for each in (hub, *experts):
+        each.lm_head.register_forward_hook(lambda module, *_: called.append(module))
+    Forward([hub, *experts], ids)()
+    assert called == [each.lm_head for each in (hub, *experts)]
+    torch.testing.assert_close(model(input_ids=ids).logits.exp().sum(-1), torch.ones(1, 4))  # a mixture it is
+
+
 def test_training_step_trains_the_stitches_alone():
     hub, *experts = llamas(CASE)
     model = stitched(CASE, hub, experts)
@@ -268,7 +294,7 @@ def test_attaching_a_loaded_model_takes_no_copy():
 def test_memory_rows(name):
     """Here in one process, so only what does not depend on that."""
     row = fresh.peak(name, SMOKE, CASE)
-    one = 4 * sum(p.numel() for p in llama(CASE).parameters())
+    one = 4 * sum(p.numel() for p in llama(fresh.case_of(name, CASE)).parameters())
     assert row["seconds"] > 0 and row["peak_bytes"] >= 0
     count = 1 if name.endswith("LoRA") else 1 + CASE.experts
     assert count * one <= row["model_bytes"] <= 1.6 * count * one

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import peft_bts
 from peft_bts import StitchConfig, check_compatibility, plan, trace_gates
 from peft_bts.cli import app
 from tests.helpers.models import IDS, fresh, logits, randomize
@@ -199,6 +200,53 @@ def test_eval(adapter, texts, tmp_path):
     assert "tax expert" in text and "rows of 128 tokens" in text  # the models' positions, fewer than 1024
 
 
+UNMARKED = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% if m['role'] == 'assistant' %}<end> {% endif %}"
+)
+UNMARKED += "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+
+
+@pytest.mark.parametrize("template", [None, UNMARKED], ids=["marked", "unmarked"])
+def test_eval_of_chats(adapter, tmp_path, template):
+    """The loss is over what the assistant says, in every turn and row, whether or not the template marks it."""
+    folder, model = adapter()
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    chats = [
+        [("user", "w3 w4"), ("assistant", "w5 w6 w7"), ("user", "w8"), ("assistant", "w9")],
+        [("user", "w10"), ("assistant", "w11 w12")],
+    ]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "w13 w14 w15"}]))
+    command = ("eval", folder, "--data", f"chat={tmp_path / 'chat.jsonl'}", "--device", "cpu")
+    data = json.loads(call(*command, "--json").stdout)
+    total = count = 0
+    for chat in [*chats, None]:
+        words, said = ["w13", "w14", "w15"], [True] * 3
+        if chat is not None:
+            words, said = [], []
+            for role, content in chat:
+                content = content.split() + ["<end>"] * (role == "assistant")
+                words += [role, *content]
+                said += [False, *[role == "assistant"] * len(content)]
+        ids = tokenizer.convert_tokens_to_ids(words)
+        with torch.no_grad():
+            log_probabilities = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        places = [place for place in range(1, len(ids)) if said[place]]
+        total -= sum(log_probabilities[place - 1, ids[place]].item() for place in places)
+        count += len(places)
+    assert data["data"]["chat"]["predicted_tokens"] == count == 4 + 2 + 3 + 2
+    assert data["stitched"]["chat"]["loss"] == pytest.approx(total / count, rel=1e-5)
+    gates = json.loads(call("gates", folder, "--file", tmp_path / "chat.jsonl", "--device", "cpu", "--json").stdout)
+    assert gates["rows"][0]["tokens"] == 13 + 6 + 3  # every token has gates
+
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "adapter" / "chat_template.jinja").unlink(missing_ok=True)
+    assert "no chat template" in call(*command, code=1).stderr
+
+
 def test_eval_limits(adapter, texts, tmp_path):
     """`--max-tokens` ends amid a document; the adapter's own tokenizer comes before the hub's."""
     folder, model = adapter()
@@ -258,13 +306,18 @@ def test_gates(adapter, texts, tmp_path):
         (("plan", "--hub", "HUB", "--expert", "s=SHORT"), "'s' has 48 token embeddings"),
         (("plan", "--hub", "HUB", "--expert", "a.b=CODE"), "'a.b' is not usable"),
         (("check", "--hub", "NOTHING", "--expert", "code=CODE"), "hub's config could not be read"),
-        (("inspect", "NOTHING"), "NOTHING"),
+        (("check", "--hub", "LORA", "--expert", "code=CODE"), "is a LORA adapter, not a model"),
+        (("plan", "--hub", "NOTHING", "--expert", "code=CODE"), "there is no such folder"),
+        (("plan", "--hub", "TEXT", "--expert", "code=CODE"), "text.txt' is a file"),
+        (("inspect", "NOTHING"), "there is no such folder"),
         (("inspect", "HUB"), "no adapter_config.json"),
         (("inspect", "LORA"), "is a LORA adapter, expected a STITCH adapter"),
-        (("export", "NOTHING", "out"), "NOTHING"),
+        (("export", "NOTHING", "out"), "there is no such folder"),
+        (("export", "LORA", "out"), "is a LORA adapter, expected a STITCH adapter"),
         (("eval", "LORA", "--data", "code=NOTHING"), "No such file"),
         (("eval", "LORA", "--data", "code=EMPTY"), "empty.txt holds no text"),
         (("eval", "LORA", "--data", "code=ROWS"), "rows.jsonl, line 2: expected a JSON object with 'text'"),
+        (("eval", "LORA", "--data", "code=CHATS"), "chats.jsonl, line 1: expected `messages` to be a list"),
         (("eval", "LORA", "--data", "code=ROWS", "--text-column", "n"), "rows.jsonl, line 1: 'n' is not a string"),
         (("eval", "LORA", "--data", "code=BYTES"), "not UTF-8"),
         (("eval", "LORA", "--data", "code=TEXT"), "is a LORA adapter, expected a STITCH adapter"),
@@ -280,9 +333,10 @@ def test_problems(folders, arguments, message):
     (folders / "text.txt").write_text("w3 w4")
     (folders / "empty.txt").write_text("")
     (folders / "rows.jsonl").write_text('{"text": "w3", "n": 1}\n{"n": 2}\n')
+    (folders / "chats.jsonl").write_text('{"messages": "w3"}\n')
     (folders / "bytes.txt").write_bytes(b"\xff\xfe")
     places = {"HUB": "hub", "CODE": "code", "SHORT": "short", "LORA": "lora", "TEXT": "text.txt"}
-    places |= {"EMPTY": "empty.txt", "ROWS": "rows.jsonl", "BYTES": "bytes.txt"}
+    places |= {"EMPTY": "empty.txt", "ROWS": "rows.jsonl", "CHATS": "chats.jsonl", "BYTES": "bytes.txt"}
     for word, name in places.items():
         arguments = [a.replace(word, str(folders / name)) for a in arguments]
     result = call(*[a.replace("NOTHING", str(folders / "NOTHING")) for a in arguments], code=1)
@@ -312,6 +366,11 @@ def test_problems(folders, arguments, message):
 def test_usage(arguments):
     """A wrong call is exit code 2."""
     assert "Usage" in call(*arguments, code=2).stderr
+
+
+def test_version():
+    assert call("--version").stdout == f"peft_bts {peft_bts.__version__}\n"
+    assert "Branch-Train-Stitch adapters" in call("--help").stdout
 
 
 def test_as_a_module():

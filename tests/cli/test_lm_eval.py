@@ -1,7 +1,6 @@
 """Stitched models in lm-evaluation-harness, as in docs/evaluating.md. Needs `pip install ".[eval]"`."""
 
 import json
-import random
 
 import pytest
 import torch
@@ -11,27 +10,13 @@ from typer.testing import CliRunner
 
 from peft_bts import StitchConfig
 from peft_bts.cli import app
+from tests.helpers.harness import TASKS, write_tasks
 from tests.helpers.models import randomize
 from tests.helpers.text import save_model, word_tokenizer
 
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.slow
-
-TASKS = {
-    "tiny_choice": {
-        "output_type": "multiple_choice",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    },
-    "tiny_text": {
-        "output_type": "generate_until",
-        "doc_to_target": "{{choices[answer]}}",
-        "generation_kwargs": {"until": ["never"], "max_gen_toks": 6, "do_sample": False},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    },
-}
 
 
 @pytest.fixture(params=[64, 80], ids=["vocabulary", "padded vocabulary"])
@@ -47,17 +32,7 @@ def folder(request, tmp_path):
     model.save_pretrained(tmp_path / "my-stitch")
     model.export(tmp_path / "exported")
     word_tokenizer().save_pretrained(tmp_path / "exported")
-    rng = random.Random(0)
-
-    def words(count):
-        return " ".join(f"w{rng.randrange(3, 60)}" for _ in range(count))
-
-    docs = [{"question": words(3 + i), "choices": [words(1), words(2), words(3)], "answer": i % 3} for i in range(6)]
-    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    for name, task in TASKS.items():
-        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "docs.jsonl")}}}
-        task = {"task": name, **data, "test_split": "test", "doc_to_text": "{{question}}", **task}
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+    write_tasks(tmp_path)
     return tmp_path
 
 

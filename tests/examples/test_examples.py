@@ -9,15 +9,18 @@ import re
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from peft_bts import StitchConfig
+from peft_bts.recipes.data import Domain
 from tests.helpers.text import save_model, word_tokenizer, write_documents
 
 
@@ -113,80 +116,53 @@ def test_experts_on_the_command_line(common, tmp_path):
 
 
 def test_datasets_on_the_command_line(common):
-    domains = common.parse_datasets(["code=src/*.py:15", "web=org/web/en", "math=C:/m.jsonl:0.5", "law=a:b"])
-    assert domains == {
-        "code": ("src/*.py", 15),
-        "web": ("org/web/en", 1),
-        "math": ("C:/m.jsonl", 0.5),
-        "law": ("a:b", 1),
-    }
+    domains = common.parse_datasets(["code=src/*.py:15", "web=org/web/en"])
+    assert domains == {"code": Domain("src/*.py", 15), "web": Domain("org/web/en", 1)}
     for wrong in (["src/*.py"], ["code="], ["code=a", "code=b"]):
         with pytest.raises(ValueError, match="--dataset"):
             common.parse_datasets(wrong)
 
 
-def test_sources_of_documents(common, tmp_path, monkeypatch):
-    """Files of every kind, patterns and folders are read here; anything else is asked for on the Hub."""
-    rows = [{"text": f"document {i}\n\nof two paragraphs"} for i in range(4)]
-    texts = [row["text"] for row in rows]
-    folder = tmp_path / "folder" / "deep"
-    folder.mkdir(parents=True)
-    for i, text in enumerate(texts):
-        (folder / f"{i}.txt").write_text(text)
-    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    for source in ("rows.jsonl", "rows.parquet", "folder", "folder/deep/*.txt", "folder/**/*.txt"):
-        assert common.load_documents(str(tmp_path / source))["text"] == texts, source
-    with pytest.raises(ValueError, match="several kinds"):
-        common.load_documents(str(tmp_path))
-    for missing in ("nothing.jsonl", "*.nothing"):
-        with pytest.raises(FileNotFoundError, match="nothing"):
-            common.load_documents(str(tmp_path / missing))
-
-    asked = []
-    monkeypatch.setattr(common, "load_dataset", lambda *args, split: asked.append((*args, split)))
-    for source in ("wikitext", "org/corpus", "org/corpus/a subset"):
-        common.load_documents(source)
-    assert asked == [
-        ("wikitext", None, "train"),
-        ("org/corpus", None, "train"),
-        ("org/corpus", "a subset", "train"),
-    ]
+def test_mixture_of_rows(common, tmp_path):
+    """Documents are held out before rows are made of them."""
+    write_documents(tmp_path / "a.jsonl", 1, count=10, length=11)
+    packing = partial(common.pack, tokenizer=word_tokenizer(), arguments=common.PackingArguments(block_size=4))
+    mixed, held_out = common.load_domains(common.DataArguments([f"a={tmp_path}/a.jsonl"], held_out=2), packing)
+    assert len(mixed) == 8 * 3 and len(held_out["a"]) == 2 * 3
 
 
-def test_packing(common):
-    """All tokens are there, in order, with an end behind each document; only an incomplete last row is missing."""
-    tokenizer = word_tokenizer()
-    documents = Dataset.from_list([{"body": "w3 w4 w5"}, {"body": "w6"}, {"body": "w7 w8 <end>"}, {"body": "w9"}])
-    rows = common.pack(documents, tokenizer, common.PackingArguments(block_size=4, text_column="body"))
-    assert rows["input_ids"] == rows["labels"] == [[3, 4, 5, 2], [6, 2, 7, 8]]
-    with pytest.raises(ValueError, match="text_column"):
-        common.pack(documents, tokenizer, common.PackingArguments())
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="eos_token"):
-        common.pack(documents, tokenizer, common.PackingArguments(text_column="body"))
+def test_rows_longer_than_a_model_takes(common, root):
+    """Of the seed alone, and of the hub and its experts; they have 128 positions."""
+    seed = AutoModelForCausalLM.from_pretrained(root / "seed")
+    common.check_block_size(128, seed)
+    with pytest.raises(ValueError, match="block_size 129 is more than the 128 positions of the model"):
+        common.check_block_size(129, seed)
+    model = get_peft_model(seed, StitchConfig(task_type="CAUSAL_LM", experts={"code": str(root / "code")}))
+    common.check_block_size(128, model)
+    model.base_model.experts["default"]["code"].model.config.max_position_embeddings = 64
+    with pytest.raises(ValueError, match="block_size 65 is more than the 64 positions of expert 'code'"):
+        common.check_block_size(65, model)
 
 
-def test_mixture(common, tmp_path):
-    """Domains come in their shares, what is held out is never trained on, and weight 0 is evaluated only."""
-    for name in ("a", "b", "c"):
-        Dataset.from_list([{"text": f"{name}{i}"} for i in range(300)]).to_json(tmp_path / f"{name}.jsonl")
-    values = [f"{name}={tmp_path}/{name}.jsonl:{weight}" for name, weight in (("a", 3), ("b", 1), ("c", 0))]
-    mix, held_out = common.load_domains(common.DataArguments(dataset=values, held_out=20))
-    counts = {name: sum(text.startswith(name) for text in mix["text"]) for name in ("a", "b", "c")}
-    assert counts["a"] / counts["b"] == pytest.approx(3, rel=0.15) and counts["c"] == 0
-    texts = set(mix["text"])
-    assert len(texts) == 2 * 280  # everything that is not held out
-    assert {name: len(rows) for name, rows in held_out.items()} == {"a": 20, "b": 20, "c": 20}
-    assert not texts & {text for rows in held_out.values() for text in rows["text"]}
-    alone, _ = common.load_domains(common.DataArguments(dataset=values[:1], held_out=20))
-    assert sorted(alone["text"]) == sorted(text for text in texts if text.startswith("a"))
-    for arguments, message in (
-        ({"dataset": values, "held_out": 300}, "'a' has 300 rows"),
-        ({"dataset": values[2:], "held_out": 20}, "weight"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            common.load_domains(common.DataArguments(**arguments))
+def test_kinds_of_rows(common):
+    """TRL would find out amid the data, and then only that something is None."""
+    pytest.importorskip("trl", reason="TRL needs Python 3.11")
+    script = runpy.run_path(str(EXAMPLES / "train_stitch_trl.py"))
+    text, chat, other = (Dataset.from_list([{name: "x", "id": 1}]) for name in ("text", "messages", "body"))
+    check = script["one_kind"]()
+    assert check(text) is text and check(text) is text
+    with pytest.raises(ValueError, match="one kind; one has 'text', another 'messages'"):
+        check(chat)
+    with pytest.raises(ValueError, match=r"found \['body', 'id'\]"):
+        script["one_kind"]()(other)
+
+
+def test_a_branch_that_fails(common, root, tmp_path, monkeypatch):
+    """The process of the branch says why; what comes after it is one line."""
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    arguments = ["--seed_model", root / "seed", "--branches", "code", *data(root, "code"), "--output_dir", tmp_path]
+    with pytest.raises(SystemExit, match=r"Branch 'code' was not trained \(exit code 3\)"):
+        run_here(monkeypatch, "branch_experts.py", *arguments, *TRAINING)
 
 
 # ------------------------------------------------------------------------------------------------------ the scripts

@@ -92,9 +92,10 @@ def test_another_commit(root, tmp_path):
     with refused(model, match=f"'x' is a LORA adapter of 'org/seed' at commit {commits[1]}.*of commit {commits[0]}"):
         model.attach_expert("x", lora)
     os.rename(cache / commits[0], cache / commits[1])
+    model = stitched(cache / commits[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        stitched(cache / commits[1]).attach_expert("x", lora)
+        model.attach_expert("x", lora)
 
 
 def test_a_local_copy_of_an_id(root, tmp_path):

@@ -50,6 +50,16 @@ def test_lost_expert_of_the_hub():
         model.attach_expert("new", {"adapter": "org/nothing"})
 
 
+@pytest.mark.parametrize("place", ["/no/such/folder", "./none", "a/b/c", "~/none"])
+def test_a_path_where_nothing_is(place):
+    """The Hub is not asked for what cannot be an id; and advice on loading is for those who load an adapter."""
+    model = stitched()
+    match = rf"^Expert 'new' could not be loaded from '{place}': there is no such folder as '{place}'\.$"
+    for reference in (place, {"adapter": place}):
+        with refused(model, match=match):
+            model.attach_expert("new", reference)
+
+
 def test_broken_expert(adapter):
     """A folder that has a config but no weights, or no model at all."""
     (adapter / "code" / "model.safetensors").rename(adapter / "weights")

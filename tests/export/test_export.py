@@ -192,6 +192,21 @@ def test_shape_for_serving_engines(tmp_path):
     assert torch.equal(alone.model(**inputs())[0], base(**inputs())[0])  # the stitches are in the base model
 
 
+def test_exchanged_modules_take_part_once_connected(tmp_path):
+    """Engines put their own modules into the models; `connect` makes the forward anew from what is there."""
+    base = exported(stitched("llama", a=tiny_model("llama", seed=1, layers=3)), tmp_path).model
+    with torch.no_grad():
+        before = base(**inputs())[0]
+        for backbone in base.backbones.values():
+            other = torch.nn.Embedding.from_pretrained(2 * backbone.get_input_embeddings().weight)
+            backbone.set_input_embeddings(other)
+        base.connect()
+        after = base(**inputs())[0]
+        for backbone in base.backbones.values():
+            backbone.get_input_embeddings().weight.mul_(0.5)
+        assert not torch.equal(before, after) and torch.equal(before, base(**inputs())[0])
+
+
 def test_attention_goes_through_the_attention_interface(tmp_path):
     """A serving engine hands its own attention in by name, with kwargs that must reach every layer."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

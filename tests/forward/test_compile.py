@@ -17,6 +17,8 @@ IDS = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(0))
 LEFT = torch.ones_like(IDS).masked_fill(torch.arange(8) < torch.tensor([[0], [3]]), 0)
 OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("gpt2", "gemma3_text", "qwen3")]
 
+MIXTURES = [{"output": "mixture"}, {"output": "mixture", "num_stitches": 0}]
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
@@ -79,20 +81,41 @@ def test_gradients(arch):
     assert all(gradient.any() for gradient in expected)
 
 
-@pytest.mark.parametrize("arch", ["llama", *OTHERS])
-def test_static_cache_decodes_without_recompiling(arch):
+@pytest.mark.parametrize("options", [MIXTURES[0], pytest.param(MIXTURES[1], marks=pytest.mark.slow)], ids=str)
+def test_output_mixture(options):
+    """All models' heads, in the same graph: the logits, and the gradients of the gates."""
+    model = make("llama", **options)
+    with torch.no_grad():
+        close(logits(compiled(model), attention_mask=LEFT), logits(model, attention_mask=LEFT))
+    assert counters["stats"]["unique_graphs"] == 1
+    model.train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    actual, expected = (
+        torch.autograd.grad(logits(each).exp().square().mean(), weights) for each in (compiled(model), model)
+    )
+    close(actual, expected)
+    assert all(gradient.any() for gradient in expected)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("llama", {}), *(pytest.param("llama", options, marks=pytest.mark.slow) for options in MIXTURES)]
+    + [pytest.param(other.values[0], {}, marks=pytest.mark.slow) for other in OTHERS],
+    ids=str,
+)
+def test_static_cache_decodes_without_recompiling(arch, options):
     """generate() with a static cache compiles the decoding step once, as for the hub alone, not once per token."""
     compile_config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     compile_config._compile_all_devices = True  # generate() compiles on accelerators only, unless told so
-    options = {"input_ids": IDS, "attention_mask": LEFT, "cache_implementation": "static", "do_sample": False}
-    hub, model = tiny_model(arch, layers=2), make(arch)
+    asked = {"input_ids": IDS, "attention_mask": LEFT, "cache_implementation": "static", "do_sample": False}
+    hub, model = tiny_model(arch, layers=2), make(arch, **options)
 
     def graphs(model, tokens):
         counters.clear()
         torch._dynamo.reset()
-        expected = model.generate(**options, max_new_tokens=tokens)
+        expected = model.generate(**asked, max_new_tokens=tokens)
         assert counters["stats"]["unique_graphs"] == 0
-        actual = model.generate(**options, max_new_tokens=tokens, compile_config=compile_config)
+        actual = model.generate(**asked, max_new_tokens=tokens, compile_config=compile_config)
         assert torch.equal(actual, expected)
         return counters["stats"]["unique_graphs"]
 
@@ -100,10 +123,11 @@ def test_static_cache_decodes_without_recompiling(arch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, *MIXTURES], ids=str)
 @torch.no_grad()
-def test_other_lengths_do_not_recompile_forever():
+def test_other_lengths_do_not_recompile_forever(options):
     """Lengths are dynamic after the second one, as in any compiled language model."""
-    model = make("llama")
+    model = make("llama", **options)
     fast = compiled(model)
     for length in (8, 7):
         logits(fast, IDS[:, :length])

@@ -71,7 +71,7 @@ def test_masks_that_an_expert_cannot_be_given(expert):
     mask[:, :, 8, 10] = True  # a look into the future
     with refused(model, match="more than the future and padding"):
         model(input_ids=IDS, attention_mask=mask)
-    with refused(model, match="more than the future and padding"):  # where the text ends cannot be told from it
+    with refused(model, match="padding on the right cannot be told from it"):
         model(input_ids=IDS, attention_mask=causal(RIGHT))
 
 

@@ -45,6 +45,9 @@ SCENARIOS = {
     "checkpointing": {"use_reentrant": False},
     "reentrant": {"use_reentrant": True},
     "token_gates": {"gate": "token", "r": 4},
+    "mixture": {"output": "mixture"},
+    "output_gates": {"output": "mixture", "num_stitches": 0},
+    "mixture_checkpointing": {"output": "mixture", "use_reentrant": False},
     "tied": {"hub": "tied"},
     "bloom": {"hub": "bloom"},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
@@ -171,7 +174,7 @@ def finish(folder, name, accelerator, model, losses):
 
 def check_gradients(model):
     """All stitch weights have a gradient, and no other weight has one."""
-    trained = (".stitch_layer.", ".modules_to_save.")
+    trained = (".stitch_layer.", ".stitch_output.", ".modules_to_save.")
     for key, parameter in model.named_parameters():
         if (parameter.grad is not None) != any(part in key for part in trained):
             raise AssertionError(f"{key}: gradient {parameter.grad is not None}")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
 from tests.helpers.generation import NEW, model_of, tokens, uncached
-from tests.helpers.models import IDS, pristine
+from tests.helpers.models import IDS, fresh, pristine, stitch
 
 
 @pytest.fixture
@@ -21,9 +22,13 @@ def small_pages(monkeypatch):
     monkeypatch.setattr("transformers.generation.continuous_batching.continuous_api.ContinuousBatchingConfig", Small)
 
 
-def in_continuous_batches(model, prompts):
+def results_of(model, prompts):
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    results = model.generate_batch(inputs=prompts, generation_config=transformers.GenerationConfig(**options))
+    return model.generate_batch(inputs=prompts, generation_config=transformers.GenerationConfig(**options))
+
+
+def in_continuous_batches(model, prompts):
+    results = results_of(model, prompts)
     assert [result.error for result in results.values()] == [None] * len(prompts)
     return [result.prompt_ids + result.generated_tokens for result in results.values()]
 
@@ -60,3 +65,26 @@ def test_continuous_batching_of_the_hub(small_pages):
     with model.disable_adapter():
         actual = in_continuous_batches(model, PROMPTS)
     assert actual == [uncached(pristine("llama"), torch.tensor([prompt]))[0].tolist() for prompt in PROMPTS]
+
+
+def exported(path, hub, expert, **options):
+    stitch(hub, {"a": expert}, **options).export(path)
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"output": "mixture"}], ids=str)
+@pytest.mark.parametrize("arch", ["llama", "mistral"])
+def test_continuous_batching_of_exported_models(arch, options, small_pages, tmp_path):
+    """Their layers have one flat list, so the paged cache holds experts that attend as the hub does."""
+    model = exported(tmp_path, fresh(arch), fresh(arch, seed=1, layers=6), **options)
+    expected = [uncached(model, torch.tensor([prompt]))[0].tolist() for prompt in PROMPTS]
+    assert in_continuous_batches(model, PROMPTS) == expected
+
+
+@pytest.mark.parametrize("expert", [("qwen3", {}), ("mistral", {}), ("llama", {"width": 64})], ids=str)
+def test_continuous_batching_of_other_experts_is_refused(expert, small_pages, tmp_path):
+    """The cache has one shape, and masks are made for the hub's layers: an error, and no other tokens."""
+    arch, shape = expert
+    model = exported(tmp_path, fresh("llama"), fresh(arch, seed=1, **shape))
+    with pytest.raises(ValueError, match="Continuous batching keeps"):
+        results_of(model, PROMPTS)

@@ -82,6 +82,10 @@ def tampered(base, victim):
     case("subfolder", "leads out of its repository", expert={"subfolder": "../../../../victim/model"})
     case("root", "leads out of its repository", expert={"model": "ann/code", "subfolder": path})
     case("revision", "leads out of its repository", expert={"revision": "../../../victim"})
+    above = "../" * 40 + path[1:]  # from wherever the file is
+    relative = {"paths_relative_to": "adapter"}
+    case("relative", f"{above!r}, a path of this", expert={"model": above, "revision": None}, **relative)
+    case("relative seed", "as its seed, which is a path of", base_model_name_or_path=above, **relative)
     case("seed", "as its seed, which is a path of this machine", base_model_name_or_path=path)
     case("seed's revision", "the seed's revision '../../x'", revision="../../x")
     case("trust", "unknown key(s) ['trust_remote_code']", expert={"trust_remote_code": True})
@@ -207,7 +211,8 @@ def _load_all(ids, work, expected):
 
 CASES = [  # of `tampered`, which needs the machine's paths
     "absolute", "parent", "bare string", "etc", "shadow", "lora path", "lora base", "subfolder", "root",
-    "revision", "seed", "seed's revision", "trust", "code", "name", "types", "list", "many",
+    "relative", "relative seed", "revision", "seed", "seed's revision", "trust", "code", "name", "types", "list",
+    "many",
     "unknown quantiser", "quantiser of no type", "quantiser without method", "odd dtype", "odd class",
     "calibration", "its pickle", "its lora pickle", "its code", "its x-lora", "its map", "its kernel",
     "auto map", "auto mapping", "placement", "stitches",

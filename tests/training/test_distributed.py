@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ONES = torch.ones_like(script.DATA[: script.BATCH])
-STITCHES = ("stitch_layer", "modules_to_save")
+STITCHES = ("stitch_layer", "stitch_output", "modules_to_save")
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,7 @@ def test_two_processes(folder):
 def test_ddp(folder):
     """DDP, and FSDP2 asked for by TrainingArguments."""
     scenarios = ["alternating", "experts_into_hub", "checkpointing", "reentrant", "trainer", "lora", "bf16"]
+    scenarios += ["mixture", "output_gates", "mixture_checkpointing"]
     launch("ddp", folder, *scenarios, "fsdp_arguments")
     for scenario in scenarios:
         check(folder, scenario, "DistributedType.MULTI_CPU")
@@ -107,6 +108,9 @@ FSDP2 = [
     "checkpointing",
     "reentrant",
     "token_gates",
+    "mixture",
+    "output_gates",
+    "mixture_checkpointing",
     "tied",
     "bloom",
     "modules_to_save",
@@ -133,12 +137,13 @@ def test_fsdp2_refuses_shared_weights(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_deepspeed_zero3(folder):
-    launch("deepspeed_zero3", folder, "alternating", "experts_into_hub")
-    check(folder, "alternating", "DistributedType.DEEPSPEED")
-    check(folder, "experts_into_hub", "DistributedType.DEEPSPEED")
+    scenarios = ["alternating", "experts_into_hub", "mixture", "output_gates"]
+    launch("deepspeed_zero3", folder, *scenarios)
+    for scenario in scenarios:
+        check(folder, scenario, "DistributedType.DEEPSPEED")
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3", "expert_parallel"])
 def test_config_files(name):
     """accelerate knows every key of the config files."""
     config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{name}.yaml"))

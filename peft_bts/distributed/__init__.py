@@ -1,0 +1,1 @@
+"""One stitched model over several processes, each of which holds some of its models."""

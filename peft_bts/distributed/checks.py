@@ -1,0 +1,90 @@
+"""Mistakes of calls over several processes, found before they do harm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from transformers import Cache, QuantizedCache
+
+from ..config import StitchConfig
+from .processes import Processes
+
+
+_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+
+def check_config(config: StitchConfig) -> None:
+    """Raise `ValueError` for options of an adapter that need all of the models in one process."""
+    if config.modules_to_save:
+        raise ValueError(
+            f"modules_to_save={config.modules_to_save} is not supported under expert_parallel(): the hub is not "
+            "in all processes. Train the stitches alone, or run one process."
+        )
+    if config.gate_dropout:
+        raise ValueError(
+            f"gate_dropout={config.gate_dropout} is not supported under expert_parallel(): the processes would drop "
+            "different gates. Set it to 0."
+        )
+
+
+def check_call(call: Mapping[str, Any], cache: Optional[Cache], hub_config: Any) -> None:
+    """Raise `ValueError` for what a forward over several processes cannot do.
+
+    Args:
+        call: The arguments of the hub's backbone by name.
+        cache: The hub's cache.
+        hub_config: The hub's text config.
+    """
+    for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+        given = call.get(name)
+        if getattr(hub_config, name, False) if given is None else given:
+            raise ValueError(
+                f"{name} is not supported under expert_parallel(): no process has all layers of all models."
+            )
+    embeds = call.get("inputs_embeds")
+    if embeds is not None and embeds.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "inputs_embeds requires gradients, which expert_parallel() does not have: no process runs all models. "
+            "Train the stitches alone, or run one process."
+        )
+    if isinstance(cache, QuantizedCache) or getattr(cache, "offloading", False):
+        raise ValueError(
+            "Quantised and offloaded caches are not supported under expert_parallel(); use a DynamicCache or a "
+            "StaticCache."
+        )
+
+
+def check_same_inputs(processes: Processes, call: Mapping[str, Any]) -> None:
+    """Compare the inputs of all processes, by a checksum of each.
+
+    Args:
+        processes: The processes.
+        call: The arguments of the hub's backbone.
+
+    Raises:
+        RuntimeError: In all processes, if the inputs differ; the message says where.
+    """
+    mine = {name: checksum(call[name]) for name in _INPUTS if isinstance(call.get(name), Tensor)}
+    everybodys = processes.everybodys(mine)
+    for name in _INPUTS:
+        found = [sums.get(name) for sums in everybodys]
+        others = [rank for rank, one in zip(processes.ranks, found) if one != found[0]]
+        if others:
+            shapes = [None if one is None else one[0] for one in found]
+            raise RuntimeError(
+                f"The processes of one stitched model were called with different {name}: process "
+                f"{', '.join(map(str, others))} has other ones than process {processes.ranks[0]} (shapes {shapes}). "
+                "All processes of the expert axis must get the same inputs, in the same order; only over the data "
+                "axis may they differ (docs/distributed.md)."
+            )
+
+
+def checksum(tensor: Tensor) -> tuple[tuple[int, ...], int]:
+    """A tensor's shape, and a number that another content would most likely not have."""
+    flat = tensor.detach().contiguous().view(-1)
+    numbers = flat.double().view(torch.int64) if flat.is_floating_point() else flat.long()
+    weights = torch.arange(1, len(numbers) + 1, device=flat.device) * 0x9E3779B1 | 1
+    return tuple(tensor.shape), int((numbers * weights).sum())

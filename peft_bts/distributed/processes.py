@@ -1,0 +1,147 @@
+"""The processes of one stitched model, and what they do together."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._compat.torch import silent_processes
+
+
+T = TypeVar("T")
+_PATIENCE = datetime.timedelta(seconds=10)  # for others to notice, too, that a collective has failed
+_ALIGN = 16  # bytes: what every dtype can be viewed at
+
+
+class Processes:
+    """The processes that run one stitched model together.
+
+    Args:
+        group: Their process group.
+        ranks: Their ranks in the world, in order.
+
+    Attributes:
+        index: This one's place among them.
+        size: How many there are.
+        bytes_sent: What this one has sent to others so far, for measurements.
+    """
+
+    def __init__(self, group: Any, ranks: Sequence[int]) -> None:
+        self.group, self.ranks = group, list(ranks)
+        self.index, self.size = self.ranks.index(dist.get_rank()), len(self.ranks)
+        self.bytes_sent = 0
+        accelerated = "nccl" in dist.get_backend(group)
+        self._device = torch.device("cuda", torch.cuda.current_device()) if accelerated else torch.device("cpu")
+        self._dtypes: dict[object, list[torch.dtype]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
+        return self  # copies of models run in the same processes
+
+    def from_owners(
+        self, tensors: Sequence[Tensor], owners: Sequence[int], dtypes: Sequence[torch.dtype]
+    ) -> list[Tensor]:
+        """Return what the owner of each tensor has in its place; the owner's own is returned as it is.
+
+        Args:
+            tensors: Of the same shapes everywhere.
+            owners: Who has each.
+            dtypes: The owner's dtype of each.
+        """
+        if self.size == 1:
+            return list(tensors)
+        places, ends = [], [0] * self.size
+        for tensor, owner, dtype in zip(tensors, owners, dtypes):
+            length = tensor.numel() * dtype.itemsize
+            places.append((ends[owner], length))
+            ends[owner] += -(-length // _ALIGN) * _ALIGN
+        sent = torch.empty(max(ends), dtype=torch.uint8, device=self._device)
+        for tensor, owner, (start, length) in zip(tensors, owners, places):
+            if owner == self.index:
+                sent[start : start + length] = tensor.contiguous().view(-1).view(torch.uint8)
+        everything = torch.empty(self.size * len(sent), dtype=torch.uint8, device=self._device)
+        with self._in_step():
+            dist.all_gather_single(everything, sent, group=self.group)
+        self.bytes_sent += (self.size - 1) * len(sent)
+        parts = everything.view(self.size, -1)
+        return [
+            tensor
+            if owner == self.index
+            else parts[owner, start : start + length].view(dtype).view(tensor.shape).to(tensor.device)
+            for tensor, owner, dtype, (start, length) in zip(tensors, owners, dtypes, places)
+        ]
+
+    def agreed_dtypes(self, point: object, dtypes: Sequence[torch.dtype], owners: Sequence[int]) -> list[torch.dtype]:
+        """The dtypes that owners have, which only they know under autocast. Asked for once for each `point`."""
+        if self.size == 1:
+            return list(dtypes)
+        if point not in self._dtypes:
+            everybodys = self.everybodys(list(dtypes))
+            self._dtypes[point] = [everybodys[owner][i] for i, owner in enumerate(owners)]
+        return self._dtypes[point]
+
+    def everybodys(self, value: T) -> list[T]:
+        """Return what every process has for `value` (small, picklable), in order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._in_step():
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def first_ones(self, tensor: Tensor) -> Tensor:
+        """What the first process has for a tensor, of the same shape and dtype everywhere. Without gradients."""
+        if self.size == 1:
+            return tensor
+        sent = tensor.detach().to(self._device, copy=True).contiguous()
+        with self._in_step():
+            dist.broadcast(sent, self.ranks[0], group=self.group)
+        if self.index == 0:
+            self.bytes_sent += (self.size - 1) * sent.nbytes
+        return sent.to(tensor.device)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something that may fail in some processes; then it fails in all of them, with the same words.
+
+        Raises:
+            ValueError: If `work` has raised an exception somewhere.
+        """
+        result: Optional[T] = None
+        error: Optional[Exception] = None
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+        said = self.everybodys(None if error is None else str(error) or type(error).__name__)
+        if error is not None:
+            raise error
+        failed = [(rank, text) for rank, text in zip(self.ranks, said) if text is not None]
+        if failed:
+            raise ValueError(f"Process {failed[0][0]} has failed: {failed[0][1]}")
+        return result  # type: ignore[return-value]  # there was no error
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Around a collective: if it fails, say which process is to blame.
+
+        Raises:
+            RuntimeError: If it fails.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            silent = silent_processes(self.ranks, _PATIENCE)
+            who = (
+                f"process {', '.join(map(str, silent))} does not answer any more"
+                if silent
+                else "all of them are there still; they may have made different calls, or waited for too long"
+            )
+            raise RuntimeError(
+                f"The processes {self.ranks} of one stitched model cannot go on together: {who}. This is process "
+                f"{dist.get_rank()}; see the output of the others for the first error. ({error})"
+            ) from error

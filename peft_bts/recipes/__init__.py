@@ -1,0 +1,1 @@
+"""Recipes: one YAML file from which every command works."""

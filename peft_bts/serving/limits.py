@@ -1,0 +1,89 @@
+"""What a composition cannot be served with: told before any weight is loaded, with what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.transformers.fusers.attention import interface_call
+
+from ..export.config import StitchExportConfig, layer_kinds
+from ..export.model import StitchExportModel
+from .shapes import part_shapes
+
+
+_KINDS = ("full_attention", "sliding_attention")
+
+# Its attention goes through transformers' interface, but expects the result in a shape that vLLM's has not.
+_OTHER_SHAPES = ("gpt2",)
+
+
+def check_config(vllm_config: VllmConfig) -> None:
+    """Raise `ValueError` for a way of serving, or a model, that compositions cannot be served with."""
+    config: StitchExportConfig = vllm_config.model_config.hf_config
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"A stitched model cannot be served with pipeline_parallel_size={parallel.pipeline_parallel_size}: its "
+            "models run side by side, so no layer is the last of a stage. Use --tensor-parallel-size instead."
+        )
+    if vllm_config.quant_config is not None or vllm_config.model_config.quantization is not None:
+        raise ValueError(
+            f"A stitched model cannot be served quantised (quantization={vllm_config.model_config.quantization!r}): "
+            "serve it in bfloat16, without --quantization."
+        )
+    if vllm_config.lora_config is not None:
+        raise ValueError(
+            "A stitched model cannot be served with LoRA adapters (--enable-lora). Export the model with the LoRA "
+            "attached as an expert: `model.export` merges it."
+        )
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "A stitched model cannot be served with speculative decoding: drafts are checked on the hidden states of "
+            "one model. Leave out --speculative-config."
+        )
+    for name, shape in zip(config.names, part_shapes(config)):
+        _check_model(name, config, shape, parallel.tensor_parallel_size)
+
+
+def _check_model(name: str, config: StitchExportConfig, shape: Any, processes: int) -> None:
+    own = config.part(name).get_text_config(decoder=True)
+    unknown = sorted(set(layer_kinds(own)).difference(_KINDS))
+    if unknown:
+        raise ValueError(
+            f"Model {name!r} ({own.model_type}) has layers of kind {', '.join(unknown)}, which vLLM cannot run inside "
+            "of a stitched model: all of its layers must have full or sliding-window attention. Serve the stitched "
+            "model with transformers."
+        )
+    if shape.is_deepseek_mla:
+        raise ValueError(
+            f"Model {name!r} ({own.model_type}) has latent attention (MLA), for which vLLM has a cache of its own; it "
+            "cannot be served inside of a stitched model. Serve the stitched model with transformers."
+        )
+    heads = {"attention heads": shape.total_num_attention_heads, "key-value heads": shape.total_num_kv_heads}
+    for what, count in heads.items():
+        if count % processes and processes % count:
+            raise ValueError(
+                f"Model {name!r} ({own.model_type}) has {count} {what}, which cannot be split over "
+                f"tensor_parallel_size={processes} processes. Choose a number that divides those of all models."
+            )
+
+
+def check_layers(model: StitchExportModel) -> None:
+    """Raise `ValueError` for a model whose layers do not go through transformers' attention interface."""
+    config, first = model.config, 0
+    for name in config.names:
+        own = config.part(name).get_text_config(decoder=True)
+        layers = list(model.layers)[first : first + own.num_hidden_layers]
+        first += own.num_hidden_layers
+        if own.model_type in _OTHER_SHAPES or not all(any(map(_dispatches, layer.modules())) for layer in layers):
+            raise ValueError(
+                f"Model {name!r} ({own.model_type}) cannot be served by vLLM: its attention does not go through "
+                "transformers' attention interface, or not as vLLM's does. Serve the stitched model with "
+                "transformers, or use a model of an architecture that does, such as llama, qwen, mistral or gemma."
+            )
+
+
+def _dispatches(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "layer_idx", None), int) and interface_call(type(module).forward) is not None
