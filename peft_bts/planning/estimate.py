@@ -56,8 +56,8 @@ class Memory:
         weights: Of all models and the stitches (those are float32 beside models in half precision).
         weights_read: Of these, what one decoding step reads, whatever the number of sequences: all but embeddings and
             the experts' heads. Weights that a LoRA expert shares with the hub count once if it runs with the hub as
-            one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts: it depends
-            on the tokens.
+            one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts, where it
+            depends on the tokens, and for quantised weights, which are not counted here.
         cache: What a `DynamicCache` holds of `batch_size` sequences of `sequence_length` tokens, for all models.
         cache_per_token: By how much that grows with every further token of one sequence.
         recurrent: The part of `cache` that never grows: states of convolutions and linear attention.
@@ -205,8 +205,8 @@ def plan(
             for dtype in of_models:
                 model, blueprints, smaller = _stitched(hub, references, config, dtype, quantization)
                 of_dtype = _memory(model, tokens)
-                read = None if of_dtype.weights_read is None else of_dtype.weights_read - smaller
-                of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller, weights_read=read)
+                if quantization is not None:
+                    of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller, weights_read=None)
                 memory[str(dtype).removeprefix("torch.")] = of_dtype
             # The same for every dtype of the models, as is the file.
             parts = _parts(model, blueprints, tokens, heads=config.output == "mixture")
