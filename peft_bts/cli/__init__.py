@@ -27,8 +27,10 @@ from .run_module import run_module
 from .train import train
 
 
+_HELP = "Check, plan, assess, train, inspect, evaluate, export and push Branch-Train-Stitch adapters."
+
 app = typer.Typer(
-    help="Check, plan, assess, train, inspect, evaluate, export and push Branch-Train-Stitch adapters.",
+    help=_HELP,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,7 +44,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
+@app.callback(help=_HELP)
 def _options(
     _: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
