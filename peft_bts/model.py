@@ -198,9 +198,16 @@ class StitchModel(StitchTuner):
             with self.drop_experts(max_active_experts, expert_threshold):
                 return self.generate(*args, draft=draft, **kwargs)
         observers, dropping = self._forward.settings.observers, self._dropping.current is not None
-        parallel, composition = self._parallel, self._active_composition()
+        parallel = self._parallel
+        if draft is not None and parallel is not None:
+            raise ValueError(
+                "draft='hub' is not supported under expert_parallel(): the hub's layers are in one process only. "
+                "Generate without drafts, or pass an `assistant_model`."
+            )
         with nullcontext() if parallel is None else generation_in_step(parallel.processes, self.model, kwargs):
-            return generation.generate(self.model, composition, observers, dropping, draft, args, kwargs)
+            return generation.generate(
+                self.model, self._active_composition(), observers, dropping, draft, args, kwargs
+            )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """The hub's `generate_batch` (continuous batching) while the adapter is disabled, else a `ValueError`."""

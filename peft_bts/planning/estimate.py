@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from .._compat.peft import CausalLM
 from .._compat.transformers import is_mixture
@@ -56,8 +56,8 @@ class Memory:
         weights: Of all models and the stitches (those are float32 beside models in half precision).
         weights_read: Of these, what one decoding step reads, whatever the number of sequences: all but embeddings and
             the experts' heads. Weights that a LoRA expert shares with the hub count once if it runs with the hub as
-            one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts: it depends
-            on the tokens.
+            one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts, where it
+            depends on the tokens, and for quantised weights, which are not counted here.
         cache: What a `DynamicCache` holds of `batch_size` sequences of `sequence_length` tokens, for all models.
         cache_per_token: By how much that grows with every further token of one sequence.
         recurrent: The part of `cache` that never grows: states of convolutions and linear attention.
@@ -203,12 +203,10 @@ def plan(
         with no_weights():
             tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long)
             for dtype in of_models:
-                model, seed, blueprints = _stitched(hub, references, config, dtype)
+                model, blueprints, smaller = _stitched(hub, references, config, dtype, quantization)
                 of_dtype = _memory(model, tokens)
                 if quantization is not None:
-                    smaller = saved_bytes([seed, *blueprints.values()], quantization)
-                    read = None if of_dtype.weights_read is None else of_dtype.weights_read - smaller
-                    of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller, weights_read=read)
+                    of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller, weights_read=None)
                 memory[str(dtype).removeprefix("torch.")] = of_dtype
             # The same for every dtype of the models, as is the file.
             parts = _parts(model, blueprints, tokens, heads=config.output == "mixture")
@@ -221,17 +219,23 @@ def plan(
 
 
 def _stitched(
-    hub: ModelLike, experts: Mapping[str, ModelLike], config: StitchConfig, dtype: torch.dtype
-) -> tuple[PeftModel, PreTrainedModel, dict[str, CausalLM]]:
-    """The stitched model, without weights, the hub in it, and the experts by name."""
+    hub: ModelLike,
+    experts: Mapping[str, ModelLike],
+    config: StitchConfig,
+    dtype: torch.dtype,
+    quantization: Optional[Quantization],
+) -> tuple[PeftModel, dict[str, CausalLM], int]:
+    """The stitched model, without weights, the experts in it by name, and the bytes that quantisation saves."""
     seed = hub_blueprint(hub, dtype)
     blueprints = {name: expert_blueprint(name, expert, seed, dtype) for name, expert in sorted(experts.items())}
+    # Before there are stitches, which stay as they are.
+    smaller = 0 if quantization is None else saved_bytes([seed, *blueprints.values()], quantization)
     model = get_peft_model(seed, dataclasses.replace(config, experts={}))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Expert .* came from no id or path")  # blueprints are not for saving
         for name, expert in blueprints.items():
             model.attach_expert(name, expert)
-    return model.eval(), seed, blueprints
+    return model.eval(), blueprints, smaller
 
 
 def _parts(

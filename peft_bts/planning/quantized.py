@@ -28,20 +28,21 @@ def saved_bytes(models: Iterable[CausalLM], quantization: Quantization) -> int:
         models: The models as they are without, real ones or blueprints.
         quantization: `"4bit"` or `"8bit"`.
     """
-    weights = {id(weight): weight for model in models for weight in _quantized(model)}
-    return sum(weight.nbytes - _bytes(weight, quantization) for weight in weights.values())
+    weights = {id(weight): (weight, outputs) for model in models for weight, outputs in _quantized(model)}
+    return sum(weight.nbytes - _bytes(weight, outputs, quantization) for weight, outputs in weights.values())
 
 
-def _quantized(model: CausalLM) -> Iterable[Tensor]:
+def _quantized(model: CausalLM) -> Iterable[tuple[Tensor, int]]:
+    """The weights that are quantised, each with its number of outputs."""
     plain = base_model(model) if isinstance(model, PeftModel) else model
     spared = tuple(get_keys_to_not_convert(plain))
     for path, module in plain.named_modules():
         path = path.removesuffix(".base_layer")
         if (isinstance(module, Conv1D) or type(module) is nn.Linear) and path not in spared and ".lora_" not in path:
-            yield module.weight
+            yield module.weight, module.weight.shape[1 if isinstance(module, Conv1D) else 0]
 
 
-def _bytes(weight: Tensor, quantization: Quantization) -> int:
+def _bytes(weight: Tensor, outputs: int, quantization: Quantization) -> int:
     if quantization == "8bit":
-        return weight.numel() + 4 * weight.shape[0]  # and a scale for every row
+        return weight.numel() + 4 * outputs  # and a scale for each of them
     return -(-weight.numel() // 2) + 4 * -(-weight.numel() // _BLOCK) + _CODE
