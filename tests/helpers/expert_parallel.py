@@ -245,7 +245,7 @@ def refusals(folder):
 
 
 def trainer(folder, mesh=None):
-    """Trainer: a run that saves half-way, and one that resumes from there; with a shuffled data set and evaluation."""
+    """Trainer: a run that saves half-way, and one that resumes from there; with evaluation."""
     losses, where = [], "spread" if DISTRIBUTED else "alone"
     output = f"{folder}/trainer-{where}-{'data' if mesh else 'plain'}"
     data = [{"input_ids": x, "labels": x} for x in DATA]
@@ -267,6 +267,7 @@ def trainer(folder, mesh=None):
             adam_epsilon=1e-4,
             save_steps=STEPS // 2,
             logging_steps=1,
+            train_sampling_strategy="sequential",
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
