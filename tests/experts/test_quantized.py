@@ -186,7 +186,7 @@ def test_lora_of_a_quantized_hub(folder, quantization):
     assert_near(actual, expected, TOLERANCE[quantization])
 
 
-@pytest.mark.parametrize("quantization", ["bitsandbytes 4 bit", "bitsandbytes 8 bit", "torchao int8"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_loras_in_one_batch_with_a_quantized_hub(folder, quantization, monkeypatch):
     """Its layers are called once for the rows of all, where they give what each model gives alone.
 
@@ -202,6 +202,7 @@ def test_loras_in_one_batch_with_a_quantized_hub(folder, quantization, monkeypat
     actual = logits(model, attention_mask=LEFT)[:, -3:]
     assert set(rows) == ({3 * len(IDS)} if together else set())
     alone = PeftModel.from_pretrained(load_anew(folder / "seed", quantization), folder / "lora").eval()
+    logits(alone)  # bitsandbytes repacks nf4 weights in the first forward; the reference runs models in two threads
     experts = dict.fromkeys(["lora", "again"], alone.base_model.model)
     expected = expected_logits(model, load(folder / "seed", quantization), experts, attention_mask=LEFT)[:, -3:]
     assert_near(actual, expected, TOLERANCE[quantization])
