@@ -370,7 +370,7 @@ def test_usage(arguments):
 
 def test_version():
     assert call("--version").stdout == f"peft_bts {peft_bts.__version__}\n"
-    assert "Branch-Train-Stitch adapters" in call("--help").stdout
+    assert "push Branch-Train-Stitch adapters." in " ".join(call("--help").stdout.split())
 
 
 def test_as_a_module():

@@ -135,7 +135,8 @@ def test_train_save_load(folder, quantization, output, tmp_path):
     options = {"max_new_tokens": 5, "do_sample": False}
     tokens = model.generate(input_ids=IDS, **options)
     assert torch.equal(again.generate(input_ids=IDS, **options), tokens)
-    assert torch.equal(model.generate(input_ids=IDS, use_cache=False, **options), tokens)
+    if quantization != "bitsandbytes 8 bit":  # which treats a token by what else is in the call: with a cache, nothing
+        assert torch.equal(model.generate(input_ids=IDS, use_cache=False, **options), tokens)
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)

@@ -137,7 +137,8 @@ def test_references_run_no_code(adapter, monkeypatch, answer):
     bring_code(adapter / "evil", flag, AutoConfig="evil.C", AutoModelForCausalLM="evil.M")
     path = adapter / "adapter" / "adapter_config.json"
     text = path.read_text()
-    path.write_text(text.replace(f"{adapter}/code", f"{adapter}/evil"))
+    path.write_text(text.replace('"../code"', '"../evil"'))
+    assert path.read_text() != text
     with suppress(Exception):
         load(adapter)
     assert not flag.exists() and not asked

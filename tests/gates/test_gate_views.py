@@ -113,11 +113,8 @@ def test_errors(trace, monkeypatch):
         with pytest.raises(ValueError, match="Nothing was recorded"):
             call()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "rich.table", None)
     with pytest.raises(ModuleNotFoundError, match=r'needs matplotlib: `pip install "\.\[viz\]"`'):
         trace.plot()
-    with pytest.raises(ModuleNotFoundError, match=r'needs rich: `pip install "\.\[viz\]"`'):
-        str(trace.table())
 
 
 # -------------------------------------------------------------------------------------------------------------- pages

@@ -65,6 +65,7 @@ def test_two_processes(root, tmp_path):
     """Two processes with half of the batch each learn what one does; one of them writes, and prints."""
     # Dropout draws other numbers in each process. Plain SGD: Adam would blow up the last bits of tiny gradients.
     same = ("--gate_dropout", "0", "--optim", "sgd", "--max_grad_norm", "0", "--learning_rate", "1.0")
+    same += ("--train_sampling_strategy", "sequential")  # accelerate shuffles otherwise for several processes
     finish(start(root, PLAIN, tmp_path / "one", *same))
     printed = finish(start(root, TWO, tmp_path / "two", *same, "--per_device_train_batch_size", "2"))
     assert printed.count("after training") == 1
