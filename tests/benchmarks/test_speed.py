@@ -264,6 +264,7 @@ def test_peak_sees_what_is_gone_again():
     assert 60 * 2**20 < with_peak.rise() < 90 * 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_is_kept():
     code = (

@@ -370,7 +370,7 @@ def test_usage(arguments):
 
 def test_version():
     assert call("--version").stdout == f"peft_bts {peft_bts.__version__}\n"
-    assert "push Branch-Train-Stitch adapters." in " ".join(call("--help").stdout.split())
+    assert "export and push Branch-Train-" in " ".join(call("--help").stdout.split())
 
 
 def test_as_a_module():
