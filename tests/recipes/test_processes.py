@@ -15,8 +15,8 @@ from tests.helpers.recipes import write_recipe
 
 
 PLAIN = (sys.executable, "-m", "peft_bts")
-TWO = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-TWO += ("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "peft_bts")
+TWO = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples/accelerate/ddp.yaml"))
+TWO += ("--main_process_port", "0", "-m", "peft_bts")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_killed_run_is_continued(root, tmp_path):
 def test_two_processes(root, tmp_path):
     """Two processes with half of the batch each learn what one does; one of them writes, and prints."""
     # Dropout draws other numbers in each process. Plain SGD: Adam would blow up the last bits of tiny gradients.
-    same = ("--gate_dropout", "0", "--optim", "sgd", "--max_grad_norm", "0", "--learning_rate", "1.0")
+    same = ("--gate_dropout", "0", "--optim", "sgd", "--max_grad_norm", "0", "--learning_rate", "0.1")
     same += ("--train_sampling_strategy", "sequential")  # accelerate shuffles otherwise for several processes
     finish(start(root, PLAIN, tmp_path / "one", *same))
     printed = finish(start(root, TWO, tmp_path / "two", *same, "--per_device_train_batch_size", "2"))
@@ -72,7 +72,7 @@ def test_two_processes(root, tmp_path):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for key in one:
-        assert torch.allclose(one[key], two[key], atol=1e-6), key
+        assert torch.allclose(one[key], two[key], atol=1e-5), key  # rounding, which every step enlarges
     untrained = [key for key in one if key.endswith("gate.hub.weight") and not one[key].any()]
     assert not untrained
     card = (tmp_path / "two" / "README.md").read_text()
