@@ -18,7 +18,8 @@ from .common import Adapter, Result, stitch_config
 
 
 _KEY = re.compile(r".*\.(?P<layer>\d+)\.stitch_layer\.(?P<role>gate|proj)\.(?P<model>\w+)\.(?P<rest>.+)")
-_OPTIONS = ("pattern", "expert_streams", "gate", "gate_bias", "gate_dropout", "r", "modules_to_save")
+_OUTPUT_KEY = re.compile(r".*\.stitch_output\.(?P<role>gate)\.(?P<model>\w+)\.(?P<rest>.+)")
+_OPTIONS = ("output", "pattern", "expert_streams", "gate", "gate_bias", "gate_dropout", "r", "modules_to_save")
 
 
 def inspect(adapter: Adapter) -> Result:
@@ -26,15 +27,19 @@ def inspect(adapter: Adapter) -> Result:
     config = stitch_config(adapter)
     weights = others = 0
     stitches: dict[int, dict[str, dict[str, Tensor]]] = {}  # by layer, model, and place in the model
+    output: dict[str, dict[str, Tensor]] = {}  # of an output mixture: by model, and place in the model
     with safe_open(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
         keys: list[str] = file.keys()
         for key in keys:
-            tensor, match = file.get_tensor(key), _KEY.match(key)
+            tensor, match, of_output = file.get_tensor(key), _KEY.match(key), _OUTPUT_KEY.match(key)
             weights += tensor.numel()
-            if match is None:
+            if match is not None:
+                model = stitches.setdefault(int(match["layer"]), {}).setdefault(match["model"], {})
+            elif of_output is not None:
+                match, model = of_output, output.setdefault(of_output["model"], {})
+            else:
                 others += tensor.numel()
                 continue
-            model = stitches.setdefault(int(match["layer"]), {}).setdefault(match["model"], {})
             model[f"{match['role']}.{match['rest']}"] = tensor
     layers = {layer: _stitch(models) for layer, models in sorted(stitches.items())}
     options = {option: getattr(config, option) for option in _OPTIONS}
@@ -46,6 +51,7 @@ def inspect(adapter: Adapter) -> Result:
         "weights": weights,
         "weights_outside_of_stitches": others,
         "stitches": layers,
+        "output_gates": {name: _moved(tensors) for name, tensors in sorted(output.items())},
     }
     return Result(_tables(data), data)
 
@@ -95,26 +101,25 @@ def _tables(data: dict[str, Any]) -> list[Any]:
     def number(value: Any) -> str:
         return "" if value is None else f"{value:.3g}"
 
+    def row(layer: str, kind: str, name: str, found: dict[str, Any]) -> tuple[Any, ...]:
+        figures = (number(found[key]) for key in ("gate_weight_rms", "gate_bias_rms", "proj_distance"))
+        return layer, kind, name, found["weights"], *figures
+
     stitches = [
-        (
-            str(layer),
-            stitch["kind"].replace("_", "-"),
-            name,
-            found["weights"],
-            number(found["gate_weight_rms"]),
-            number(found["gate_bias_rms"]),
-            number(found["proj_distance"]),
-        )
+        row(str(layer), stitch["kind"].replace("_", "-"), name, found)
         for layer, stitch in data["stitches"].items()
         for name, found in stitch["models"].items()
     ]
+    gates = [row("", "output", name, found) for name, found in data["output_gates"].items()]
+    and_gates = " and output gates" if gates else ""
     options = ", ".join(f"{option}={value!r}" for option, value in data["options"].items() if value is not None)
     columns = ["layer", "kind", "model", "weights", "gate", "bias", "projection"]
     return [
-        f"Stitch adapter {data['adapter']}: {data['weights']:,} weights in {len(data['stitches'])} stitches.",
+        f"Stitch adapter {data['adapter']}: {data['weights']:,} weights in {len(data['stitches'])} stitches"
+        f"{and_gates}.",
         f"Hub: {hub}" + (f" at {revision}" if revision else ""),
         f"Options: {options}",
         table("Experts", ["expert", "model", "", "revision", "layers x width"], experts, left=5),
-        table("Stitches", columns, stitches, left=3),
+        table(f"Stitches{and_gates}", columns, [*stitches, *gates], left=3),
         "layer: of the hub, from 0. gate, bias: root mean square. projection: relative distance from the identity.",
     ]

@@ -90,7 +90,8 @@ def _settings(model: nn.Module) -> ForwardSettings:
 class GateTrace:
     """The record of `trace_gates`; it can be read during the `with` and after it.
 
-    Stitches are counted from the first layer to the last, as in `stitches`: `stitch=-1` is the one before the head.
+    Stitches are counted from the first layer to the last, as in `stitches`: `stitch=-1` is the last stitch,
+    or the output gates where outputs are mixed.
     Beam search is recorded as it was computed: a sequence is a place in the batch of beams with the tokens that were
     given to the beams in this place, not one of the returned texts. Drafted tokens that were rejected are left out.
 

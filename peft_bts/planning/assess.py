@@ -132,7 +132,7 @@ class _Domain:
         tokenizer: Optional[PreTrainedTokenizerBase],
         length: int,
         max_tokens: Optional[int],
-        vocab: int,
+        vocab: Mapping[str, int],
     ) -> _Domain:
         """Tokenize documents with the special tokens that the tokenizer adds, until there are `max_tokens` tokens."""
         domain = cls()
@@ -143,9 +143,11 @@ class _Domain:
                 ids = list(tokenizer(document, verbose=False)["input_ids"])
             else:
                 ids = [int(token) for token in document]
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            who, size = min(vocab.items(), key=lambda known: known[1])  # the hub comes first
+            if ids and not 0 <= min(ids) <= max(ids) < size:
                 wrong = min(ids) if min(ids) < 0 else max(ids)
-                raise ValueError(f"Domain {name!r} has the token id {wrong}; the hub knows ids from 0 to {vocab - 1}.")
+                known = f"the {who} knows ids from 0 to {size - 1}"
+                raise ValueError(f"Domain {name!r} has the token id {wrong}; {known}.")
             if len(ids) > left:
                 ids = ids[: int(left)]
                 if isinstance(document, str) and tokenizer is not None:
@@ -338,8 +340,8 @@ def _check_sizes(**sizes: Optional[int]) -> None:
             raise ValueError(f"{option} must be a whole number of at least {least}, got {value!r}.")
 
 
-def _check_models(hub: Source, experts: Mapping[str, Source]) -> tuple[dict[str, int], int]:
-    """Compare hub and experts by their configs alone. Returns the positions of each, and how many tokens there are."""
+def _check_models(hub: Source, experts: Mapping[str, Source]) -> tuple[dict[str, int], dict[str, int]]:
+    """Compare hub and experts by their configs alone. Returns the positions and the vocabulary of each, hub first."""
     if not experts:
         raise ValueError("No expert is given, so there is nothing to combine. Name at least one in `experts`.")
     for who, model in {"The hub": hub, **{f"Expert {name!r}": expert for name, expert in experts.items()}}.items():
@@ -358,21 +360,20 @@ def _check_models(hub: Source, experts: Mapping[str, Source]) -> tuple[dict[str,
         with no_weights():
             seed = hub_blueprint(hub)
     config = text_config(seed)
-    limits = {"hub": getattr(config, "max_position_embeddings", None)}
+    configs = {"hub": config}
     with no_weights():
-        for name, expert in experts.items():
-            limits[f"expert {name!r}"] = _positions(name, expert, config)
-    return {who: limit for who, limit in limits.items() if limit}, config.vocab_size
+        configs |= {f"expert {name!r}": _config(name, expert, config) for name, expert in experts.items()}
+    limits = {who: getattr(known, "max_position_embeddings", None) for who, known in configs.items()}
+    vocab = {who: known.vocab_size for who, known in configs.items()}
+    return {who: limit for who, limit in limits.items() if limit}, vocab
 
 
-def _positions(name: str, expert: Source, hub_config: Any) -> Optional[int]:
-    """Return how many positions an expert has, from its config."""
+def _config(name: str, expert: Source, hub_config: Any) -> Any:
+    """Return an expert's config, without loading the expert."""
     if isinstance(expert, nn.Module):
-        config = text_config(expert)
-    else:
-        config = read_configs(name, resolve_reference(name, as_reference(name, expert)))[0] or hub_config
-        config = config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None)
+        return text_config(expert)
+    config = read_configs(name, resolve_reference(name, as_reference(name, expert)))[0] or hub_config
+    return config.get_text_config(decoder=True)
 
 
 def _check_data(data: Mapping[str, Sequence[Document]]) -> bool:

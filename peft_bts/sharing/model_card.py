@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from .._compat.bitsandbytes import num_weights
+from ..config import StitchConfig
 from ..formatting import human
 from ..install import how_to_install
 from ..keys import file_key, is_stitch_weight
@@ -95,6 +96,13 @@ def _results(model: PeftModel) -> dict[str, dict[str, Any]]:
     return results
 
 
+def _holds(config: StitchConfig) -> str:
+    if config.output != "mixture":
+        return "the stitches"
+    gates = "output gates (its logits are log probabilities of a mixture of what all models say)"
+    return gates if config.num_stitches == 0 and not config.layers_to_stitch else f"the stitches and {gates}"
+
+
 def _section(model: PeftModel, adapter: str, repo_id: Optional[str]) -> str:
     config = stitch_tuner(model).peft_config[adapter]
     parameters, results = _parameters(model, adapter), _results(model)
@@ -117,7 +125,7 @@ def _section(model: PeftModel, adapter: str, repo_id: Optional[str]) -> str:
             "## Stitched experts",
             "",
             "This is a Branch-Train-Stitch adapter ([arXiv 2502.00075](https://arxiv.org/abs/2502.00075)): small "
-            "layers that combine a frozen seed model with frozen experts. It holds the stitches only "
+            f"layers that combine a frozen seed model with frozen experts. It holds {_holds(config)} only "
             f"({parameters['stitches']} parameters); the models are loaded from where this table says.",
             "",
             _table(["expert", "model", "revision", "architecture", "parameters"], rows),

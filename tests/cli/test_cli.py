@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def adapter(tmp_path):
 
     def make(**options):
         hub = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
-        model = get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM", experts=experts, num_stitches=2, **options))
+        config = StitchConfig(task_type="CAUSAL_LM", experts=experts, **{"num_stitches": 2} | options)
+        model = get_peft_model(hub, config)
         randomize(model).eval().save_pretrained(tmp_path / "adapter")
         return str(tmp_path / "adapter"), model
 
@@ -122,6 +124,20 @@ def test_inspect(adapter):
     text = call("inspect", folder).stdout
     for word in ("code", "tax", "LoRA on the hub", "experts-into-hub", f"{data['weights']:,} weights in 2 stitches"):
         assert word in text
+
+
+@pytest.mark.parametrize("options", [{}, {"num_stitches": 0}], ids=str)
+def test_inspect_output_gates(adapter, options):
+    folder, model = adapter(output="mixture", **options)
+    data = json.loads(call("inspect", folder, "--json").stdout)
+    assert data["options"]["output"] == "mixture" and data["weights_outside_of_stitches"] == 0
+    gates = model.base_model.model.stitch_output["default"].gate
+    assert list(data["output_gates"]) == sorted(gates.names())
+    for name, found in data["output_gates"].items():
+        expected = gates.of(name).weight.pow(2).mean().sqrt().item()
+        assert found["gate_weight_rms"] == pytest.approx(expected, rel=1e-5)
+    assert "stitches and output gates" in call("inspect", folder).stdout
+    assert "mixture of what all models say" in Path(folder, "README.md").read_text()
 
 
 def test_inspect_low_rank(adapter):

@@ -207,6 +207,13 @@ def test_command(folders):
     assert "lora expert" in text and "output gates" in text and expected["advice"][:20] in text
 
 
+def test_an_id_that_an_expert_does_not_know(tmp_path):
+    """A hub with a padded vocabulary has ids that an expert has no embedding for: said before any model runs."""
+    hub, short = save_model(tmp_path / "hub", vocab_size=80), save_model(tmp_path / "short", seed=1)
+    with pytest.raises(ValueError, match=r"Domain 'a' has the token id 70; the expert 'short' knows ids from 0 to 63"):
+        assess(hub, {"short": short}, {"a": [[3, 4, 70]] * 6})
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
