@@ -72,22 +72,10 @@ class Executor(Protocol):
         ...
 
 
-class SequentialExecutor:
-    """Runs the streams one after the other, when a stitch asks for them."""
+class InOneProcess:
+    """Base of executors that run all models here: there is nobody to exchange anything with."""
 
     spread = False
-
-    def __init__(self, streams: Mapping[Hashable, StreamLike]) -> None:
-        self.streams = streams
-
-    def run_hub(self, hub: Callable[[], Any]) -> Any:
-        return hub()
-
-    def look_ahead(self, boundary: Boundary) -> None:
-        """Nothing runs ahead."""
-
-    def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
-        return {key: stream.advance(boundary(stream), checkpoint) for key, stream in self.streams.items()}
 
     def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
         return hub_BTD, states
@@ -100,6 +88,22 @@ class SequentialExecutor:
 
     def agree(self, values: Tensor) -> Tensor:
         return values
+
+
+class SequentialExecutor(InOneProcess):
+    """Runs the streams one after the other, when a stitch asks for them."""
+
+    def __init__(self, streams: Mapping[Hashable, StreamLike]) -> None:
+        self.streams = streams
+
+    def run_hub(self, hub: Callable[[], Any]) -> Any:
+        return hub()
+
+    def look_ahead(self, boundary: Boundary) -> None:
+        """Nothing runs ahead."""
+
+    def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
+        return {key: stream.advance(boundary(stream), checkpoint) for key, stream in self.streams.items()}
 
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
         for key, stream in self.streams.items():

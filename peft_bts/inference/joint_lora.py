@@ -11,7 +11,7 @@ Shapes: B sequences, T tokens, D the width; with N experts a batch of all is ((1
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
 from typing import Any, Optional
 
@@ -35,7 +35,7 @@ from ..distributed.absent import AbsentExpert, has_layers
 from ..distributed.parallel import ExpertParallel
 from ..forward.composition import Composition
 from ..forward.decoder import Decoder, text_config, token_embeddings
-from ..forward.executor import Boundary, Executor, SequentialExecutor
+from ..forward.executor import Boundary, Executor, InOneProcess, SequentialExecutor
 from ..forward.expert import Expert
 from ..forward.hooks import ForwardRunner
 from ..forward.layer import StitchLayer, behind_layer
@@ -163,7 +163,7 @@ class JointModel:
         )
 
 
-class JointExecutor:
+class JointExecutor(InOneProcess):
     """Runs the hub and its LoRA experts as one batch, and other experts by an executor of their own.
 
     Args:
@@ -177,8 +177,6 @@ class JointExecutor:
         loras: The same, each with the name of its expert.
         number_of_rows: How many the batch of all has.
     """
-
-    spread = False
 
     def __init__(
         self, state: ForwardState, model: JointModel, lanes: Mapping[Hashable, Lane], others: Executor
@@ -249,18 +247,6 @@ class JointExecutor:
     def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
         assert self._states is not None  # the hub's layers bring the experts along
         return {**self._others.advance(boundary, checkpoint), **self._states}
-
-    def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
-        return hub_BTD, states
-
-    def go_on(self, hub_BTD: Tensor) -> Tensor:
-        return hub_BTD
-
-    def share(self, names: Sequence[str], values: list[Tensor]) -> list[Tensor]:
-        return values
-
-    def agree(self, values: Tensor) -> Tensor:
-        return values
 
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
         assert self._states is not None

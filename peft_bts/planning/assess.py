@@ -137,13 +137,13 @@ class _Domain:
         """Tokenize documents with the special tokens that the tokenizer adds, until there are `max_tokens` tokens."""
         domain = cls()
         left = math.inf if max_tokens is None else max_tokens
+        who, size = min(vocab.items(), key=lambda known: known[1])  # the hub comes first
         for document in documents:
             if isinstance(document, str):
                 assert tokenizer is not None
                 ids = list(tokenizer(document, verbose=False)["input_ids"])
             else:
                 ids = [int(token) for token in document]
-            who, size = min(vocab.items(), key=lambda known: known[1])  # the hub comes first
             if ids and not 0 <= min(ids) <= max(ids) < size:
                 wrong = min(ids) if min(ids) < 0 else max(ids)
                 known = f"the {who} knows ids from 0 to {size - 1}"
