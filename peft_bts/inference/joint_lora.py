@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 _CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 _COLLECTOR = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked for
+_NEVER_CALLED = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict)  # containers
 _NOT_COLLECTED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -65,30 +66,40 @@ class JointLinear(nn.Module):
         self.__dict__.update(base=base, loras=loras, runner=runner)  # not as submodules: they belong to the models
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y: Tensor = self.base(x)
         _, executor = _under_way(self.runner)
-        each = len(x) // executor.number_of_rows  # 1, or T where a layer flattens sequences (opt)
+        # Decoding spends its time on the number of operations, Python's included: hence no more of them than needed.
+        in_few = _in_few_operations(x, y)
+        if in_few:
+            x, flat = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        else:
+            flat = y
+        each = len(x) // executor.number_of_rows  # 1; or T, where sequences are flattened
         for name, rows in executor.loras:
             lora = self.loras.get(name)
             if lora is None or lora.disable_adapters:
                 continue
-            rows = slice(rows.start * each, rows.stop * each)
+            start, stop = rows.start * each, rows.stop * each
+            downs, ups = lora.lora_A._modules, lora.lora_B._modules
             for adapter in lora.active_adapters:
-                if adapter in lora.lora_A:
-                    _add_lora(y[rows], x[rows], lora.lora_A[adapter], lora.lora_B[adapter], lora.scaling[adapter])
+                if adapter in downs:
+                    _add_lora(flat[start:stop], x[start:stop], downs[adapter], ups[adapter], lora.scaling[adapter], in_few)
         return y
 
 
-def _add_lora(y: Tensor, x: Tensor, down: Any, up: Any, scaling: float) -> None:
+def _in_few_operations(x: Tensor, y: Tensor) -> bool:
+    """Whether a LoRA may be added in place by one operation: not in half precision, where PEFT rounds in between."""
+    exact = x.dtype == y.dtype and x.dtype.itemsize >= 4
+    return exact and y.is_contiguous() and not torch.is_autocast_enabled(x.device.type)
+
+
+def _add_lora(y: Tensor, x: Tensor, down: Any, up: Any, scaling: float, in_few: bool) -> None:
     """Add a LoRA's product of x (rows, ..., in) to y (rows, ..., out), in place."""
-    plain = x.dtype == y.dtype == down.weight.dtype and up.bias is None
-    exact = x.dtype.itemsize >= 4  # in half precision, results are rounded where PEFT rounds them
-    if plain and exact and y.is_contiguous() and not torch.is_autocast_enabled(x.device.type):
-        # In few operations, which decoding spends its time on.
-        small = F.linear(x.reshape(-1, x.shape[-1]), down.weight)
-        y.view(-1, y.shape[-1]).addmm_(small, up.weight.t(), alpha=scaling)
+    weight = down.weight
+    if in_few and weight.dtype == x.dtype and up.bias is None:
+        y.addmm_(F.linear(x, weight), up.weight.t(), alpha=scaling)
     else:
-        y.copy_(y + up(down(x.to(down.weight.dtype))) * scaling)
+        y.copy_(y + up(down(x.to(weight.dtype))) * scaling)
 
 
 class _JointLayer(StandIn):
@@ -141,14 +152,23 @@ class JointModel:
         # What it was built of: somebody may exchange modules, or adapters in them, later.
         parts = [*hub_layers, *(expert.layers for expert in experts.values())]
         self._runner, self._backbone = runner, decoder.backbone
-        self._modules = [decoder.backbone, *(module for part in parts for module in part.modules())]
-        self._built = [(module._modules, dict(module._modules)) for module in self._modules if module._modules]
+        modules = dict.fromkeys([decoder.backbone, *(module for part in parts for module in part.modules())])
+        self._built = [(module._modules, dict(module._modules)) for module in modules if module._modules]
+        # What tells of hooks, held here because it is asked for of a thousand modules, once per token.
+        self._watchable = [
+            (module, module.__dict__, module._forward_hooks, module._forward_pre_hooks)
+            for module in modules
+            if not isinstance(module, _NEVER_CALLED)
+        ]
 
     def is_whole(self) -> bool:
         """Whether the models are built as they were, and nobody watches or has replaced what their modules do."""
-        # Asked once per token of thousands of modules: those without hooks, which is nearly all, take no call.
-        suspects = [m for m in self._modules if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__]
-        return all(now == then for now, then in self._built) and not any(map(self._is_watched, suspects))
+        if any(now != then for now, then in self._built):
+            return False
+        suspects = [
+            module for module, own, hooks, pre_hooks in self._watchable if hooks or pre_hooks or "forward" in own
+        ]
+        return not any(map(self._is_watched, suspects))
 
     def _is_watched(self, module: nn.Module) -> bool:
         """Whether hooks of others, or a `forward` of its own, would not be called, or called for all rows at once."""
@@ -183,6 +203,9 @@ class JointExecutor(InOneProcess):
     ) -> None:
         self._state, self._model, self._others = state, model, others
         self._states: Optional[dict[Hashable, Tensor]] = None
+        self._together: Optional[Tensor] = None  # the states of all as a layer returned them, until one is replaced
+        self._hub_BTD: Optional[Tensor] = None  # the hub's among them
+        self._for_all: list[tuple[Tensor, Tensor]] = []  # what layers were called with: the hub's, and for all
         tokens = state.call["inputs_embeds"] if state.call.get("input_ids") is None else state.call["input_ids"]
         self._batch = end = len(tokens)
         self.rows: dict[Hashable, slice] = {}
@@ -216,14 +239,16 @@ class JointExecutor(InOneProcess):
     def join(self, hub_BTD: Tensor) -> Tensor:
         """The hidden states of all: what a layer is to be called with."""
         if self._states is None:  # embedded by now, which is the same for all
-            all_BTD: Tensor = self.for_all(hub_BTD)
-            return all_BTD
+            return self._of_every_row(hub_BTD)
+        if self._together is not None and hub_BTD is self._hub_BTD:
+            return self._together
         return torch.cat([hub_BTD, *self._states.values()])
 
     def part(self, hidden: Tensor) -> Tensor:
         """Keep the experts' hidden states, and return the hub's."""
         self._states = {key: hidden[rows] for key, rows in self.rows.items()}
-        return hidden[: self._batch]
+        self._together, self._hub_BTD = hidden, hidden[: self._batch]
+        return self._hub_BTD
 
     def for_all(self, value: Any) -> Any:
         """Return what a layer of the hub is called with, for the batch of all."""
@@ -236,10 +261,18 @@ class JointExecutor(InOneProcess):
         if not isinstance(value, Tensor) or value.dim() < 2 or (len(value) == 1 and self._batch > 1):
             return value
         if len(value) == self._batch:
-            if self._sequences is None:
-                return value.repeat(1 + len(self.rows), *[1] * (value.dim() - 1))
-            return value.index_select(0, self._sequences.to(value.device))
+            # Every layer is called with the same masks and rotary positions.
+            for known, of_every_row in self._for_all:
+                if known is value:
+                    return of_every_row
+            self._for_all.append((value, self._of_every_row(value)))
+            return self._for_all[-1][1]
         raise NotStackable(f"their layers take a tensor of shape {tuple(value.shape)} beside hidden states")
+
+    def _of_every_row(self, value: Tensor) -> Tensor:
+        if self._sequences is None:
+            return value.repeat(1 + len(self.rows), *[1] * (value.dim() - 1))
+        return value.index_select(0, self._sequences.to(value.device))
 
     def look_ahead(self, boundary: Boundary) -> None:
         self._others.look_ahead(boundary)
@@ -250,7 +283,7 @@ class JointExecutor(InOneProcess):
 
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
         assert self._states is not None
-        self._states = {key: states[key] for key in self.rows}
+        self._together, self._states = None, {key: states[key] for key in self.rows}
         self._others.replace_states({key: state for key, state in states.items() if key not in self._states})
 
     def close(self) -> None:
