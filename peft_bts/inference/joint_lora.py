@@ -83,7 +83,9 @@ class JointLinear(nn.Module):
             downs, ups = lora.lora_A._modules, lora.lora_B._modules
             for adapter in lora.active_adapters:
                 if adapter in downs:
-                    _add_lora(flat[start:stop], x[start:stop], downs[adapter], ups[adapter], lora.scaling[adapter], in_few)
+                    _add_lora(
+                        flat[start:stop], x[start:stop], downs[adapter], ups[adapter], lora.scaling[adapter], in_few
+                    )
         return y
 
 
