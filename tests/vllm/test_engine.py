@@ -162,12 +162,13 @@ def rms(values):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "Pipeline parallelism is not supported"),
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline_parallel_size=2"),
         ({"quantization": "fp8", "dtype": "bfloat16"}, "cannot be served quantised"),
         ({"enable_lora": True}, "LoRA adapters"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
     ],
-    ids=["pipeline", "quantised", "lora"],
+    ids=["pipeline", "quantised", "lora", "speculative"],
 )
 def test_refused_ways_of_serving(options, message, served):
-    with pytest.raises((ValueError, NotImplementedError), match=message), engine(served[1], **options):
+    with pytest.raises(ValueError, match=message), engine(served[1], **options):
         pass
