@@ -160,8 +160,9 @@ def _sharded_bytes(case: Case, forwards: int) -> int:
     """What forwards of a model send that FSDP2 has sharded."""
     model, *_ = models(case)
     mesh, units = init_device_mesh("cpu", (PROCESSES,)), model.base_model._no_split_modules
-    for module in [module for module in model.modules() if type(module).__name__ in units]:
-        fully_shard(module, mesh=mesh)
+    for module in reversed(list(model.modules())):  # those inside of others first
+        if type(module).__name__ in units:
+            fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     ids = token_ids(case, 1, 1)
     with torch.no_grad():

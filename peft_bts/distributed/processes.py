@@ -122,11 +122,23 @@ class Processes:
                 self._sending.pop(0)[0].wait()
 
     def agreed_dtypes(self, point: object, dtypes: Sequence[torch.dtype], owners: Sequence[int]) -> list[torch.dtype]:
-        """The dtypes that owners have, which only they know under autocast. Asked for once for each `point`."""
+        """The dtypes that owners have, which only they know under autocast. Asked for once for each `point`.
+
+        Raises:
+            RuntimeError: If processes ask that are at different points.
+        """
         if self.size == 1:
             return list(dtypes)
         if point not in self._dtypes:
-            everybodys = self.everybodys(list(dtypes))
+            points, everybodys = zip(*self.everybodys((point, list(dtypes))))
+            astray = [rank for rank, other in zip(self.ranks, points) if other != points[0]]
+            if astray:
+                raise RuntimeError(
+                    f"The processes of one stitched model were called in different ways: process "
+                    f"{', '.join(map(str, astray))} is elsewhere in its forward than process {self.ranks[0]}. All "
+                    "processes of the expert axis must make the same calls, with the same adapter and experts active, "
+                    "and with gradients and `trace_gates` on or off in all of them (docs/distributed.md)."
+                )
             self._dtypes[point] = [everybodys[owner][i] for i, owner in enumerate(owners)]
         return self._dtypes[point]
 

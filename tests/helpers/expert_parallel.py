@@ -262,6 +262,9 @@ def refusals(folder):
     refused("lengths", lambda: model(input_ids=IDS[:, : 12 - RANK]))
     with peft_bts.trace_gates(model) if RANK else contextlib.nullcontext():
         refused("traced", lambda: model(input_ids=IDS))
+    unchecked = load(folder, "alternating")
+    with unchecked.set_active_experts(["other"]) if RANK else contextlib.nullcontext():
+        refused("active", lambda: unchecked(input_ids=IDS))
     refused("draft", lambda: model.generate(input_ids=IDS, draft="hub"))
     refused("hidden states", lambda: model(input_ids=IDS, output_hidden_states=True))
     refused("seconds", lambda: model.generate(input_ids=IDS, max_time=1.0))
@@ -270,7 +273,7 @@ def refusals(folder):
     refused("sharding", lambda: model.base_model._no_split_modules)
     refused("quantised", lambda: model.attach_expert("q", f"{folder}/models/third", quantization_config={"x": 1}))
     refused("missing", lambda: model.attach_expert("q", f"{folder}/nowhere"))
-    return {"messages": messages, "logits": decode(model)}
+    return {"messages": messages, "logits": decode(model), "unchecked": decode(unchecked)}
 
 
 def trainer(folder, mesh=None):
