@@ -27,25 +27,31 @@ FLOORS = [  # from low to high; what stands on one floor may import from it and 
     {"peft_bts_cli"},  # a package of its own
     {"__main__"},
 ]
-FILES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for package in (PACKAGE, ROOT / "peft_bts_cli")
-    for path in package.rglob("*.py")
-}
 
 
-def imports(module):
-    """Modules of the package that a module imports anywhere, also inside of functions and for type checkers only."""
-    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+def files_of(package):
+    """The files of a package by the names of their modules."""
+    return {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+    }
+
+
+FILES = files_of(PACKAGE) | files_of(ROOT / "peft_bts_cli")
+
+
+def imports(module, files=FILES):
+    """Modules of a package that a module imports anywhere, also inside of functions and for type checkers only."""
+    package = module if files[module].name == "__init__.py" else module.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text())):
+    for node in ast.walk(ast.parse(files[module].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             source = resolve_name("." * node.level + (node.module or ""), package)
             names = {f"{source}.{alias.name}" for alias in node.names}
-            found |= {name if name in FILES else source for name in names}
-    return found & FILES.keys()
+            found |= {name if name in files else source for name in names}
+    return found & files.keys()
 
 
 def floor(module):
@@ -63,6 +69,13 @@ def test_no_circle():
     graph = {module: imports(module) for module in FILES}
     assert {"peft_bts.stitch", "peft_bts.forward.layer", "peft_bts._compat.bitsandbytes"} <= graph["peft_bts.tuner"]
     TopologicalSorter(graph).prepare()  # raises CycleError, with the modules of the circle
+
+
+def test_no_circle_among_benchmarks():
+    files = files_of(PACKAGE.parent / "benchmarks")
+    graph = {module: imports(module, files) for module in files}
+    assert "benchmarks.study.building" in graph["benchmarks.study.loading"]
+    TopologicalSorter(graph).prepare()
 
 
 def test_every_module_has_its_tests():
