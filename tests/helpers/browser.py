@@ -134,7 +134,10 @@ class Page:
         )
 
     def figures(self, panel="stitched"):
-        return [element.text for element in self.all(f"#{panel} .bts-figures")]
+        """The line below every text. Read at once: elements are replaced while tokens come."""
+        return self.driver.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", f"#{panel} .bts-figures"
+        )
 
     def point_at(self, number, panel="stitched"):
         """Move the mouse to a token of the last text; what appears."""
