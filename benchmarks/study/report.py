@@ -320,5 +320,6 @@ def setup(results: Results) -> str:
         f"{settings['cross_steps']}. Every trained method saw the same blocks in the same order.\n"
         f"- {rates}\n- Sets by part: {parts}.\n"
         f"- {results['core_minutes']:.0f} core minutes (processor time) so far, on {results['machine']}, Python "
-        f"{results['python']}, {versions}, commit {results['commit']}."
+        f"{results['python']}, {versions}; reported by commit {results['commit']}, pieces made by "
+        f"{', '.join(results['commits'])}."
     )
