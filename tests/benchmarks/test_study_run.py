@@ -287,3 +287,17 @@ def test_targets_are_met_or_not_by_intervals():
     assert verdicts.beats_dense(results_with(right))["by"] == "bts"
     assert verdicts.beats_dense(results_with((*right[:4], 5.0, -2.0, 8.0)))["met"] is False
     assert verdicts.beats_dense(results_with())["met"] is None
+
+
+def test_the_page_says_where_a_simple_way_wins():
+    found = results_with(
+        ("outputs", "btm", "average", "bits_per_byte", 0.2, 0.1, 0.3),
+        ("bts", "btm", "average", "bits_per_byte", 0.2, 0.1, 0.3),
+        ("bts", "dense", "cross", "exact", -9.0, -12.0, -6.0),
+        ("bts", "btm", "mixed", "bits_per_byte", 0.1, -0.1, 0.3),
+    )
+    assert report.simple_wins(found) == (
+        "BTM (average, bits) against output gates alone, BTS, the paper's form; "
+        "seed, all weights trained (cross, right answers) against BTS, the paper's form"
+    )
+    assert report.simple_wins(results_with()) == "nowhere, in what was measured"
