@@ -1,30 +1,42 @@
 """How long a token takes with one model per device, by what connects the devices: a model on paper, and its check.
 
-    python -m benchmarks.links            # the tables of docs/distributed.md
-    python -m benchmarks.links --check    # two gloo processes on this machine against the same formula
+    python -m benchmarks.links            # the table of docs/distributed.md
+    python -m benchmarks.links --check    # two gloo processes on this machine against the same formulas
 
 What is assumed of a step that decodes one sequence:
 
 - a device reads all weights of its model once, at the bandwidth of its memory, and does nothing else that counts;
-- at each of the K stitches, every device gets the states of all models (`expert_parallel` exchanges them in one
-  all-gather): the latency of the link, and the bytes of the other models' states at its bandwidth;
-- logits of the first device go to all others: once more the same, with the vocabulary's size;
-- the stitches' own products, an `experts_into_hub` gate and projection per model, are read from memory as well;
+- at each of the K stitches, the hub's device gets a vector of every other one, or sends one to each: the latency of
+  the link, and the bytes of the others' vectors at its bandwidth;
+- so it does behind the last stitch with its state, and `generate()` with its logits, of the vocabulary's size;
+- stitches are read from memory as well: at Experts-into-Hub a gate per model by the hub's device and a projection by
+  an expert's, at Hub-into-Experts a gate and a projection by an expert's;
 - nothing overlaps: no device computes while it waits.
+
+The check compares times of exchanges, and bytes: those of a small stitched model over two processes, and those of the
+same model under FSDP2, as the network interface has counted them, with the formulas of `speed_parts/traffic.py`.
 """
 
 import argparse
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from peft_bts.distributed.processes import Processes
 
+from .random_models import Case, bytes_of, models, token_ids
 from .reporting import table
-from .speed_parts.processes import PROCESSES, free_port
+from .speed_parts import traffic
+from .speed_parts.processes import PROCESSES, free_port, on_the_wire, spread_of, traffic_of, two_processes
+from .speed_parts.runners import Forward
 
 
 @dataclass(frozen=True)
@@ -58,15 +70,16 @@ MEMORY = 3.35e12  # bytes per second: an H100's. A model of 70B takes several, h
 
 
 def exchange(sent: float, link: Link, devices: int) -> float:
-    """Seconds of an all-gather to which every device brings `sent` bytes."""
+    """Seconds until a device has `sent` bytes of every other one, or they have as many of it."""
     return link.latency + (devices - 1) * sent / link.bandwidth
 
 
 def spread_token(models: Models, link: Link) -> float:
     """Seconds of a token with one model per device."""
-    stitches = models.stitches * (2 * models.number - 1) * models.width**2 * models.bytes
+    # Gates at half of the stitches, behind which the hub goes on; experts' two matrices at the others.
+    stitches = models.stitches / 2 * (models.number + 2) * models.width**2 * models.bytes
     reading = (models.parameters * models.bytes + stitches) / MEMORY
-    states = models.stitches * exchange(models.width * models.bytes, link, models.number)
+    states = (models.stitches + 1) * exchange(models.width * models.bytes, link, models.number)
     return reading + states + exchange(models.vocabulary * models.bytes, link, models.number)
 
 
@@ -78,12 +91,12 @@ def one_process_token(models: Models) -> float:
 
 def on_paper() -> str:
     rows = []
-    for models in MODELS:
-        alone = one_process_token(models)
-        rows.append([models.name, "one process, or `device_map`", f"{alone * 1e3:.1f}", "1.00", ""])
+    for size in MODELS:
+        alone = one_process_token(size)
+        rows.append([size.name, "one process, or `device_map`", f"{alone * 1e3:.1f}", "1.00", ""])
         for link in LINKS:
-            token = spread_token(models, link)
-            waiting = token - spread_token(models, Link("", 0.0, float("inf")))
+            token = spread_token(size, link)
+            waiting = token - spread_token(size, Link("", 0.0, float("inf")))
             rows.append(["", link.name, f"{token * 1e3:.1f}", f"{token / alone:.2f}", f"{waiting / token:.0%}"])
     return table(["models", "link", "ms per token", "of one process", "of it exchange"], rows)
 
@@ -95,18 +108,76 @@ _TESTED = (2**13, 2**16, 2**19)  # what they are to predict
 
 
 def check() -> str:
-    """Exchanges of this machine's processes, and what the formula says of them."""
+    """Exchanges of this machine's processes, and what the formulas say of them."""
+    return f"{check_times()}\n\n{check_bytes()}"
+
+
+def in_two_processes(measure: Callable, *arguments) -> Any:
+    """What `measure` returns in the first of two processes of a group."""
     context, address = get_context("spawn"), f"tcp://localhost:{free_port()}"
     mine, theirs = context.Pipe()
     started = [
-        context.Process(target=_measure, args=(rank, address, theirs if rank == 0 else None))
+        context.Process(target=_in_group, args=(rank, address, theirs, measure, arguments))
         for rank in range(PROCESSES)
     ]
     for process in started:
         process.start()
-    seconds: dict[int, float] = mine.recv()
+    found = mine.recv()
     for process in started:
         process.join()
+    return found
+
+
+def _in_group(rank: int, address: str, end, measure: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=PROCESSES)
+    found = measure(*arguments)
+    if rank == 0:
+        end.send(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def check_bytes() -> str:
+    """What a small model sends, by formula and as it was counted."""
+    case = Case(width=256, layers=4, heads=4, kv_heads=4, intermediate=512, vocabulary=1024)
+    batch, length = 8, 32
+    with two_processes(case, Forward, token_ids(case, batch, length)) as ask:
+        ask("run")  # in the first run the processes agree on dtypes
+        sent, formula = traffic_of(ask), traffic.without_gradients(spread_of(case, ask))
+    model, *_ = models(case)
+    weights, forwards = bytes_of(model), 4
+    sharded = in_two_processes(_sharded_bytes, case, forwards) / forwards
+    rows = [
+        ["expert parallel, per token", f"{formula:,}", *(f"{sent[k] / batch / length:,.0f}" for k in sent)],
+        ["FSDP2, per forward", f"{traffic.fsdp_forward(weights, PROCESSES):,}", f"{sharded:,.0f}", ""],
+    ]
+    return table(["bytes of both processes", "by formula", "on the wire", "counted by the package"], rows)
+
+
+def _sharded_bytes(case: Case, forwards: int) -> int:
+    """What forwards of a model send that FSDP2 has sharded."""
+    model, *_ = models(case)
+    mesh, units = init_device_mesh("cpu", (PROCESSES,)), model.base_model._no_split_modules
+    for module in reversed(list(model.modules())):  # those inside of others first
+        if type(module).__name__ in units:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    ids = token_ids(case, 1, 1)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+        dist.barrier()
+        before = on_the_wire()
+        for _ in range(forwards):
+            model(input_ids=ids, use_cache=False)
+        dist.barrier()
+    return on_the_wire() - before
+
+
+def check_times() -> str:
+    """How long exchanges take, and what the formula says."""
+    seconds = in_two_processes(_measure)
     small, large = _SIZES
     bandwidth = (large - small) / (seconds[large] - seconds[small])
     link = Link("gloo on this machine", seconds[small] - small / bandwidth, bandwidth)
@@ -117,9 +188,8 @@ def check() -> str:
     return head + table(["bytes per process", "measured, us", "by the formula, us"], rows)
 
 
-def _measure(rank: int, address: str, end) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=PROCESSES)
+def _measure() -> dict[int, float]:
+    """Seconds of exchanges by size, in which both processes send and receive."""
     processes = Processes(dist.group.WORLD, range(PROCESSES))
     seconds = {}
     for size in (*_SIZES, *_TESTED):
@@ -127,12 +197,12 @@ def _measure(rank: int, address: str, end) -> None:
         times = []
         for _ in range(30):
             start = time.perf_counter()
-            processes.from_owners(states, range(PROCESSES), [torch.uint8] * PROCESSES)
+            everybody = [range(PROCESSES)] * PROCESSES
+            processes.to_readers(states, range(PROCESSES), [torch.uint8] * PROCESSES, everybody)
+            processes.await_readers()
             times.append(time.perf_counter() - start)
         seconds[size] = sorted(times)[len(times) // 2]
-    if end is not None:
-        end.send(seconds)
-    dist.destroy_process_group()
+    return seconds
 
 
 def main() -> None:

@@ -252,23 +252,40 @@ class ExpertsIntoHub(_Stitch):
             The hub's new state (B, T, D) in the dtype of `hub_BTD`, and the projections p_i by name, each (B, T, D),
             in the dtype of the expert's state (what eq. 3 hands on as the expert's state).
         """
-        names = sorted(expert_states)
-        dtype = self.gate.of(HUB).weight.dtype
-        h_BTD = hub_BTD.to(dtype)
+        projected = {name: self.projection(name, expert_states[name]) for name in sorted(expert_states)}
+        mixed_BTD = self.mix(hub_BTD, projected, observe, present)
+        return mixed_BTD, {name: p_BTD.to(expert_states[name].dtype) for name, p_BTD in projected.items()}
+
+    def mix(
+        self,
+        hub_BTD: Tensor,
+        projected: dict[str, Tensor],
+        observe: Optional[Observe] = None,
+        present: Optional[dict[str, Tensor]] = None,
+    ) -> Tensor:
+        """The hub's new state (B, T, D), from its own and the projections p_i by name, in order (`projection`).
+
+        The other arguments are those of `forward`, which is this behind the projections.
+        """
+        names = list(projected)
+        h_BTD = hub_BTD.to(self.gate.of(HUB).weight.dtype)
         g = self.gates(h_BTD, names, present).unbind(dim=-2)
         if observe is not None:
             observe(dict(zip([HUB, *names], g)))
-        projected = {name: self.proj.of(name)(expert_states[name].to(dtype)) for name in names}
         mixed_BTD = g[0] * h_BTD
         for gate_BTD, p_BTD in zip(g[1:], projected.values()):
             # 0 * inf would be NaN: an expert that has no part in a token at all cannot spoil it by overflowing.
             mixed_BTD = torch.addcmul(mixed_BTD, gate_BTD, p_BTD.masked_fill(gate_BTD == 0, 0))
-        return mixed_BTD.to(hub_BTD.dtype), {n: p.to(expert_states[n].dtype) for n, p in projected.items()}
+        return mixed_BTD.to(hub_BTD.dtype)
+
+    def projection(self, name: str, state: Tensor) -> Tensor:
+        """An expert's projected state p_i, (..., D_i) -> (..., D), in the dtype of the weights."""
+        projection = self.proj.of(name)
+        return projection(state.to(next(projection.parameters()).dtype))
 
     def project(self, name: str, state: Tensor) -> Tensor:
-        """An expert's projected state p_i, (..., D_i) -> (..., D), in the dtype it came in."""
-        projection = self.proj.of(name)
-        return projection(state.to(next(projection.parameters()).dtype)).to(state.dtype)
+        """The same in the dtype it came in."""
+        return self.projection(name, state).to(state.dtype)
 
     def gates(self, hub_BTD: Tensor, names: list[str], present: Optional[dict[str, Tensor]] = None) -> Tensor:
         """The gates g of the hub and the named experts: (B, T, M, D), or (B, T, M, 1) per token. See `forward`.

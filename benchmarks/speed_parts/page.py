@@ -141,6 +141,8 @@ def timed(rows: dict[str, dict]) -> str:
         "by operations alone": ("flops", lambda row: each(flop_ratios(row), ".3f")),
         "of the bandwidth limit": ("share_of_bandwidth", lambda row: each(row["share_of_bandwidth"], ".0%")),
         "sent per token, KiB": number("sent_per_token", ",.1f", 2**10),
+        "by formula": number("formula_per_token", ",.1f", 2**10),
+        "on the wire": number("wire_per_token", ",.1f", 2**10),
         "FSDP would send, KiB": number("fsdp_per_token", ",.0f", 2**10),
         "peak of a process, MiB": number("peak_bytes", ",.0f", MIB),
         "of one process, MiB": number("one_process_bytes", ",.0f", MIB),

@@ -57,18 +57,28 @@ def check_call(call: Mapping[str, Any], cache: Optional[Cache], hub_config: Any)
         )
 
 
-def check_same_inputs(processes: Processes, call: Mapping[str, Any]) -> None:
-    """Compare the inputs of all processes, by a checksum of each.
+def check_same_inputs(processes: Processes, call: Mapping[str, Any], modes: Mapping[str, bool]) -> None:
+    """Compare the inputs of all processes, by a checksum of each, and how they are called.
 
     Args:
         processes: The processes.
         call: The arguments of the hub's backbone.
+        modes: What else must be the same, on or off, by name.
 
     Raises:
-        RuntimeError: In all processes, if the inputs differ; the message says where.
+        RuntimeError: In all processes, if they differ; the message says where.
     """
     mine = {name: checksum(call[name]) for name in _INPUTS if isinstance(call.get(name), Tensor)}
-    everybodys = processes.everybodys(mine)
+    modes = {"gradients": torch.is_grad_enabled(), **modes}
+    everybodys, everybodys_modes = zip(*processes.everybodys((mine, modes)))
+    for name in modes:
+        on = [rank for rank, found in zip(processes.ranks, everybodys_modes) if found[name]]
+        if on and len(on) < processes.size:
+            raise RuntimeError(
+                f"The processes of one stitched model were called in different ways: {name} is on in process "
+                f"{', '.join(map(str, on))} only. All processes of the expert axis must make the same calls "
+                "(docs/distributed.md)."
+            )
     for name in _INPUTS:
         found = [sums.get(name) for sums in everybodys]
         others = [rank for rank, one in zip(processes.ranks, found) if one != found[0]]

@@ -8,12 +8,12 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from ..forward.executor import Boundary, Executor
+from ..forward.executor import Advance, Boundary, Executor, Mix
 from ..forward.state import ForwardState, MakeExecutor, run_in_turn
 from ..forward.stream import Checkpoint
-from ..stitch import HUB
+from ..stitch import HUB, ExpertsIntoHub, HubIntoExperts, Stitch
 from .checks import check_call, check_same_inputs
-from .exchange import enter, meet
+from .exchange import enter, linked, meet
 from .parallel import ExpertParallel
 from .processes import Processes
 
@@ -25,15 +25,27 @@ class DistributedExecutor:
         inner: Has a stream for every expert; those of experts that other processes run do nothing.
         processes: The processes.
         owners: The process of every model of the composition, the hub's first, by name.
+        last: The hub layer with the last stitch behind it.
+        everywhere: Whether all processes compute every stitch, which gradients and observers need. Else a state goes
+            to the processes that go on from it, and each computes its part of a stitch: nobody waits for what only
+            others need.
         kind: What the dtypes of states depend on, beside the place of a stitch.
     """
 
     spread = True
 
-    def __init__(self, inner: Executor, processes: Processes, owners: Mapping[str, int], kind: Hashable) -> None:
-        self.inner, self._processes, self._owners, self._kind = inner, processes, owners, kind
+    def __init__(
+        self,
+        inner: Executor,
+        processes: Processes,
+        owners: Mapping[str, int],
+        last: Optional[int],
+        everywhere: bool,
+        kind: Hashable,
+    ) -> None:
+        self.inner, self._processes, self._owners = inner, processes, owners
+        self._last, self._everywhere, self._kind = last, everywhere, (everywhere, kind)
         self._states: dict[Any, Tensor] = {}
-        self._meetings = 0
 
     def run_hub(self, hub: Callable[[], Any]) -> Any:
         return self.inner.run_hub(hub)
@@ -44,13 +56,77 @@ class DistributedExecutor:
     def advance(self, boundary: Boundary, checkpoint: Optional[Checkpoint] = None) -> dict[Hashable, Tensor]:
         return self.inner.advance(boundary, checkpoint)
 
-    def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
-        states = {key: states[key] for key in sorted(states)}  # the same order in all processes, however they run them
-        self._meetings += 1
-        point = self._meetings, tuple(states), self._kind
-        hub_BTD, *others = meet(self._processes, [hub_BTD, *states.values()], self._owners_of(states), point)
-        self._states = dict(zip(states, others))
-        return hub_BTD, dict(self._states)
+    def stitch(
+        self, layer: int, stitch: Stitch, mix: Mix, hub_BTD: Tensor, advance: Advance
+    ) -> tuple[Tensor, dict[Any, Tensor]]:
+        if self._everywhere:
+            return self._stitch_everywhere(layer, stitch, mix, hub_BTD, advance)
+        if isinstance(stitch, ExpertsIntoHub):
+            return self._mix_experts(layer, stitch, hub_BTD, advance)
+        return hub_BTD, self._into_experts(layer, stitch, hub_BTD, advance)
+
+    def _stitch_everywhere(
+        self, layer: int, stitch: Stitch, mix: Mix, hub_BTD: Tensor, advance: Advance
+    ) -> tuple[Tensor, dict[Any, Tensor]]:
+        states = in_order(advance())
+        given, owners = [hub_BTD, *states.values()], self._owners_of(states)
+        absent = {
+            key: tensor for key, tensor, owner in zip([HUB, *states], given, owners) if owner != self._processes.index
+        }
+
+        def link(tensor: Tensor, *inputs: Hashable) -> Tensor:
+            """A tensor made of these inputs, of which some are from other processes."""
+            return linked(tensor, [absent[key] for key in inputs if key in absent])
+
+        met_BTD, *others = meet(self._processes, given, owners, (layer, tuple(states), self._kind))
+        met = dict(zip(states, others))
+        self._states = {key: link(state, key) for key, state in met.items()}
+        hub_BTD, new_states = mix(met_BTD, met)
+        if isinstance(stitch, ExpertsIntoHub):
+            return link(hub_BTD, HUB, *states), {key: link(state, key) for key, state in new_states.items()}
+        return link(hub_BTD, HUB), {key: link(state, key, HUB) for key, state in new_states.items()}
+
+    def _mix_experts(
+        self, layer: int, stitch: ExpertsIntoHub, hub_BTD: Tensor, advance: Advance
+    ) -> tuple[Tensor, dict[Any, Tensor]]:
+        """Experts into hub: the experts' processes project, the hub's mixes; the last state goes to all of them.
+
+        Returns the hub's new state, right in its own process, the last one in all; and the projected states of the
+        experts that are here.
+        """
+        self._states = states = in_order(advance())
+        processes, (hub, *owners) = self._processes, self._owners_of(states)
+        mine = {
+            name: stitch.projection(name, state.to(hub_BTD.device))
+            for (name, state), owner in zip(states.items(), owners)
+            if owner == processes.index
+        }
+        projected = [mine.get(name, hub_BTD) for name in states]  # those of others are as wide as the hub
+        dtype, *dtypes = processes.agreed_dtypes(
+            (layer, tuple(states), self._kind), [tensor.dtype for tensor in (hub_BTD, *projected)], [hub, *owners]
+        )
+        projected = processes.to_readers(projected, owners, dtypes, [[hub]] * len(owners))
+        if processes.index == hub:
+            hub_BTD = stitch.mix(hub_BTD, dict(zip(states, projected)))
+        if layer == self._last:
+            (hub_BTD,) = processes.to_readers([hub_BTD], [hub], [dtype], [range(processes.size)])
+            processes.await_readers()
+        return hub_BTD, {**states, **{name: p_BTD.to(states[name].dtype) for name, p_BTD in mine.items()}}
+
+    def _into_experts(
+        self, layer: int, stitch: HubIntoExperts, hub_BTD: Tensor, advance: Advance
+    ) -> dict[Any, Tensor]:
+        """Hub into experts: the hub's state goes to the experts' processes. Returns the states of those here."""
+        processes, names = self._processes, sorted(self._owners.keys() - {HUB})
+        hub, owners = self._owners[HUB], [self._owners[name] for name in names]
+        (dtype,) = processes.agreed_dtypes((layer, tuple(names), self._kind), [hub_BTD.dtype], [hub])
+        # Others wait for it: the hub's process sends it before it runs its own experts, and they ask behind theirs.
+        states = {} if processes.index == hub else in_order(advance())
+        (hub_BTD,) = processes.to_readers([hub_BTD], [hub], [dtype], [owners])
+        self._states = states = states or in_order(advance())
+        here = {name for name, owner in zip(names, owners) if owner == processes.index}
+        mine = {name: state.to(hub_BTD.device) for name, state in states.items() if name in here}
+        return {**states, **(stitch(hub_BTD, mine) if mine else {})}
 
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
         self._states = {key: states[key] for key in self._states}
@@ -77,6 +153,11 @@ class DistributedExecutor:
         return [self._owners[HUB], *(self._owners[key if isinstance(key, str) else key[0]] for key in keys)]
 
 
+def in_order(states: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    """States by key, in an order that is the same in all processes, however they run the models."""
+    return {key: states[key] for key in sorted(states)}
+
+
 class Distributed:
     """Makes the executors of a model's forwards (a `MakeExecutor`), around those of another one.
 
@@ -98,7 +179,7 @@ class Distributed:
         check_call(state.call, state.cache, state.composition.hub_config)
         processes = self._parallel.processes
         if self._parallel.check_inputs:
-            check_same_inputs(processes, state.call)
+            check_same_inputs(processes, state.call, {"trace_gates": state.watches_stitches})
         inputs = state.call["inputs_embeds"] if state.call.get("input_ids") is None else state.call["input_ids"]
         device = inputs.device.type
         casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -106,4 +187,11 @@ class Distributed:
         owners = self._parallel.owners(state.composition)
         # Without stitches the hub's own last layer hands on its states, which others must not run in its place.
         make_inner = self._make_inner if state.composition.schedule else run_in_turn
-        return DistributedExecutor(make_inner(state), processes, owners, kind)
+        return DistributedExecutor(
+            make_inner(state),
+            processes,
+            owners,
+            last=max(state.composition.schedule, default=None),
+            everywhere=torch.is_grad_enabled() or state.watches_stitches,
+            kind=kind,
+        )

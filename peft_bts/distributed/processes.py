@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional, TypeVar
 
@@ -39,6 +39,7 @@ class Processes:
         accelerated = "nccl" in dist.get_backend(group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if accelerated else torch.device("cpu")
         self._dtypes: dict[object, list[torch.dtype]] = {}
+        self._sending: list[tuple[dist.Work, Tensor]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
         return self  # copies of models run in the same processes
@@ -55,33 +56,89 @@ class Processes:
         """
         if self.size == 1:
             return list(tensors)
-        places, ends = [], [0] * self.size
-        for tensor, owner, dtype in zip(tensors, owners, dtypes):
-            length = tensor.numel() * dtype.itemsize
-            places.append((ends[owner], length))
-            ends[owner] += -(-length // _ALIGN) * _ALIGN
-        sent = torch.empty(max(ends), dtype=torch.uint8, device=self._device)
-        for tensor, owner, (start, length) in zip(tensors, owners, places):
-            if owner == self.index:
-                sent[start : start + length] = tensor.contiguous().view(-1).view(torch.uint8)
-        everything = torch.empty(self.size * len(sent), dtype=torch.uint8, device=self._device)
+        messages = [
+            _Message([(t.shape, dtype) for t, o, dtype in zip(tensors, owners, dtypes) if o == process])
+            for process in range(self.size)
+        ]
+        longest = max(message.length for message in messages)
+        mine = [tensor for tensor, owner in zip(tensors, owners) if owner == self.index]
+        sent = messages[self.index].pack(mine, longest, self._device)
+        everything = torch.empty(self.size * longest, dtype=torch.uint8, device=self._device)
         with self._in_step():
             dist.all_gather_single(everything, sent, group=self.group)
-        self.bytes_sent += (self.size - 1) * len(sent)
-        parts = everything.view(self.size, -1)
+        self.bytes_sent += (self.size - 1) * longest
+        received = [iter(message.unpack(part)) for message, part in zip(messages, everything.view(self.size, -1))]
         return [
-            tensor
-            if owner == self.index
-            else parts[owner, start : start + length].view(dtype).view(tensor.shape).to(tensor.device)
-            for tensor, owner, dtype, (start, length) in zip(tensors, owners, dtypes, places)
+            tensor if owner == self.index else next(received[owner]).to(tensor.device)
+            for tensor, owner in zip(tensors, owners)
         ]
 
+    def to_readers(
+        self,
+        tensors: Sequence[Tensor],
+        owners: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+        readers: Sequence[Collection[int]],
+    ) -> list[Tensor]:
+        """Send tensors to those who read them, from one process to another, without waiting until they do.
+
+        Args:
+            tensors: Of the same shapes everywhere.
+            owners: Who has each.
+            dtypes: The owner's dtype of each.
+            readers: Who reads each.
+
+        Returns:
+            What the owner has, where it is read; elsewhere the tensors as they are.
+        """
+        result = list(tensors)
+        receiving = []
+        with self._in_step():
+            for other in range(self.size):
+                if other == self.index:
+                    continue
+                out = [i for i, owner in enumerate(owners) if owner == self.index and other in readers[i]]
+                if out:
+                    message = _Message([(tensors[i].shape, dtypes[i]) for i in out])
+                    sent = message.pack([tensors[i] for i in out], message.length, self._device)
+                    self._sending.append((_begun(dist.isend(sent, group=self.group, group_dst=other)), sent))
+                    self.bytes_sent += message.length
+                wanted = [i for i, owner in enumerate(owners) if owner == other and self.index in readers[i]]
+                if wanted:
+                    message = _Message([(tensors[i].shape, dtypes[i]) for i in wanted])
+                    buffer = torch.empty(message.length, dtype=torch.uint8, device=self._device)
+                    work = _begun(dist.irecv(buffer, group=self.group, group_src=other))
+                    receiving.append((work, wanted, message, buffer))
+            for work, wanted, message, buffer in receiving:
+                work.wait()
+                for i, tensor in zip(wanted, message.unpack(buffer)):
+                    result[i] = tensor.to(tensors[i].device)
+        return result
+
+    def await_readers(self) -> None:
+        """Wait until everything that was sent to readers has left, so that this process could end."""
+        with self._in_step():
+            while self._sending:
+                self._sending.pop(0)[0].wait()
+
     def agreed_dtypes(self, point: object, dtypes: Sequence[torch.dtype], owners: Sequence[int]) -> list[torch.dtype]:
-        """The dtypes that owners have, which only they know under autocast. Asked for once for each `point`."""
+        """The dtypes that owners have, which only they know under autocast. Asked for once for each `point`.
+
+        Raises:
+            RuntimeError: If processes ask that are at different points.
+        """
         if self.size == 1:
             return list(dtypes)
         if point not in self._dtypes:
-            everybodys = self.everybodys(list(dtypes))
+            points, everybodys = zip(*self.everybodys((point, list(dtypes))))
+            astray = [rank for rank, other in zip(self.ranks, points) if other != points[0]]
+            if astray:
+                raise RuntimeError(
+                    f"The processes of one stitched model were called in different ways: process "
+                    f"{', '.join(map(str, astray))} is elsewhere in its forward than process {self.ranks[0]}. All "
+                    "processes of the expert axis must make the same calls, with the same adapter and experts active, "
+                    "and with gradients and `trace_gates` on or off in all of them (docs/distributed.md)."
+                )
             self._dtypes[point] = [everybodys[owner][i] for i, owner in enumerate(owners)]
         return self._dtypes[point]
 
@@ -145,3 +202,37 @@ class Processes:
                 f"The processes {self.ranks} of one stitched model cannot go on together: {who}. This is process "
                 f"{dist.get_rank()}; see the output of the others for the first error. ({error})"
             ) from error
+
+
+def _begun(work: Optional[dist.Work]) -> dist.Work:
+    assert work is not None  # as it would be outside of the group
+    return work
+
+
+class _Message:
+    """Some tensors as bytes, one behind the other.
+
+    Args:
+        kinds: The shape and dtype of each.
+
+    Attributes:
+        length: How many bytes they take together.
+    """
+
+    def __init__(self, kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> None:
+        self._places, self.length = [], 0
+        for shape, dtype in kinds:
+            size = shape.numel() * dtype.itemsize
+            self._places.append((shape, dtype, slice(self.length, self.length + size)))
+            self.length += -(-size // _ALIGN) * _ALIGN
+
+    def pack(self, tensors: Sequence[Tensor], length: int, device: torch.device) -> Tensor:
+        """The tensors' bytes, in a buffer of some length on a device."""
+        packed = torch.empty(length, dtype=torch.uint8, device=device)
+        for tensor, (_, _, place) in zip(tensors, self._places):
+            packed[place] = tensor.contiguous().view(-1).view(torch.uint8)
+        return packed
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """The tensors again, views of a buffer."""
+        return [packed[place].view(dtype).view(shape) for shape, dtype, place in self._places]

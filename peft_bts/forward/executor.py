@@ -12,10 +12,14 @@ from typing import Any, Optional, Protocol
 
 from torch import Tensor
 
+from ..stitch import Stitch
 from .stream import Checkpoint, StreamLike
 
 
 Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to have run
+# Applies a stitch: from the hub's and all experts' hidden states to their new ones.
+Mix = Callable[[Tensor, dict[Any, Tensor]], tuple[Tensor, dict[Any, Tensor]]]
+Advance = Callable[[], dict[Any, Tensor]]  # returns the experts' hidden states
 
 
 class Executor(Protocol):
@@ -42,8 +46,18 @@ class Executor(Protocol):
         """
         ...
 
-    def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
-        """At a stitch: the hub's and the experts' hidden states, wherever these models run."""
+    def stitch(
+        self, layer: int, stitch: Stitch, mix: Mix, hub_BTD: Tensor, advance: Advance
+    ) -> tuple[Tensor, dict[Any, Tensor]]:
+        """Have the stitch behind a hub layer computed; return the new states of the models that run here.
+
+        Args:
+            layer: The hub's, 0-based.
+            stitch: The stitch.
+            mix: Computes it, where all states are.
+            hub_BTD: The hub's state, if it runs here; else anything of the same shape.
+            advance: Brings the streams up to the stitch, by the executor's own `advance`.
+        """
         ...
 
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
@@ -77,8 +91,10 @@ class InOneProcess:
 
     spread = False
 
-    def meet(self, hub_BTD: Tensor, states: dict[Any, Tensor]) -> tuple[Tensor, dict[Any, Tensor]]:
-        return hub_BTD, states
+    def stitch(
+        self, layer: int, stitch: Stitch, mix: Mix, hub_BTD: Tensor, advance: Advance
+    ) -> tuple[Tensor, dict[Any, Tensor]]:
+        return mix(hub_BTD, advance())
 
     def go_on(self, hub_BTD: Tensor) -> Tensor:
         return hub_BTD

@@ -101,6 +101,11 @@ class ForwardState:
         """What an executor may run of the named experts together with the hub, by key of the stream in its place."""
         return {name: Lane(name, None, self.caches.get(name)) for name in names}
 
+    @property
+    def watches_stitches(self) -> bool:
+        """Whether all states and gates of a stitch are wanted, and not only what the models go on from."""
+        return self.observation is not None
+
     def begin_streams(self, without: Collection[Hashable] = ()) -> dict[Hashable, Stream]:
         """Begin the experts' forwards; executors call this.
 
@@ -125,13 +130,16 @@ class ForwardState:
             hub_BTD: The hub layer's hidden states.
             checkpoint: The hub's gradient checkpointing function while it is in use, else `None`.
         """
-        states: dict[Any, Tensor] = {**self.executor.advance(self.composition.boundary(layer), checkpoint)}
-        hub_BTD, states = self.executor.meet(hub_BTD, states)
         following = self.composition.next_stitch(layer)
         changes_experts = stitch.kind != EXPERTS_INTO_HUB or self.composition.projected
-        if following is not None and not changes_experts:
-            self.executor.look_ahead(self.composition.boundary(following))
-        hub_BTD, new_states = self._mix(layer, stitch, hub_BTD, states)
+
+        def advance() -> dict[Any, Tensor]:
+            states = {**self.executor.advance(self.composition.boundary(layer), checkpoint)}
+            if following is not None and not changes_experts:
+                self.executor.look_ahead(self.composition.boundary(following))
+            return states
+
+        hub_BTD, new_states = self.executor.stitch(layer, stitch, partial(self._mix, layer, stitch), hub_BTD, advance)
         if changes_experts:
             self.executor.replace_states(new_states)
         if following is not None or self.composition.mixture:  # else nobody goes on

@@ -303,6 +303,10 @@ class DroppingForwardState(ForwardState):
             if key[0] in names and is_plain(group.cache) and len(self.catch_up.since(group)) == 1
         }
 
+    @property
+    def watches_stitches(self) -> bool:
+        return self.catch_up is not None or super().watches_stitches
+
     def begin_streams(self, without: Collection[Hashable] = ()) -> dict[Hashable, Stream]:
         if self.catch_up is None:
             return super().begin_streams(without)

@@ -12,17 +12,20 @@ import contextlib
 import gc
 import os
 import sys
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import peft_bts
 from peft_bts import StitchConfig
+from tests.helpers.harness import TASKS
 from tests.helpers.models import IDS, LEFT, randomize
+from tests.helpers.text import word_tokenizer
 from tests.helpers.zoo import tiny_model
 
 
@@ -154,7 +157,24 @@ def modes(folder):
         tokens["active"] = generate(model)
     with model.disable_adapter():
         tokens["hub"] = generate(model)
-    return tokens
+    with runs(model) as counts, peft_bts.trace_gates(model) as trace:
+        tokens["traced"] = generate(model, max_active_experts=1)
+    tokens["gates"] = torch.tensor([gate for row in trace.table().rows for gate in row["gates"].values()])
+    return tokens | {f"runs of {name}": count for name, count in counts.items()}
+
+
+@contextlib.contextmanager
+def runs(model):
+    """How often each expert's first layer runs, in whichever process it is; known behind the `with`."""
+    counts, hooks = {}, []
+    for name, expert in model.base_model.experts["default"].items():
+        counts[name] = torch.zeros((), dtype=torch.int64)
+        hooks.append(expert.layers[0].register_forward_hook(lambda *_, count=counts[name]: count.add_(1) and None))
+    yield counts
+    for hook in hooks:
+        hook.remove()
+    for count in counts.values() if DISTRIBUTED else ():
+        dist.all_reduce(count)
 
 
 def life(folder):
@@ -201,8 +221,13 @@ def low_precision(folder):
 
 
 def mixture(folder, adapter):
-    """The output mixture: loss and gradients, logits, cached steps, tokens, also with experts left out."""
+    """The output mixture: loss and gradients, logits, cached steps, tokens, also with experts left out.
+
+    While it is trained, no process has the logits: they would have to be sent for nothing.
+    """
     model = load(folder, adapter, trained=True)
+    assert (model(input_ids=IDS, labels=IDS).logits is None) == DISTRIBUTED
+    assert model(input_ids=IDS).logits.requires_grad
     found = backward(model, attention_mask=LEFT)
     with torch.no_grad():
         found["logits"] = model.eval()(input_ids=IDS, labels=IDS).logits
@@ -220,11 +245,12 @@ def refusals(folder):
         except (ValueError, RuntimeError) as error:
             messages[name] = str(error)
 
-    refused("too many processes", lambda: load(folder, "lora_only"))
-    refused("idle process", lambda: load(folder, "alternating", placement={"hub": 0, "deeper": 0}))
-    refused("no such process", lambda: load(folder, "alternating", placement={"hub": 0, "deeper": 2}))
-    refused("no hub", lambda: load(folder, "alternating", placement={"deeper": 0, "other": 1}))
-    refused("no expert", lambda: load(folder, "alternating", placement={"hub": 0, "deeper": 1}))
+    with mock.patch.object(PreTrainedModel, "from_pretrained", side_effect=AssertionError("loaded")):
+        refused("too many processes", lambda: load(folder, "lora_only"))
+        refused("idle process", lambda: load(folder, "alternating", placement={"hub": 0, "deeper": 0}))
+        refused("no such process", lambda: load(folder, "alternating", placement={"hub": 0, "deeper": 2}))
+        refused("no hub", lambda: load(folder, "alternating", placement={"deeper": 0, "other": 1}))
+        refused("no expert", lambda: load(folder, "alternating", placement={"hub": 0, "deeper": 1}))
     hub = AutoModelForCausalLM.from_pretrained(f"{folder}/models/llama")
     with spread():
         refused("loaded before", lambda: get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM")))
@@ -234,6 +260,12 @@ def refusals(folder):
     model = load(folder, "alternating", check_inputs=True)
     refused("inputs", lambda: model(input_ids=IDS + RANK))
     refused("lengths", lambda: model(input_ids=IDS[:, : 12 - RANK]))
+    with peft_bts.trace_gates(model) if RANK else contextlib.nullcontext():
+        refused("traced", lambda: model(input_ids=IDS))
+    unchecked = load(folder, "alternating")
+    with unchecked.set_active_experts(["other"]) if RANK else contextlib.nullcontext():
+        refused("active", lambda: unchecked(input_ids=IDS))
+    refused("draft", lambda: model.generate(input_ids=IDS, draft="hub"))
     refused("hidden states", lambda: model(input_ids=IDS, output_hidden_states=True))
     refused("seconds", lambda: model.generate(input_ids=IDS, max_time=1.0))
     refused("export", lambda: model.export("nowhere"))
@@ -241,7 +273,7 @@ def refusals(folder):
     refused("sharding", lambda: model.base_model._no_split_modules)
     refused("quantised", lambda: model.attach_expert("q", f"{folder}/models/third", quantization_config={"x": 1}))
     refused("missing", lambda: model.attach_expert("q", f"{folder}/nowhere"))
-    return {"messages": messages, "logits": decode(model)}
+    return {"messages": messages, "logits": decode(model), "unchecked": decode(unchecked)}
 
 
 def trainer(folder, mesh=None):
@@ -249,6 +281,7 @@ def trainer(folder, mesh=None):
     losses, where = [], "spread" if DISTRIBUTED else "alone"
     output = f"{folder}/trainer-{where}-{'data' if mesh else 'plain'}"
     data = [{"input_ids": x, "labels": x} for x in DATA]
+    evaluated = 8 if mesh else 7  # as ever, Trainer fills up uneven shares with rows that it counts in the loss
     shares = 2 if mesh and DISTRIBUTED else 1
     for resume in (False, True):
         if mesh and DISTRIBUTED:
@@ -260,7 +293,7 @@ def trainer(folder, mesh=None):
             output_dir=output,
             max_steps=STEPS,
             per_device_train_batch_size=BATCH // shares,
-            per_device_eval_batch_size=3,
+            per_device_eval_batch_size=BATCH // shares,
             eval_strategy="steps",
             eval_steps=STEPS // 2,
             learning_rate=1e-2,
@@ -272,11 +305,65 @@ def trainer(folder, mesh=None):
             disable_tqdm=True,
             use_cpu=True,
         )
-        run = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:7])
+        run = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:evaluated])
         run.train(resume_from_checkpoint=f"{output}/checkpoint-{STEPS // 2}" if resume else None)
         losses.append([entry[key] for entry in run.state.log_history for key in ("loss", "eval_loss") if key in entry])
     weights = {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad}
     return {"losses": torch.tensor(losses, dtype=torch.float64), "weights": weights}
+
+
+def trl(folder):
+    """TRL's SFTTrainer, two steps over documents: its losses, its other metrics, the weights."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    texts = [" ".join(f"w{token}" for token in row.clamp(max=61).tolist()) for row in DATA]
+    found = {}
+    for adapter in ("alternating", "mixture"):
+        arguments = SFTConfig(
+            output_dir=f"{folder}/trl-{'spread' if DISTRIBUTED else 'alone'}",
+            max_steps=2,
+            per_device_train_batch_size=BATCH,
+            learning_rate=1e-2,
+            adam_epsilon=1e-4,
+            logging_steps=1,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            bf16=False,
+        )
+        run = SFTTrainer(
+            model=load(folder, adapter, trained=True, dtype=torch.float32),
+            args=arguments,
+            train_dataset=Dataset.from_list([{"text": text} for text in texts]),
+            processing_class=word_tokenizer(),
+        )
+        run.train()
+        for key in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
+            found[f"{adapter} {key}"] = torch.tensor([log[key] for log in run.state.log_history if key in log])
+        found |= {f"{adapter} {n}": p.detach() for n, p in run.model.named_parameters() if p.requires_grad}
+    return found
+
+
+def harness(folder):
+    """lm-evaluation-harness on a model object: what it finds, log-likelihoods and texts."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model = HFLM(pretrained=load(folder, "alternating"), tokenizer=word_tokenizer(), batch_size=4)
+    results = simple_evaluate(model, tasks=[*TASKS], task_manager=TaskManager(include_path=folder))
+    if RANK:
+        assert results is None  # the harness tells the first process alone
+        return None
+    choices, texts = (results["samples"][name] for name in TASKS)
+    return {
+        "likelihoods": torch.tensor([float(answer[0]) for row in choices for answer in row["filtered_resps"]]),
+        "accuracy": torch.tensor(results["results"]["tiny_choice"]["acc,none"]),
+        "texts": torch.tensor([ord(char) for row in texts for char in row["resps"][0][0]]),
+    }
 
 
 def dying(folder):
@@ -299,6 +386,8 @@ SCENARIOS = {
     "refusals": refusals,
     "trainer": trainer,
     "trainer_and_data": lambda folder: trainer(folder, mesh=True),
+    "trl": trl,
+    "harness": harness,
     "dying": dying,
 }
 
