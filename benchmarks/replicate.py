@@ -12,18 +12,15 @@ training is a file in the cache: after a kill, the same command goes on where it
 """
 
 import os
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from .measuring import set_up
-from .replication.jobs import Job, Store, run
+from .replication.jobs import Store, run, share
 from .replication.presets import PRESETS
 from .replication.report import write_report
 from .replication.studies import Set, folder_of
@@ -57,39 +54,16 @@ def main() -> None:
     elif arguments.worker or arguments.workers < 2:
         run(jobs, store, desc=arguments.preset)
     else:
-        share(jobs, store, arguments)
+        command = [sys.executable, "-m", "benchmarks.replicate", *sys.argv[1:], "--worker"]
+        share(jobs, store, command, arguments.workers, arguments.preset)
+        unfinished = [job.name for job in jobs if not store.has(job.name)]
+        if unfinished:
+            raise SystemExit(f"{len(unfinished)} pieces are not done, first {unfinished[0]}; see {store.folder}/logs.")
     if not arguments.worker:
         name = "replicate" if arguments.preset == "full" else f"replicate-{arguments.preset}"
         path = Path(arguments.results or Path(__file__).parent / "results" / f"{name}.json")
         write_report(summarize(sets, arguments.preset), path)
         print(f"Wrote {path} and {path.with_suffix('.md')}")
-
-
-def share(jobs: list[Job], store: Store, arguments: Arguments) -> None:
-    """Start workers on the same store and wait until they have done all pieces."""
-    command = [sys.executable, "-m", "benchmarks.replicate", *sys.argv[1:], "--worker"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [store.place("logs") / f"worker{number}.log" for number in range(arguments.workers)]
-    workers = []
-    try:
-        for log in logs:
-            with open(log, "w") as file:
-                workers.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
-        with tqdm(total=len(jobs), desc=f"{arguments.preset}, {len(workers)} workers", unit="piece") as bar:
-            while any(worker.poll() is None for worker in workers):
-                bar.n = sum(store.has(job.name) for job in jobs)
-                bar.refresh()
-                failed = [log for worker, log in zip(workers, logs) if worker.poll()]
-                if failed:
-                    raise SystemExit(f"A worker failed; the end of {failed[0]}:\n{failed[0].read_text()[-3000:]}")
-                time.sleep(1)
-            bar.n = sum(store.has(job.name) for job in jobs)
-    finally:
-        for worker in workers:
-            worker.terminate()
-    unfinished = [job.name for job in jobs if not store.has(job.name)]
-    if unfinished:
-        raise SystemExit(f"{len(unfinished)} pieces are not done, first {unfinished[0]}; see {logs[0]}.")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,9 @@ class Arguments:
     preset: str = field(default="base", metadata={"help": " or ".join(PRESETS)})
     threads: int = field(default=1, metadata={"help": "threads of each engine, on a CPU"})
     results: str = field(default="", metadata={"help": "results file; its table and plot go beside it"})
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "measure these (hub, stitched, transformers), and keep the other rows"}
+    )
     report_only: bool = field(default=False, metadata={"help": "only write the table and the plot of a results file"})
 
 
@@ -211,6 +214,34 @@ def measure_transformers(folder: Path, preset: Preset, concurrent: int) -> dict[
     }
 
 
+def measure(preset: Preset, arguments: Arguments, path: Path) -> dict[str, Any]:
+    """Measure what was asked for; rows are written as they come."""
+    from vllm import __version__
+
+    chosen = arguments.only or list(SERIES)
+    settings = {**environment(preset.case.device), "vllm": __version__, "threads": arguments.threads}
+    rows = json.loads(path.read_text())["rows"] if arguments.only and path.exists() else []
+    rows = [row for row in rows if row["model"] not in chosen]
+    results = {**settings, "settings": asdict(preset), "rows": rows}
+    with tempfile.TemporaryDirectory() as folder:
+        folders = write_models(preset.case, Path(folder))
+        for model in chosen:
+            for row in measure_one(model, folders, preset, arguments.threads, Path(folder, "log")):
+                rows.append({"model": model, **row})
+                write_results(results, path)
+    return results
+
+
+def measure_one(
+    model: str, folders: dict[str, Path], preset: Preset, threads: int, log: Path
+) -> Iterator[dict[str, Any]]:
+    if model != "transformers":
+        yield from measure_vllm(folders[model], preset, threads, log)
+        return
+    for concurrent in preset.concurrent:
+        yield in_fresh_process(measure_transformers, folders["stitched"], preset, concurrent)
+
+
 # --- Report ---------------------------------------------------------------------------------------------------------
 
 COLUMNS = {
@@ -244,6 +275,8 @@ def report(results: dict[str, Any], path: Path) -> str:
         own = [row for row in rows if row["model"] == name]
         axes.plot([row["concurrent"] for row in own], [row["tokens_per_second"] for row in own], "o-", label=label)
     axes.set(xscale="log", yscale="log", xlabel="requests at once", ylabel="tokens per second", title="Throughput")
+    axes.set_xticks(results["settings"]["concurrent"], results["settings"]["concurrent"])
+    axes.minorticks_off()
     axes.legend()
     images = save_figures({"throughput": figure}, path.with_suffix(""))
     case = results["settings"]["case"]
@@ -265,21 +298,7 @@ def main() -> None:
     set_up(arguments.threads)
     name = "serving" if arguments.preset == "base" else f"serving-{arguments.preset}"
     path = Path(arguments.results or Path(__file__).parent / "results" / f"{name}.json")
-    if arguments.report_only:
-        results = json.loads(path.read_text())
-    else:
-        settings = {**environment(preset.case.device), "threads": arguments.threads, "settings": asdict(preset)}
-        results = {**settings, "rows": []}
-        with tempfile.TemporaryDirectory() as folder:
-            folders = write_models(preset.case, Path(folder))
-            for model, models_folder in folders.items():
-                for row in measure_vllm(models_folder, preset, arguments.threads, Path(folder, "log")):
-                    results["rows"].append({"model": model, **row})
-                    write_results(results, path)
-            for concurrent in preset.concurrent:
-                row = in_fresh_process(measure_transformers, folders["stitched"], preset, concurrent)
-                results["rows"].append({"model": "transformers", **row})
-                write_results(results, path)
+    results = json.loads(path.read_text()) if arguments.report_only else measure(preset, arguments, path)
     page = report(results, path)
     path.with_suffix(".md").write_text(page + "\n")
     show(page)

@@ -11,6 +11,7 @@ from ._compat.peft import (
     after_model_card,
     around_push,
     around_saving,
+    before_setting_weights,
     check_config_files,
     keep_offloaded_hubs,
     take_seeds_from_configs,
@@ -29,6 +30,7 @@ from .export.model import StitchExportForCausalLM, StitchExportModel  # noqa: E4
 from .forward.layer import StitchLayer  # noqa: E402
 from .gates.callback import GateLogger  # noqa: E402
 from .gates.trace import GateTrace, trace_gates  # noqa: E402
+from .keys import check_trained_copies  # noqa: E402
 from .model import StitchModel  # noqa: E402
 from .planning.assess import assess  # noqa: E402
 from .planning.assessment import Assessment  # noqa: E402
@@ -42,6 +44,7 @@ from .stitch import ExpertsIntoHub, HubIntoExperts  # noqa: E402
 
 register_peft_method(name="stitch", config_cls=StitchConfig, model_cls=StitchModel)
 keep_offloaded_hubs()
+before_setting_weights(check_trained_copies)
 undo_failed_loads(StitchModel._discard_adapter)
 call_first(GateLogger)
 check_config_files(lambda values, path: check_before_loading(check_config_file(values, path)))

@@ -1,6 +1,6 @@
-"""`python -m peft_bts`: the command line, see `peft_bts/cli`."""
+"""`python -m peft_bts`: the command line, see `peft_bts_cli`."""
 
-from .cli import app
+from peft_bts_cli import app
 
 
 app(prog_name="peft-bts")

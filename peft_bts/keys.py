@@ -84,14 +84,7 @@ def fit_to_model(
         if file[key].shape != full[where].shape
     ]
     if problems:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        more += [_ABOUT_EMBEDDINGS] if embeddings and not with_embeddings else []
-        raise ValueError(
-            f"The weights do not fit stitch adapter {adapter!r} ({len(problems)} problems):\n  "
-            + "\n  ".join(problems[:_SHOWN] + more)
-            + "\nThe file and the config (experts, num_stitches, gate, r, ...) must be of the same adapter; nothing "
-            "was loaded."
-        )
+        raise _refusal(adapter, problems, [_ABOUT_EMBEDDINGS] if embeddings and not with_embeddings else [])
     # Cast here: with low_cpu_mem_usage the tensors themselves become the weights.
     return {
         where: file[key].to(full[where].dtype) if key in stitches or key in embeddings else file[key]
@@ -99,14 +92,38 @@ def fit_to_model(
     }
 
 
-def _trained_copies(model: nn.Module, adapter: str) -> list[str]:
-    """Keys in memory of the modules that the user asked PEFT to train and save with this adapter."""
-    return [
-        f"{path.removeprefix('_fsdp_wrapped_module.')}.{key}"
+def check_trained_copies(model: nn.Module, adapter: str, file: dict[str, Tensor]) -> None:
+    """Check that a file has all tensors of `modules_to_save`, under its own keys.
+
+    PEFT looks these up before it asks a tuner, and would have a `KeyError` for the first that is missing.
+
+    Raises:
+        ValueError: If one is missing.
+    """
+    problems = [f"missing: {key}" for key in _trained_copies(model, adapter).values() if key not in file]
+    if problems:
+        raise _refusal(adapter, problems, [])
+
+
+def _refusal(adapter: str, problems: list[str], advice: list[str]) -> ValueError:
+    """Return the error that lists what is wrong with the tensors of a file."""
+    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return ValueError(
+        f"The weights do not fit stitch adapter {adapter!r} ({len(problems)} problems):\n  "
+        + "\n  ".join(problems[:_SHOWN] + more + advice)
+        + "\nThe file and the config (experts, num_stitches, gate, r, ...) must be of the same adapter; nothing "
+        "was loaded."
+    )
+
+
+def _trained_copies(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Tensors of modules that PEFT trains and saves with this adapter, as asked: key in memory -> key in the file."""
+    return {
+        f"{path.removeprefix('_fsdp_wrapped_module.')}.{key}": f"{path.removeprefix('_fsdp_wrapped_module.')}.{shown}"
         for path, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
-        for key in module.adapter_state_dict_load_map(adapter).values()
-    ]
+        for shown, key in module.adapter_state_dict_load_map(adapter).items()
+    }
 
 
 def _embedding_layers(model: PeftModel) -> dict[str, Optional[str]]:

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments, cache_utils, l
 
 import peft_bts
 from peft_bts import StitchConfig
-from peft_bts.cli import app
 from peft_bts.recipes.recipe import RecipeParser
+from peft_bts_cli import app
 from tests import ROOT
 from tests.helpers.models import fresh
 from tests.helpers.pages import blocks, run_blocks
@@ -161,9 +161,19 @@ def troubleshooting(page):
     assert run_blocks(page)["model"].active_peft_config.experts["math"]["model"] == "new/place"
 
 
+def demo(page):
+    gradio = pytest.importorskip("gradio", reason="needs peft_bts[demo]")
+    save_adapter()
+    served = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradio.Blocks, "launch", lambda app, **options: served.append((app, options)))
+        names = run_blocks(page)
+    assert served == [(names["demo"], {})] and names["demo"].title == "My stitched model"
+
+
 STORIES = {"README.md": readme} | {
     f"docs/{story.__name__}.md": story
-    for story in (concepts, distributed, experts, gates, inference, planning, serving, training, troubleshooting)
+    for story in (concepts, demo, distributed, experts, gates, inference, planning, serving, training, troubleshooting)
 }
 
 ELSEWHERE = ["docs/sharing.md"]  # needs a Hub, which test_sharing.py has

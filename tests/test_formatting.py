@@ -6,9 +6,9 @@ import pytest
 import typer
 from rich.console import Console
 
-from peft_bts.cli import app
 from peft_bts.formatting import as_text, table
 from peft_bts.gates.table import GateTable
+from peft_bts_cli import app
 
 
 COLUMNS = [

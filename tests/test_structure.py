@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 
-PACKAGE = Path(__file__).parents[1] / "peft_bts"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "peft_bts"
 FLOORS = [  # from low to high; what stands on one floor may import from it and from those below
     {"_compat", "config", "reference", "places", "stitch", "mixture", "keys", "formatting", "modules"}
     | {"install", "toy"},
@@ -20,32 +21,42 @@ FLOORS = [  # from low to high; what stands on one floor may import from it and 
     {"tuner"},
     {"model"},
     {"gates", "sharing", "serving"},
+    {"demo"},
     {"recipes"},
-    {"cli"},
-    {"__init__", "__main__"},
+    {"__init__"},
+    {"peft_bts_cli"},  # a package of its own
+    {"__main__"},
 ]
-FILES = {
-    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in PACKAGE.rglob("*.py")
-}
 
 
-def imports(module):
-    """Modules of the package that a module imports anywhere, also inside of functions and for type checkers only."""
-    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+def files_of(package):
+    """The files of a package by the names of their modules."""
+    return {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+    }
+
+
+FILES = files_of(PACKAGE) | files_of(ROOT / "peft_bts_cli")
+
+
+def imports(module, files=FILES):
+    """Modules of a package that a module imports anywhere, also inside of functions and for type checkers only."""
+    package = module if files[module].name == "__init__.py" else module.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text())):
+    for node in ast.walk(ast.parse(files[module].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             source = resolve_name("." * node.level + (node.module or ""), package)
             names = {f"{source}.{alias.name}" for alias in node.names}
-            found |= {name if name in FILES else source for name in names}
-    return found & FILES.keys()
+            found |= {name if name in files else source for name in names}
+    return found & files.keys()
 
 
 def floor(module):
-    room = (module.split(".") + ["__init__"])[1]
+    package, *rooms = module.split(".")
+    room = package if package != PACKAGE.name else (rooms or ["__init__"])[0]
     return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
 
 
@@ -60,11 +71,19 @@ def test_no_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError, with the modules of the circle
 
 
+def test_no_circle_among_benchmarks():
+    files = files_of(PACKAGE.parent / "benchmarks")
+    graph = {module: imports(module, files) for module in files}
+    assert "benchmarks.study.building" in graph["benchmarks.study.loading"]
+    TopologicalSorter(graph).prepare()
+
+
 def test_every_module_has_its_tests():
     """The table in CONTRIBUTING.md names every module of the package, and test files that exist."""
-    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## Which tests guard what")[2]
+    page = (ROOT / "CONTRIBUTING.md").read_text().partition("## Which tests guard what")[2]
     table = re.findall(r"^\| (`.*) \| (`.*) \|$", page.partition("\n## ")[0], re.MULTILINE)[1:]
     modules, tests = (re.findall(r"`([^`]+)`", " ".join(cells)) for cells in zip(*table))
-    there = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    there = [path.relative_to(ROOT) for path in FILES.values() if not path.name.startswith("__")]
+    there = [str(path).removeprefix("peft_bts/") for path in there]
     assert sorted(modules) == sorted(there)
-    assert not [name for name in tests if not (PACKAGE.parent / "tests" / name).exists()]
+    assert not [name for name in tests if not (ROOT / "tests" / name).exists()]

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-from .corpora import DOMAINS, MIXED, Corpora, load_corpora
+from .corpora import DOMAINS, MIXED, Corpora
 from .documents import SPLITS
+from .loading import load_corpora
 from .sources import SOURCES
 from .tasks import CROSS, TASKS
 from .tokens import VOCABULARY, document_sequences, train_tokenizer

@@ -8,6 +8,7 @@ from sacrebleu.metrics import CHRF
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..replication.ensembles import BTM, Routing
 from .tokens import Sequences
 
 
@@ -45,6 +46,30 @@ class BTMStream:
         self.evidence = news if self.evidence is None else self.evidence + news
         self.last = log_p[:, :, -1]
         return (self.evidence.log_softmax(0) + self.last).logsumexp(0)
+
+
+class RoutedStream:
+    """Each row by the one model that a router chose for its prompt, which is the first call's tokens."""
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+        self.groups: list[tuple[Tensor, Stream]] = []  # rows, and the model that they went to
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if not self.groups:
+            choices = self.routing.choose(tokens, torch.full((len(tokens),), tokens.shape[1])).argmax(-1)
+            for number in choices.unique().tolist():
+                self.groups.append(((choices == number).nonzero().squeeze(1), Stream(self.routing.models[number])))
+        log_p = [stream(tokens[rows]) for rows, stream in self.groups]
+        order = torch.cat([rows for rows, _ in self.groups]).argsort()
+        return torch.cat(log_p)[order]
+
+
+def stream_of(method: nn.Module | BTM | Routing) -> Callable[[Tensor], Tensor]:
+    """A new stream of what a method predicts."""
+    if isinstance(method, BTM):
+        return BTMStream(method.models)
+    return RoutedStream(method) if isinstance(method, Routing) else Stream(method)
 
 
 @torch.no_grad()

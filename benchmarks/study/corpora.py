@@ -1,14 +1,8 @@
-"""All text of the study, made once from the pinned sources and kept: `load_corpora(cache)`."""
+"""What the corpora are: documents and items by split, and how many there are of them."""
 
-import gzip
-import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from .documents import Document, Item
-from .sources import SOURCES, download
+from .documents import Document
 
 
 DOMAINS = ["prose", "python", "javascript", "french", "german", "maths"]
@@ -47,44 +41,3 @@ class Corpora:
     mixed: dict[str, list[Document]]
     counts: dict[str, dict[str, dict[str, int]]]
     key: str = ""  # of the sources, the sizes and the code that it comes from
-
-
-def load_corpora(cache: Path, sizes: Sizes = Sizes()) -> Corpora:
-    """The corpora from `cache`, or made anew: downloaded into `cache`/sources, cut, split and kept.
-
-    The kept file depends on the sources, on `sizes` and on the code that makes it: a change of any makes another file.
-    """
-    key = _key(sizes)
-    path = cache / f"corpora-{key}.json.gz"
-    if not path.exists():
-        from .building import build  # reads much that is not needed where the file is there
-
-        corpora = build(download(cache / "sources"), sizes)
-        unfinished = path.with_suffix(".unfinished")
-        with gzip.open(unfinished, "wt", compresslevel=3, encoding="utf-8") as file:
-            json.dump(asdict(corpora), file, ensure_ascii=False)
-        unfinished.replace(path)
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return _from_json(json.load(file), key)
-
-
-def _key(sizes: Sizes) -> str:
-    total = hashlib.sha256(repr((sizes, SOURCES)).encode())
-    for name in ("documents", "pages", "programs", "catalogues", "problems", "splits", "tasks", "building"):
-        total.update((Path(__file__).parent / f"{name}.py").read_bytes())
-    return total.hexdigest()[:12]
-
-
-def _from_json(plain: dict, key: str) -> Corpora:
-    def document(fields: dict) -> Document:
-        return Document(tuple(map(tuple, fields["parts"])), fields["source"])
-
-    def read(by_kind: dict, make: Callable) -> ByKind:
-        return {
-            split: {kind: list(map(make, found)) for kind, found in part.items()} for split, part in by_kind.items()
-        }
-
-    return Corpora(
-        read(plain["documents"], document), read(plain["items"], lambda fields: Item(**fields)),
-        {kind: list(map(document, found)) for kind, found in plain["mixed"].items()}, plain["counts"], key,
-    )  # fmt: skip

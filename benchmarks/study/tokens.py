@@ -66,12 +66,12 @@ def _some_text(documents: list[Document], characters: int) -> str:
     return "\n".join(texts)
 
 
-def load_tokenizer(cache: Path, corpora: Corpora) -> PreTrainedTokenizerFast:
+def load_tokenizer(cache: Path, corpora: Corpora, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """The tokenizer of these corpora, from `cache` where it is there."""
-    folder = cache / f"tokenizer-{corpora.key}-{VOCABULARY}"
+    folder = cache / f"tokenizer-{corpora.key}-{vocabulary}"
     if not folder.exists():
         unfinished = folder.with_name(folder.name + ".unfinished")
-        train_tokenizer(corpora.documents["train"]).save_pretrained(unfinished)
+        train_tokenizer(corpora.documents["train"], vocabulary).save_pretrained(unfinished)
         unfinished.rename(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 

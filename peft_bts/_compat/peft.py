@@ -20,7 +20,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.auto import _BaseAutoPeftModel
 from peft.config import PeftConfigMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, transformers_weight_conversion
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -267,14 +267,34 @@ def undo_failed_loads(undo: Callable[[Any, str], None]) -> None:
             if not isinstance(error, Exception) or (isinstance(error, OSError) and not os.path.isdir(model_id)):
                 raise  # interrupted; no network
             place, reason = _place_of_weights(model_id, **kwargs), str(error) or type(error).__name__
-            if isinstance(error, KeyError):
-                reason = f"tensor {reason} is missing."
-            elif os.path.isdir(model_id) and not os.path.isfile(place):
+            if os.path.isdir(model_id) and not os.path.isfile(place):
                 reason = "there is no such file."
             raise ValueError(f"Adapter {adapter_name!r} could not be loaded from {place!r}: {reason}") from error
 
     replace_method(PeftModel, "from_pretrained", classmethod(from_pretrained))
     replace_method(PeftModel, "load_adapter", load_adapter)
+
+
+def before_setting_weights(check: Callable[[nn.Module, str, dict[str, Any]], None]) -> None:
+    """Have `check(model, adapter, tensors)` called before `set_peft_model_state_dict` looks into a stitch adapter's.
+
+    It is done in the place of the conversion of weights, which PEFT looks up anew for every call: users may have
+    imported `set_peft_model_state_dict` before this package.
+
+    It could be removed if PEFT gave the tuner the tensors before it looks up those of `modules_to_save`.
+    """
+    name = "convert_peft_adapter_state_dict_for_transformers"
+    convert = function_of(transformers_weight_conversion, name)
+
+    @functools.wraps(convert)
+    def checked(
+        model: nn.Module, peft_config: Any, adapter_state_dict: dict[str, Any], adapter_name: str = "default"
+    ) -> dict[str, Any]:
+        if peft_config.peft_type == "STITCH":
+            check(model, adapter_name, adapter_state_dict)
+        return convert(model, peft_config, adapter_state_dict, adapter_name)
+
+    replace_method(transformers_weight_conversion, name, checked)
 
 
 def _place_of_weights(model_id: str, subfolder: Optional[str] = None, revision: Optional[str] = None, **_: Any) -> str:

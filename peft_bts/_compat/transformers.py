@@ -100,6 +100,15 @@ def is_mixture(module: nn.Module) -> TypeGuard[PreTrainedModel]:
     return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have the layers of a model in training computed again in the backward pass (gradient checkpointing).
+
+    It could be removed if the oldest supported version had the new name, and the newest one the old name for good.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
 def find_file(source: str, file: str, *, out_of_reach_is_none: bool = False, **where: Any) -> Optional[str]:
     """Find a file in a folder or in a repository, from where it is downloaded if need be.
 

@@ -1,4 +1,4 @@
-"""Libraries of the `viz` extra, which tables and figures of gates need."""
+"""Libraries of extras, which figures of gates (`viz`) and the demo (`demo`) need."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import ModuleType
 from ..install import how_to_install
 
 
-def needs(module: str) -> ModuleType:
-    """Import a module of the `viz` extra.
+def needs(module: str, extra: str = "viz") -> ModuleType:
+    """Import a module of an extra.
 
     Raises:
         ModuleNotFoundError: If it is not installed; says how to install it.
@@ -18,4 +18,4 @@ def needs(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
-        raise ModuleNotFoundError(f"This needs {package}: {how_to_install('viz')}.", name=package) from error
+        raise ModuleNotFoundError(f"This needs {package}: {how_to_install(extra)}.", name=package) from error

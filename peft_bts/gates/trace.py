@@ -29,7 +29,7 @@ from ..config import OUTPUT_MIXTURE
 from ..export.model import StitchExportForCausalLM, StitchExportModel
 from ..forward.hooks import ForwardSettings
 from ..forward.masks import is_text
-from ..forward.observers import Observation
+from ..forward.observers import Observation, Observer
 from ..model import StitchModel, stitch_tuner
 from ..stitch import HUB
 from .page import to_html
@@ -59,14 +59,26 @@ def trace_gates(model: nn.Module) -> Iterator[GateTrace]:
     Raises:
         TypeError: If there are no stitches in `model`.
     """
-    settings, trace = _settings(model), GateTrace()
-    with _CHANGE_OBSERVERS:
-        settings.observers = (*settings.observers, trace)
-    try:
+    trace = GateTrace()
+    with observed_by(trace, model):
         yield trace
+
+
+@contextmanager
+def observed_by(observer: Observer, model: nn.Module) -> Iterator[None]:
+    """Tell an observer of the forwards of `model` inside of the `with`, those of other threads too.
+
+    Raises:
+        TypeError: If there are no stitches in `model`.
+    """
+    settings = _settings(model)
+    with _CHANGE_OBSERVERS:
+        settings.observers = (*settings.observers, observer)
+    try:
+        yield
     finally:
         with _CHANGE_OBSERVERS:
-            settings.observers = tuple(observer for observer in settings.observers if observer is not trace)
+            settings.observers = tuple(other for other in settings.observers if other is not observer)
 
 
 def _settings(model: nn.Module) -> ForwardSettings:

@@ -11,16 +11,12 @@ Shapes: B sequences, T tokens, D the width; with N experts a batch of all is ((1
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import Cache
 from transformers.cache_utils import (
@@ -30,137 +26,22 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .._compat.peft import peft_type_name
-from ..distributed.absent import AbsentExpert, has_layers
-from ..distributed.parallel import ExpertParallel
 from ..forward.composition import Composition
 from ..forward.decoder import Decoder, text_config, token_embeddings
 from ..forward.executor import Boundary, Executor, InOneProcess, SequentialExecutor
 from ..forward.expert import Expert
 from ..forward.hooks import ForwardRunner
-from ..forward.layer import StitchLayer, behind_layer
-from ..forward.placement import is_dispatched
-from ..forward.recorder import StandIn, with_layers, with_modules
+from ..forward.recorder import with_layers
 from ..forward.state import ForwardState, Lane, run_in_turn
 from ..forward.stream import Checkpoint
 from .joint_layers import JointCacheLayer, NotStackable
+from .joint_model import JointModel, unstitched, why_not
 
 
 logger = logging.getLogger(__name__)
 
 _CACHE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
-_COLLECTOR = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked for
 _NOT_COLLECTED = ("output_hidden_states", "output_attentions", "output_router_logits")
-
-
-class JointLinear(nn.Module):
-    """A linear layer of the hub over a batch of all: one product for all rows, each LoRA for its expert's rows."""
-
-    base: nn.Module
-    loras: Mapping[str, LoraLayer]
-    runner: ForwardRunner
-
-    def __init__(self, base: nn.Module, loras: Mapping[str, LoraLayer], runner: ForwardRunner) -> None:
-        super().__init__()
-        self.__dict__.update(base=base, loras=loras, runner=runner)  # not as submodules: they belong to the models
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        _, executor = _under_way(self.runner)
-        each = len(x) // executor.number_of_rows  # 1, or T where a layer flattens sequences (opt)
-        for name, rows in executor.loras:
-            lora = self.loras.get(name)
-            if lora is None or lora.disable_adapters:
-                continue
-            rows = slice(rows.start * each, rows.stop * each)
-            for adapter in lora.active_adapters:
-                if adapter in lora.lora_A:
-                    _add_lora(y[rows], x[rows], lora.lora_A[adapter], lora.lora_B[adapter], lora.scaling[adapter])
-        return y
-
-
-def _add_lora(y: Tensor, x: Tensor, down: Any, up: Any, scaling: float) -> None:
-    """Add a LoRA's product of x (rows, ..., in) to y (rows, ..., out), in place."""
-    plain = x.dtype == y.dtype == down.weight.dtype and up.bias is None
-    exact = x.dtype.itemsize >= 4  # in half precision, results are rounded where PEFT rounds them
-    if plain and exact and y.is_contiguous() and not torch.is_autocast_enabled(x.device.type):
-        # In few operations, which decoding spends its time on.
-        small = F.linear(x.reshape(-1, x.shape[-1]), down.weight)
-        y.view(-1, y.shape[-1]).addmm_(small, up.weight.t(), alpha=scaling)
-    else:
-        y.copy_(y + up(down(x.to(down.weight.dtype))) * scaling)
-
-
-class _JointLayer(StandIn):
-    """A decoder layer of the hub over a batch of all, with the stitch behind it."""
-
-    def __init__(self, layers: nn.ModuleList, index: int, joint: nn.Module, runner: ForwardRunner) -> None:
-        super().__init__()
-        self.__dict__.update(layers=layers, joint=joint, runner=runner)
-        self._index = index
-
-    def _original(self) -> nn.Module:
-        return _unstitched(self.__dict__["layers"][self._index])
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state, executor = _under_way(self.__dict__["runner"])
-        if args:
-            hidden, args = args[0], args[1:]
-        else:
-            hidden = kwargs.pop("hidden_states")
-        args, kwargs = executor.for_all(args), executor.for_all(kwargs)
-        out = self.__dict__["joint"](executor.join(hidden), *args, **kwargs)
-        hub_BTD = executor.part(out[0] if isinstance(out, tuple) else out)
-        out = (hub_BTD, *[None] * (len(out) - 1)) if isinstance(out, tuple) else hub_BTD
-        layer = self.__dict__["layers"][self._index]
-        stitch = layer.active_stitch() if self._index in state.composition.schedule else None
-        if stitch is None:
-            return out
-        return behind_layer(self.__dict__["runner"], self._index, self._original(), stitch, out)
-
-
-class JointModel:
-    """A hub and those of its experts that are LoRAs of it.
-
-    Args:
-        decoder: The hub's.
-        experts: LoRA experts of the hub (`why_not` finds nothing against them).
-        runner: Runs the hub's forwards.
-    """
-
-    def __init__(self, decoder: Decoder, experts: Mapping[str, Expert], runner: ForwardRunner) -> None:
-        self.decoder, self.experts = decoder, dict(experts)
-        layers = decoder.layers
-        hub_layers = [_unstitched(layer) for layer in layers]
-        joint = [
-            _joint(hub_layer, {name: expert.layers[i] for name, expert in experts.items()}, runner)
-            for i, hub_layer in enumerate(hub_layers)
-        ]
-        self._layers = [_JointLayer(layers, i, layer, runner) for i, layer in enumerate(joint)]
-        self.backbone = with_layers(decoder.backbone, decoder.list_name, self._layers)
-        # What it was built of: somebody may exchange modules, or adapters in them, later.
-        parts = [*hub_layers, *(expert.layers for expert in experts.values())]
-        self._runner, self._backbone = runner, decoder.backbone
-        self._modules = [decoder.backbone, *(module for part in parts for module in part.modules())]
-        self._built = [(module._modules, dict(module._modules)) for module in self._modules if module._modules]
-
-    def is_whole(self) -> bool:
-        """Whether the models are built as they were, and nobody watches or has replaced what their modules do."""
-        # Asked once per token of thousands of modules: those without hooks, which is nearly all, take no call.
-        suspects = [m for m in self._modules if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__]
-        return all(now == then for now, then in self._built) and not any(map(self._is_watched, suspects))
-
-    def _is_watched(self, module: nn.Module) -> bool:
-        """Whether hooks of others, or a `forward` of its own, would not be called, or called for all rows at once."""
-        if "forward" in vars(module) and module is not self._backbone:
-            return True
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        return any(
-            getattr(hook, "__self__", None) is not self._runner
-            and not isinstance(getattr(hook, "__self__", None), ExpertParallel)
-            and getattr(hook, "__module__", "") != _COLLECTOR
-            for hook in hooks
-        )
 
 
 class JointExecutor(InOneProcess):
@@ -183,6 +64,9 @@ class JointExecutor(InOneProcess):
     ) -> None:
         self._state, self._model, self._others = state, model, others
         self._states: Optional[dict[Hashable, Tensor]] = None
+        self._together: Optional[Tensor] = None  # the states of all as a layer returned them, until one is replaced
+        self._hub_BTD: Optional[Tensor] = None  # the hub's among them
+        self._for_all: list[tuple[Tensor, Tensor]] = []  # what layers were called with: the hub's, and for all
         tokens = state.call["inputs_embeds"] if state.call.get("input_ids") is None else state.call["input_ids"]
         self._batch = end = len(tokens)
         self.rows: dict[Hashable, slice] = {}
@@ -216,14 +100,16 @@ class JointExecutor(InOneProcess):
     def join(self, hub_BTD: Tensor) -> Tensor:
         """The hidden states of all: what a layer is to be called with."""
         if self._states is None:  # embedded by now, which is the same for all
-            all_BTD: Tensor = self.for_all(hub_BTD)
-            return all_BTD
+            return self._of_every_row(hub_BTD)
+        if self._together is not None and hub_BTD is self._hub_BTD:
+            return self._together
         return torch.cat([hub_BTD, *self._states.values()])
 
     def part(self, hidden: Tensor) -> Tensor:
         """Keep the experts' hidden states, and return the hub's."""
         self._states = {key: hidden[rows] for key, rows in self.rows.items()}
-        return hidden[: self._batch]
+        self._together, self._hub_BTD = hidden, hidden[: self._batch]
+        return self._hub_BTD
 
     def for_all(self, value: Any) -> Any:
         """Return what a layer of the hub is called with, for the batch of all."""
@@ -236,10 +122,18 @@ class JointExecutor(InOneProcess):
         if not isinstance(value, Tensor) or value.dim() < 2 or (len(value) == 1 and self._batch > 1):
             return value
         if len(value) == self._batch:
-            if self._sequences is None:
-                return value.repeat(1 + len(self.rows), *[1] * (value.dim() - 1))
-            return value.index_select(0, self._sequences.to(value.device))
+            # Every layer is called with the same masks and rotary positions.
+            for known, of_every_row in self._for_all:
+                if known is value:
+                    return of_every_row
+            self._for_all.append((value, self._of_every_row(value)))
+            return self._for_all[-1][1]
         raise NotStackable(f"their layers take a tensor of shape {tuple(value.shape)} beside hidden states")
+
+    def _of_every_row(self, value: Tensor) -> Tensor:
+        if self._sequences is None:
+            return value.repeat(1 + len(self.rows), *[1] * (value.dim() - 1))
+        return value.index_select(0, self._sequences.to(value.device))
 
     def look_ahead(self, boundary: Boundary) -> None:
         self._others.look_ahead(boundary)
@@ -250,20 +144,11 @@ class JointExecutor(InOneProcess):
 
     def replace_states(self, states: Mapping[Hashable, Tensor]) -> None:
         assert self._states is not None
-        self._states = {key: states[key] for key in self.rows}
+        self._together, self._states = None, {key: states[key] for key in self.rows}
         self._others.replace_states({key: state for key, state in states.items() if key not in self._states})
 
     def close(self) -> None:
         self._others.close()
-
-
-def _under_way(runner: ForwardRunner) -> tuple[ForwardState, JointExecutor]:
-    """The state of the forward under way, and its executor, which runs the joint layers."""
-    state = runner.current()
-    assert state is not None
-    executor = getattr(state.executor, "inner", state.executor)  # of several processes, each has one inside
-    assert isinstance(executor, JointExecutor)
-    return state, executor
 
 
 class JointLora:
@@ -333,7 +218,7 @@ class JointLora:
         call = {"input_ids": torch.arange(1, 9, device=device).view(2, 4) % config.vocab_size, "use_cache": False}
         composition = Composition({}, len(layers), config, model.experts, False)
         model_lanes: dict[Hashable, Lane] = {name: Lane(name, None, None) for name in model.experts}
-        alone = with_layers(backbone, self._decoder.list_name, [_unstitched(layer) for layer in layers])
+        alone = with_layers(backbone, self._decoder.list_name, [unstitched(layer) for layer in layers])
         states = []
         for make in (run_in_turn, partial(_joint_executor, model, model_lanes)):
             state = ForwardState(composition, call, None, make)
@@ -371,73 +256,3 @@ class JointLora:
 
 def _joint_executor(model: JointModel, lanes: Mapping[Hashable, Lane], state: ForwardState) -> JointExecutor:
     return JointExecutor(state, model, lanes, SequentialExecutor(state.begin_streams(without=lanes)))
-
-
-def why_not(decoder: Decoder, expert: Expert) -> Optional[str]:
-    """Why an expert cannot run with the hub as rows of one batch; `None` if it can."""
-    if isinstance(expert, AbsentExpert):
-        return f"in process {expert.owner} of this model"
-    model = expert.model
-    if not isinstance(model, PeftModel):
-        return "it is a full model"
-    if not has_layers(decoder):
-        return "the hub runs in another process"
-    layers = [_unstitched(layer) for layer in decoder.layers]
-    inner = set(expert.layers.modules())
-    if len(expert.layers) != len(layers) or not _share(layers, expert.layers):
-        return "it is an adapter on a model of its own"
-    if any(parameter.device.type == "meta" for parameter in decoder.backbone.parameters()):
-        return "the hub's weights are not all in memory"
-    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in decoder.backbone.modules()):
-        return "the hub has trained modules besides the stitches (modules_to_save)"
-    if is_dispatched(model.get_base_model()):
-        return "accelerate has spread the hub over devices"
-    for config in (model.peft_config[adapter] for adapter in model.active_adapters):
-        if config.peft_type != "LORA":
-            return f"it is a {peft_type_name(config.peft_type)} adapter, no LoRA"
-        for option in ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices"):
-            if getattr(config, option, None):
-                return f"its LoRA has {option}"
-    head = model.get_output_embeddings()
-    for module in model.get_base_model().modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            return "it has trained modules besides LoRA"
-        if isinstance(module, LoraLayer) and module is not head and module not in inner:
-            return "its LoRA goes beyond decoder layers and head"
-        if isinstance(module, LoraLayer) and module.merged:
-            return "its LoRA is merged"
-    return None
-
-
-def _unstitched(layer: nn.Module) -> nn.Module:
-    return layer.base_layer if isinstance(layer, StitchLayer) else layer
-
-
-def _share(hub_layers: Iterable[nn.Module], layers: Iterable[nn.Module]) -> bool:
-    """Return whether an adapter's layers are the hub's own weights, with adapters."""
-    theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    return all(id(parameter) in theirs for layer in hub_layers for parameter in layer.parameters())
-
-
-def _joint(hub: nn.Module, experts: dict[str, nn.Module], runner: ForwardRunner) -> nn.Module:
-    """A module of the hub over a batch of all, in the place of the same module of hub and experts."""
-    loras = {name: module for name, module in experts.items() if isinstance(module, LoraLayer)}
-    if loras:
-        for name, lora in loras.items():
-            if not isinstance(lora, nn.Module) or not hasattr(lora, "lora_A") or lora.lora_embedding_A:
-                raise NotStackable(f"the LoRA of {name!r} is on a {type(hub).__name__}")
-            if any(id(weight) not in set(map(id, hub.parameters())) for weight in lora.get_base_layer().parameters()):
-                raise NotStackable(f"the LoRA of {name!r} is on weights of its own")
-        return JointLinear(hub, loras, runner)
-    if any(module._modules.keys() != hub._modules.keys() for module in experts.values()):
-        raise NotStackable("their layers are built of different modules")
-    children = {
-        name: _joint(child, {who: module.get_submodule(name) for who, module in experts.items()}, runner)
-        for name, child in hub._modules.items()
-        if child is not None
-    }
-    if all(children[name] is hub._modules[name] for name in children):
-        return hub
-    twin = with_modules(hub, {**hub._modules, **children})
-    twin.__dict__["training"] = False
-    return twin

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Cache
 
-from .._compat.peft import CausalLM
-from .._compat.transformers import is_mixture
+from .._compat.peft import CausalLM, base_model
+from .._compat.transformers import checkpoint_activations, is_mixture
 from ..config import StitchConfig
 from ..experts.blueprint import ModelLike, expert_blueprint, hub_blueprint, no_weights
 from ..formatting import as_text, human, table
@@ -64,8 +64,9 @@ class Memory:
         gradients: Gradients of the stitches' weights.
         optimizer: AdamW's two states for those weights.
         activations: What the forward of a training step over `batch_size` sequences of `sequence_length` tokens keeps
-            for the backward pass, to within 3%, without gradient checkpointing, in padded batches (others keep a
-            little less). `None` for mixtures of experts: it depends on kernels that do not run without numbers.
+            for the backward pass, to within 3%, in padded batches (others keep a little less). With gradient
+            checkpointing, the backward pass takes those of one layer more, one after the other. `None` for mixtures
+            of experts: it depends on kernels that do not run without numbers.
     """
 
     weights: int
@@ -98,6 +99,7 @@ class Estimate:
         adapter_bytes: Size of adapter_model.safetensors.
         batch_size, sequence_length: What cache, activations and operations are counted for.
         quantization: In how many bits the weights of hub and experts are counted, if not in those of the dtype.
+        gradient_checkpointing: Whether activations are counted with it.
     """
 
     hub: Part
@@ -108,6 +110,7 @@ class Estimate:
     batch_size: int
     sequence_length: int
     quantization: Optional[Quantization] = None
+    gradient_checkpointing: bool = False
 
     @property
     def together(self) -> Part:
@@ -130,17 +133,19 @@ class Estimate:
             (name, part.parameters, part.trained, human(part.flops), f"{part.flops / self.hub.flops:.2f}")
             for name, part in parts.items()
         ]
+        labels = {**_LABELS, **({"activations": "activations kept"} if self.gradient_checkpointing else {})}
         memory = [
             (label, *("-" if (n := getattr(m, name)) is None else human(n, "B") for m in self.memory.values()))
-            for name, label in _LABELS.items()
+            for name, label in labels.items()
         ]
         bits = "" if self.quantization is None else f", models' weights in {self.quantization}"
         size = f"{self.batch_size} x {self.sequence_length:,} tokens"
+        again = "the one layer that is computed again at a time, " if self.gradient_checkpointing else ""
         return [
             table("Parts", ["", "parameters", "trained", "FLOPs per token", "hub = 1"], rows),
             table(f"Memory for {size}{bits}", ["", *(f"models in {dtype}" for dtype in self.memory)], memory),
             f"The adapter's file: {human(self.adapter_bytes, 'B')}. FLOPs are of a forward over {size}. Not counted: "
-            "the operations' temporary buffers, and what the libraries take for themselves.",
+            f"{again}the operations' temporary buffers, and what the libraries take for themselves.",
         ]
 
     def __str__(self) -> str:
@@ -170,6 +175,7 @@ def plan(
     sequence_length: int = 2048,
     dtypes: Iterable[Union[str, torch.dtype]] = (torch.bfloat16, torch.float32),
     quantization: Optional[Quantization] = None,
+    gradient_checkpointing: bool = False,
 ) -> Estimate:
     """Count what stitching these models will take: weights, memory, operations, and the adapter's file.
 
@@ -184,6 +190,8 @@ def plan(
         dtypes: The dtypes of hub and experts to count for.
         quantization: Count the weights of hub and experts as bitsandbytes keeps them, `"4bit"` or `"8bit"`; all but
             embeddings, heads, norms and LoRAs, which stay in their dtype.
+        gradient_checkpointing: Count what a training step keeps with it: layers keep their inputs alone, and compute
+            the rest again in the backward pass.
 
     Raises:
         ValueError: For all that `get_peft_model` and `attach_expert` would refuse, with their messages.
@@ -204,7 +212,7 @@ def plan(
             tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long)
             for dtype in of_models:
                 model, blueprints, smaller = _stitched(hub, references, config, dtype, quantization)
-                of_dtype = _memory(model, tokens)
+                of_dtype = _memory(model, tokens, gradient_checkpointing)
                 if quantization is not None:
                     of_dtype = dataclasses.replace(of_dtype, weights=of_dtype.weights - smaller, weights_read=None)
                 memory[str(dtype).removeprefix("torch.")] = of_dtype
@@ -215,7 +223,7 @@ def plan(
         raise ValueError(
             f"These models cannot be counted without their weights: what they compute depends on numbers ({error})."
         ) from error
-    return Estimate(*parts, memory, size, batch_size, sequence_length, quantization)
+    return Estimate(*parts, memory, size, batch_size, sequence_length, quantization, gradient_checkpointing)
 
 
 def _stitched(
@@ -277,7 +285,7 @@ def _flops(model: nn.Module, tokens: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def _memory(model: PeftModel, tokens: Tensor) -> Memory:
+def _memory(model: PeftModel, tokens: Tensor, checkpointing: bool) -> Memory:
     weights = list({id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values())
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     with torch.no_grad():
@@ -293,7 +301,7 @@ def _memory(model: PeftModel, tokens: Tensor) -> Memory:
         recurrent=recurrent,
         gradients=trained,
         optimizer=2 * trained,  # AdamW: running means of the gradient and of its square
-        activations=_activations(model, tokens, weights),
+        activations=_activations(model, tokens, weights, checkpointing),
     )
 
 
@@ -335,7 +343,7 @@ def _cache_bytes(cache: Cache) -> tuple[int, int]:
     return sum(held.values()), held["conv_states"] + held["recurrent_states"]
 
 
-def _activations(model: PeftModel, tokens: Tensor, weights: list[Tensor]) -> Optional[int]:
+def _activations(model: PeftModel, tokens: Tensor, weights: list[Tensor], checkpointing: bool) -> Optional[int]:
     """Bytes of what autograd keeps from a training forward, besides weights. Tensors that share memory count once."""
     if any(map(is_mixture, model.modules())):
         return None
@@ -347,6 +355,8 @@ def _activations(model: PeftModel, tokens: Tensor, weights: list[Tensor]) -> Opt
         return saved
 
     model.train()
+    if checkpointing:
+        checkpoint_activations(base_model(model))
     with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved.tensor):
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss  # keeps its graph alive, and that alone
     model.eval()

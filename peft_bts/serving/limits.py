@@ -4,42 +4,53 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig
-from vllm.model_executor.models.transformers.fusers.attention import interface_call
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..export.config import StitchExportConfig, layer_kinds
-from ..export.model import StitchExportModel
+from ..forward.decoder import find_decoder, text_config
 from .shapes import part_shapes
 
 
 _KINDS = ("full_attention", "sliding_attention")
 
-# Its attention goes through transformers' interface, but expects the result in a shape that vLLM's has not.
-_OTHER_SHAPES = ("gpt2",)
+# Their attention goes through transformers' interface, but not with the shapes that vLLM's takes and gives.
+_OTHER_SHAPES = ("gpt2", "gpt_bigcode")
 
 
-def check_config(vllm_config: VllmConfig) -> None:
-    """Raise `ValueError` for a way of serving, or a model, that compositions cannot be served with."""
-    config: StitchExportConfig = vllm_config.model_config.hf_config
-    processes = vllm_config.parallel_config.tensor_parallel_size
-    if vllm_config.quant_config is not None or vllm_config.model_config.quantization is not None:
-        raise ValueError(
-            f"A stitched model cannot be served quantised (quantization={vllm_config.model_config.quantization!r}): "
-            "serve it in bfloat16, without --quantization."
-        )
-    if vllm_config.lora_config is not None:
-        raise ValueError(
-            "A stitched model cannot be served with LoRA adapters (--enable-lora). Export the model with the LoRA "
-            "attached as an expert: `model.export` merges it."
-        )
-    if vllm_config.speculative_config is not None:
-        raise ValueError(
-            "A stitched model cannot be served with speculative decoding: drafts are checked on the hidden states of "
-            "one model. Leave out --speculative-config."
-        )
-    for name, shape in zip(config.names, part_shapes(config)):
-        _check_model(name, config, shape, processes)
+class CompositionLimits(VerifyAndUpdateConfig):
+    """What vLLM asks when it has read all options and configs, before it starts a process or makes a model."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Raise `ValueError` for a way of serving, or a config of a model, that compositions cannot be served with."""
+        config: StitchExportConfig = vllm_config.model_config.hf_config
+        parallel, quantization = vllm_config.parallel_config, vllm_config.model_config.quantization
+        if parallel.pipeline_parallel_size > 1:
+            raise ValueError(
+                f"A stitched model cannot be served with pipeline_parallel_size={parallel.pipeline_parallel_size}: "
+                "its models run side by side, so there is no order to cut them in. Use --tensor-parallel-size."
+            )
+        if quantization is not None:
+            raise ValueError(
+                f"A stitched model cannot be served quantised (quantization={quantization!r}): "
+                "serve it in bfloat16, without --quantization."
+            )
+        if vllm_config.lora_config is not None:
+            raise ValueError(
+                "A stitched model cannot be served with LoRA adapters (--enable-lora). Export the model with the LoRA "
+                "attached as an expert: `model.export` merges it."
+            )
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                "A stitched model cannot be served with speculative decoding: drafts are checked on the hidden states "
+                "of one model. Leave out --speculative-config."
+            )
+        for name, shape in zip(config.names, part_shapes(config)):
+            _check_model(name, config, shape, parallel.tensor_parallel_size)
 
 
 def _check_model(name: str, config: StitchExportConfig, shape: Any, processes: int) -> None:
@@ -65,20 +76,25 @@ def _check_model(name: str, config: StitchExportConfig, shape: Any, processes: i
             )
 
 
-def check_layers(model: StitchExportModel) -> None:
-    """Raise `ValueError` for a model whose layers do not go through transformers' attention interface."""
-    config, first = model.config, 0
+def check_layers(config: StitchExportConfig) -> None:
+    """Raise `ValueError` for a model whose layers do not go through transformers' attention interface.
+
+    The code of the layers tells, in models without weights: as vLLM would make them, some could not even be made.
+    """
     for name in config.names:
-        own = config.part(name).get_text_config(decoder=True)
-        layers = list(model.layers)[first : first + own.num_hidden_layers]
-        first += own.num_hidden_layers
-        if own.model_type in _OTHER_SHAPES or not all(any(map(_dispatches, layer.modules())) for layer in layers):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config.part(name))
+        layers, architecture = find_decoder(model, f"Model {name!r}").layers, text_config(model).model_type
+        if architecture in _OTHER_SHAPES or not all(any(map(_dispatches, layer.modules())) for layer in layers):
             raise ValueError(
-                f"Model {name!r} ({own.model_type}) cannot be served by vLLM: its attention does not go through "
+                f"Model {name!r} ({architecture}) cannot be served by vLLM: its attention does not go through "
                 "transformers' attention interface, or not as vLLM's does. Serve the stitched model with "
                 "transformers, or use a model of an architecture that does, such as llama, qwen, mistral or gemma."
             )
 
 
 def _dispatches(module: nn.Module) -> bool:
+    # Here, since all processes of vLLM import this file, and the backend needs not be in all of them.
+    from vllm.model_executor.models.transformers.fusers.attention import interface_call
+
     return isinstance(getattr(module, "layer_idx", None), int) and interface_call(type(module).forward) is not None

@@ -28,7 +28,7 @@ from ..forward.decoder import find_decoder, text_config
 from ..forward.head import ModelHead
 from ..mixture import OutputMixture, log_probs, mix
 from ..stitch import HUB, PerModel
-from .limits import check_config, check_layers
+from .limits import check_layers
 
 
 class ServedConfig(StitchExportConfig):
@@ -58,16 +58,14 @@ class ServedComposition(CausalMixin):
     """vLLM's model class for `StitchExportForCausalLM`.
 
     Raises:
-        ValueError: For what a composition cannot be served with, or a model in it that vLLM cannot run (`limits`).
+        ValueError: For a model in it whose layers vLLM cannot run (`limits`).
     """
 
     config: StitchExportConfig
     model: ServedModel
-    # vLLM refuses pipeline parallelism then, before it starts a process: models that run side by side have no stages.
-    supports_pp = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        check_config(vllm_config)
+        check_layers(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._names = [HUB]
         lm_heads = {HUB: self.lm_head}
@@ -97,7 +95,6 @@ class ServedComposition(CausalMixin):
     def recursive_replace(self) -> None:
         """Put vLLM's modules into the models. The stitches stay as they are, in their own precision."""
         model = self.model
-        check_layers(model)
         stitches = model.stitches
         model._tp_plan = self._tensor_parallel_plan()
         del model.stitches

@@ -1,4 +1,4 @@
-"""What vLLM calls when it starts: the class of exported compositions, and the shapes of their attention layers."""
+"""What vLLM calls when it starts: exported compositions, the shapes of their attention layers, their limits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from ..export.model import StitchExportForCausalLM
 def register() -> None:
     """Tell vLLM of exported compositions (entry point `vllm.general_plugins`). Calling it again changes nothing."""
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
+    from .limits import CompositionLimits
     from .shapes import CompositionShapes
 
     # By name: vLLM looks at a model's class in a process of its own, and imports it here when it is used.
-    ModelRegistry.register_model(StitchExportForCausalLM.__name__, "peft_bts.serving.model:ServedComposition")
+    name = StitchExportForCausalLM.__name__
+    ModelRegistry.register_model(name, "peft_bts.serving.model:ServedComposition")
+    MODELS_CONFIG_MAP[name] = CompositionLimits
     MODEL_ARCH_CONFIG_CONVERTORS[StitchExportConfig.model_type] = CompositionShapes

@@ -9,8 +9,9 @@ import pytest
 
 from benchmarks.study import catalogues, pages, problems, programs, sources, splits, tasks
 from benchmarks.study.building import build, draw_problems
-from benchmarks.study.corpora import DOMAINS, MIXED, Corpora, Sizes, load_corpora
+from benchmarks.study.corpora import DOMAINS, MIXED, Corpora, Sizes
 from benchmarks.study.documents import Document, passages
+from benchmarks.study.loading import load_corpora
 from benchmarks.study.sources import SOURCES
 from benchmarks.study.tokens import train_tokenizer
 from tests.helpers.study_archives import SIZES, write_archives
@@ -113,9 +114,9 @@ def test_building_again_gives_the_same(paths, corpora):
 
 
 def test_corpora_are_kept_and_read_back(tmp_path, corpora, paths, monkeypatch):
-    monkeypatch.setattr("benchmarks.study.corpora.download", lambda folder: paths)
+    monkeypatch.setattr("benchmarks.study.loading.download", lambda folder: paths)
     first = load_corpora(tmp_path, SIZES)
-    monkeypatch.setattr("benchmarks.study.corpora.download", lambda folder: pytest.fail("built twice"))
+    monkeypatch.setattr("benchmarks.study.loading.download", lambda folder: pytest.fail("built twice"))
     second = load_corpora(tmp_path, SIZES)
     assert first == second
     assert (second.documents, second.items, second.mixed) == (corpora.documents, corpora.items, corpora.mixed)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import peft_bts
 from peft_bts import StitchConfig, check_compatibility, plan, trace_gates
-from peft_bts.cli import app
+from peft_bts_cli import app
 from tests.helpers.models import IDS, fresh, logits, randomize
 from tests.helpers.text import word_tokenizer, write_documents
 from tests.helpers.zoo import tiny_config
@@ -386,7 +386,7 @@ def test_usage(arguments):
 
 def test_version():
     assert call("--version").stdout == f"peft_bts {peft_bts.__version__}\n"
-    assert "export and push Branch-Train-" in " ".join(call("--help").stdout.split())
+    assert "inspect, evaluate, show, export and push" in " ".join(call("--help").stdout.split())
 
 
 def test_as_a_module():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from peft_bts import StitchConfig
-from peft_bts.cli import app
+from peft_bts_cli import app
 from tests.helpers.harness import TASKS, write_tasks
 from tests.helpers.models import randomize
 from tests.helpers.text import save_model, word_tokenizer

@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from peft_bts.cli import app
+from peft_bts_cli import app
 from tests.helpers.models import IDS, logits
 from tests.helpers.recipes import write_recipe
 
@@ -37,6 +37,13 @@ def found(*arguments):
     return json.loads(call(*arguments, "--json").stdout)
 
 
+def write_changed(recipe, line):
+    """Write a recipe with one more line beside another."""
+    changed = recipe.with_name("changed.yaml")
+    changed.write_text(f"{recipe.read_text().rstrip()}\n        {line}\n")
+    return changed
+
+
 def models(root):
     return ["--hub", root / "seed", "--expert", f"code={root}/code", "--expert", f"math={root}/math"]
 
@@ -48,6 +55,8 @@ def test_before_training(root):
     assert list(found("check", recipe, "--expert", f"other={root}/code")["experts"]) == ["other"]
     options = ["--num-stitches", 2, "--gate", "token", "--gate-dropout", 0.1, "--r", 4, "--batch-size", 4]
     assert found("plan", recipe) == found("plan", *models(root), *options, "--sequence-length", 32)
+    checkpointing = write_changed(recipe, "gradient_checkpointing: true")
+    assert found("plan", checkpointing) == found("plan", recipe, "--gradient-checkpointing") != found("plan", recipe)
     assessed = found("assess", recipe, "--max-tokens", 200)
     files = {name: f"{root}/out/evaluation/{name}.jsonl" for name in ("code", "general")}
     assert assessed["files"] == {"math": f"{root}/math-test.jsonl", **files} and assessed["sequence_length"] == 32

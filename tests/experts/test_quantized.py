@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_bts import StitchConfig
-from peft_bts.inference.joint_lora import JointLinear
+from peft_bts.inference.joint_model import JointLinear
 from tests.helpers.models import IDS, LEFT, assert_near, expected_logits, logits, randomize
 from tests.helpers.zoo import tiny_model
 

@@ -1,11 +1,12 @@
 """What `plan` says of the recipes for families of models, whose configs are made here from their published sizes.
 
-python -m tests.helpers.families    # writes the lines `# plan: ...` of recipes/*.yaml anew
+python -m tests.helpers.families [FAMILY...]    # writes the lines `# plan: ...` of recipes/*.yaml anew
 """
 
 import json
 import os
 import re
+import sys
 import tempfile
 import textwrap
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig, Olmo2Config, Qwen2Config
 from typer.testing import CliRunner
 
-from peft_bts.cli import app
 from peft_bts.formatting import human
+from peft_bts_cli import app
 from tests import ROOT
 
 
@@ -91,19 +92,24 @@ def configs():
             os.chdir(before)
 
 
+def _plan(family, *options):
+    result = CliRunner().invoke(app, ["plan", str(ROOT / "recipes" / f"{family}.yaml"), *options, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
 def plan_lines(family):
     """The comment on what `plan` says; within `configs`."""
-    result = CliRunner().invoke(app, ["plan", str(ROOT / "recipes" / f"{family}.yaml"), "--json"])
-    assert result.exit_code == 0, result.output
-    plan = json.loads(result.stdout)
+    plan, checkpointed = _plan(family), _plan(family, "--gradient-checkpointing")
+    less = checkpointed["memory"]["bfloat16"]["training"]
     memory, together = plan["memory"]["bfloat16"], plan["together"]
     text = (
         f"plan: {human(together['parameters'])} parameters, {human(together['trained'])} of them trained; adapter "
         f"file {human(plan['adapter_bytes'], 'B')}. Models in bfloat16: {human(memory['weights'], 'B')} of weights, "
         f"{human(memory['inference'], 'B')} with a cache of {plan['sequence_length']:,} tokens. Training on "
         f"{plan['batch_size']} x {plan['sequence_length']:,} tokens: {human(memory['training'], 'B')}, of which "
-        f"{human(memory['activations'], 'B')} are activations, which gradient checkpointing makes smaller. A token "
-        f"costs {together['flops'] / plan['hub']['flops']:.2f} times the FLOPs of the hub alone."
+        f"{human(memory['activations'], 'B')} are activations; {human(less, 'B')} with gradient checkpointing. "
+        f"A token costs {together['flops'] / plan['hub']['flops']:.2f} times the FLOPs of the hub alone."
     )
     return textwrap.fill(text, 117, initial_indent="# ", subsequent_indent="# ")
 
@@ -118,7 +124,7 @@ def written_lines(family):
 
 def main():
     with configs():
-        for family in FAMILIES:
+        for family in sys.argv[1:] or FAMILIES:
             path = Path(ROOT / "recipes" / f"{family}.yaml")
             lines = plan_lines(family)
             path.write_text(_PLAN.sub(lambda _, lines=lines: lines, path.read_text()))

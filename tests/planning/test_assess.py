@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from peft_bts import assess
-from peft_bts.cli import app
 from peft_bts.planning import token_losses
+from peft_bts_cli import app
 from tests.helpers.models import fresh, pristine
 from tests.helpers.text import save_model, write_documents
 

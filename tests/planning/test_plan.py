@@ -1,6 +1,7 @@
 """`plan` says beforehand, without weights, what is measured here on real stitched models."""
 
 import dataclasses
+import gc
 import json
 import re
 
@@ -9,6 +10,9 @@ import torch
 import transformers
 from packaging import version
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
@@ -69,6 +73,35 @@ def activation_bytes(model):
                         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), IDS, RIGHT)}
     return sum(size for pointer, size in storages.items() if pointer not in known)
+
+
+class Made(TorchDispatchMode):
+    """Notes the memory of every tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+
+def checkpointed_bytes(model):
+    """Memory that is still held behind a training loss under gradient checkpointing, besides weights and inputs."""
+    model.train().get_base_model().gradient_checkpointing_enable()
+    with Made() as made:
+        loss = model(input_ids=IDS, labels=IDS, attention_mask=RIGHT, use_cache=False).loss
+    gc.collect()
+    model.eval().get_base_model().gradient_checkpointing_disable()
+    known = (*model.parameters(), *model.buffers(), IDS, RIGHT, loss)
+    for tensor in known:
+        made.storages.pop(tensor.untyped_storage()._cdata, None)
+    return sum(size for storage, size in made.storages.values() if not storage.expired())
 
 
 def weight_bytes(model):
@@ -224,6 +257,31 @@ def test_weights_read_in_a_decoding_step(arch, together, tmp_path):
         expected = sum(per_model.values()) * size + loras + 4 * estimate.stitches.parameters
         assert estimate.memory[dtype].weights_read == expected
     assert "read per decoding step" in str(estimate)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_(en|dis)able.*:FutureWarning")
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("llama", {}),
+        ("gpt2", {"pattern": "experts_into_hub"}),
+        pytest.param("gpt2", {"modules_to_save": ["lm_head"]}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gradient_checkpointing(arch, options):
+    """What a training step keeps then: less, and what is still in memory behind a real one."""
+    size = {"batch_size": BATCH, "sequence_length": LENGTH, "dtypes": ["float32"]}
+    models = tiny_config(arch), {"a": tiny_config("llama", **SIZES)}
+    plain, less = (
+        plan(*models, config(num_stitches=2, **options), gradient_checkpointing=on, **size) for on in (False, True)
+    )
+    model = stitch(fresh(arch), {"a": fresh("llama", **SIZES)}, num_stitches=2, **options)
+    memory = less.memory["float32"]
+    assert memory.activations == pytest.approx(checkpointed_bytes(model), rel=0.03)
+    assert memory.activations < 0.8 * plain.memory["float32"].activations
+    assert dataclasses.replace(memory, activations=plain.memory["float32"].activations) == plain.memory["float32"]
+    assert less.gradient_checkpointing and "activations kept" in str(less) and "activations kept" not in str(plain)
 
 
 def stored_bytes(model):

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from typer.testing import CliRunner
 
-from peft_bts.cli import app
+from peft_bts_cli import app
 from tests.helpers.models import logits
 from tests.helpers.recipes import write_recipe
 

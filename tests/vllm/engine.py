@@ -27,20 +27,23 @@ from tests.helpers.models import randomize
 
 VOCABULARY = 64
 TOLERANCE = 1e-3  # of log probabilities, in float32
+EAGER = {"attn_implementation": "eager"}  # PyTorch's own attention leaves out gemma2's soft cap, which vLLM knows
 
-# Heads of sizes 32 and 64, which vLLM's CPU kernels know; widths, depths and numbers of heads all differ.
-HUB = {"width": 128}
-SHALLOW = {"width": 256, "layers": 3}
-DEEP = {"width": 64, "layers": 6, "num_attention_heads": 2}
+# Heads of sizes 32 and 64, which vLLM's CPU kernels know; widths, depths, numbers of heads and windows all differ.
+HUB = {"width": 128, "window": 4}
+SHALLOW = {"width": 256, "window": 9, "layers": 3}
+DEEP = {"width": 64, "window": 20, "layers": 6, "num_attention_heads": 2}
 
 
-def tiny_model(arch, width, **options):
-    """A model of the zoo, whose weights are made for a width of 32: in wider ones rounding errors would grow.
+def tiny_model(arch, width, window=4, **options):
+    """A model of the zoo, with windows of this size if it has any.
 
-    Its attention is the plain one: PyTorch's own leaves out gemma2's soft cap, which vLLM knows.
+    The zoo's weights are made for a width of 32: in wider models rounding errors would grow, so they are scaled.
     """
+    if getattr(zoo.tiny_config(arch), "sliding_window", None):
+        options["sliding_window"] = window
     model = zoo.tiny_model(arch, width=width, **options)
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(**EAGER)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -130,15 +133,22 @@ def ask(llm, texts, tokens=8, of_prompts=True):
 
 
 @torch.no_grad()
+def expected(model, texts, answers):
+    """By text, the log probabilities (T, V) that `model` gives where the engine has given some: after its tokens."""
+    tables = []
+    for text, (tokens, logps_TV) in zip(texts, answers):
+        logits_TV = model(input_ids=torch.tensor([text + tokens])).logits[0].float()
+        tables.append(logits_TV.log_softmax(-1)[len(text) + len(tokens) - 1 - len(logps_TV) : -1])
+    return tables
+
+
 def differences(model, texts, answers):
     """The largest difference of log probabilities from those of `model`, by text, over the same tokens.
 
     Tokens alone would hide errors. They are the engine's: where two are as good as equal, either may be said.
     """
     found = []
-    for text, (tokens, logps_TV) in zip(texts, answers):
-        logits_TV = model(input_ids=torch.tensor([text + tokens])).logits[0].float()
-        expected_TV = logits_TV.log_softmax(-1)[len(text) + len(tokens) - 1 - len(logps_TV) : -1]
+    for (tokens, logps_TV), expected_TV in zip(answers, expected(model, texts, answers)):
         said = logps_TV[-len(tokens) :].gather(1, torch.tensor(tokens)[:, None])
         assert torch.equal(said[:, 0], logps_TV[-len(tokens) :].max(-1).values)  # greedy, of equals any
         found.append((logps_TV - expected_TV).abs().max().item())

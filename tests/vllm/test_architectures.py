@@ -43,6 +43,7 @@ def test_as_hub_and_as_expert(number, tmp_path):
 INTERFACE = "does not go through transformers' attention interface"
 REFUSED = {
     "gpt2": INTERFACE,
+    "gpt_bigcode": INTERFACE,
     "gpt_neo": INTERFACE,
     "gptj": INTERFACE,
     "bloom": INTERFACE,

@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
-import torch
 import typer
-from tqdm import tqdm
 
-from ..gates.extras import needs
-from ..gates.trace import trace_gates
-from .common import Adapter, Dtype, Result, by_name
-from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, load_domains, read_documents
+from .common import (
+    Adapter,
+    BatchSize,
+    Device,
+    Dtype,
+    MaxTokens,
+    Result,
+    SequenceLength,
+    TextColumn,
+    by_name,
+)
 
 
 def gates(
@@ -47,6 +52,14 @@ def gates(
     """Show mean gates, dominance and entropy over texts, by domain. Can also write a page and a figure."""
     if not text and not file:
         raise typer.BadParameter("give a text or a file.", param_hint="--text / --file")
+    import torch
+    from tqdm import tqdm
+
+    from peft_bts.gates.extras import needs
+    from peft_bts.gates.trace import trace_gates
+
+    from .texts import load_domains, read_documents
+
     if png is not None:  # this, and folders that are not there, is said before anything is loaded
         needs("matplotlib")
     for path in (html, png):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from peft import AutoPeftModelForCausalLM
 
 from .common import Adapter, Dtype, Result, stitch_config
 
@@ -16,6 +15,8 @@ def export(
     dtype: Dtype = "auto",
 ) -> Result:
     """Load an adapter with its models, and write them as one standalone checkpoint."""
+    from peft import AutoPeftModelForCausalLM
+
     stitch_config(adapter)  # says what is wrong with it before anything is loaded
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype)
     model.export(folder)

@@ -5,19 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
-import torch
 import typer
 
-from ..gates.extras import needs
-from ..planning.assess import assess as measure
-from ..planning.assessment import Assessment
-from ..reference import as_source
-from .common import Dtype, Experts, Hub, Result, by_name, models_by_name
-from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, read_texts
+from .common import (
+    BatchSize,
+    Device,
+    Dtype,
+    Experts,
+    Hub,
+    MaxTokens,
+    Result,
+    SequenceLength,
+    TextColumn,
+    by_name,
+    models_by_name,
+)
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from peft_bts.planning.assessment import Assessment
 
 
 def assess(
@@ -40,6 +48,14 @@ def assess(
     device: Device = None,
 ) -> Result:
     """Measure whether combining models pays: each alone, averaged, as oracles pick them, and mixed by output gates."""
+    import torch
+
+    from peft_bts.gates.extras import needs
+    from peft_bts.planning.assess import assess as measure
+    from peft_bts.reference import as_source
+
+    from .texts import read_texts
+
     sources, files = models_by_name(expert), by_name(data, "--data", "FILE")
     if plot is not None:  # this, and a folder that is not there, is said before anything is loaded
         needs("matplotlib")
@@ -71,6 +87,8 @@ def assess(
 
 def draw(assessment: Assessment) -> Figure:
     """Draw the losses of every domain, and their means, as groups of bars: a colour for each model or combination."""
+    from peft_bts.gates.extras import needs
+
     groups = {name: losses.columns() for name, losses in {**assessment.domains, "mean": assessment.mean}.items()}
     columns = [name for name, loss in groups["mean"].items() if loss is not None]
     width = 0.8 / len(columns)

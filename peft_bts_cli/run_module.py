@@ -18,5 +18,7 @@ def run_module(
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         typer.echo(f"peft-bts run: there is no module {module!r} here; is it installed in this environment?", err=True)
         raise typer.Exit(1)
+    import peft_bts  # noqa: F401  registers the method
+
     sys.argv = [module, *(arguments or [])]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

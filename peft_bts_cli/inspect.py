@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
-from torch import Tensor
-from transformers.utils import cached_file
-
-from ..config import EXPERTS_INTO_HUB, HUB_INTO_EXPERTS
-from ..formatting import table
-from ..stitch import HUB
 from .common import Adapter, Result, stitch_config
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 _KEY = re.compile(r".*\.(?P<layer>\d+)\.stitch_layer\.(?P<role>gate|proj)\.(?P<model>\w+)\.(?P<rest>.+)")
@@ -24,6 +19,10 @@ _OPTIONS = ("output", "pattern", "expert_streams", "gate", "gate_bias", "gate_dr
 
 def inspect(adapter: Adapter) -> Result:
     """Show the experts and stitches of an adapter, and how far training has moved them. Loads no model."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
     config = stitch_config(adapter)
     weights = others = 0
     stitches: dict[int, dict[str, dict[str, Tensor]]] = {}  # by layer, model, and place in the model
@@ -58,6 +57,9 @@ def inspect(adapter: Adapter) -> Result:
 
 def _stitch(models: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     """One stitch: its kind (only Experts-into-Hub has a gate for the hub), and per model how far it has come."""
+    from peft_bts.config import EXPERTS_INTO_HUB, HUB_INTO_EXPERTS
+    from peft_bts.stitch import HUB
+
     return {
         "kind": EXPERTS_INTO_HUB if HUB in models else HUB_INTO_EXPERTS,
         "models": {name: _moved(tensors) for name, tensors in sorted(models.items())},
@@ -70,6 +72,8 @@ def _moved(tensors: dict[str, Tensor]) -> dict[str, Any]:
     Both started at zero, unless the adapter was made with `init_weights=False`. The distance is
     |P - I| / |I| in Frobenius norms.
     """
+    import torch
+
     found: dict[str, Any] = {"weights": sum(tensor.numel() for tensor in tensors.values())}
     for role in ("weight", "bias"):
         gate = tensors.get(f"gate.{role}")
@@ -89,6 +93,8 @@ def _moved(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _tables(data: dict[str, Any]) -> list[Any]:
+    from peft_bts.formatting import table
+
     hub, revision = data["hub"]["model"] or "(a model object)", data["hub"]["revision"]
     experts = []
     for name, reference in sorted(data["experts"].items()):

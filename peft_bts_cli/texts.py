@@ -7,34 +7,20 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
-import typer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils import CONFIG_NAME, infer_device
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .._compat.peft import CausalLM, base_model
-from .._compat.transformers import find_file
-from ..forward.decoder import text_config
-from ..model import stitch_tuner
+from peft_bts._compat.peft import CausalLM, base_model
+from peft_bts._compat.transformers import find_file
+from peft_bts.forward.decoder import text_config
+from peft_bts.model import stitch_tuner
+
 from .common import stitch_config
-
-
-TextColumn = Annotated[str, typer.Option(help="The field of a jsonl row that holds its text.")]
-MaxTokens = Annotated[Optional[int], typer.Option(min=1, help="Read at most this many tokens of each domain.")]
-SequenceLength = Annotated[
-    Optional[int],
-    typer.Option(
-        min=2, help="Tokens per row. Longer documents are cut. Default: 1024, or fewer if a model takes fewer."
-    ),
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
-Device = Annotated[
-    Optional[str], typer.Option(help="Where to run. Default: the accelerator if there is one, or else cpu.")
-]
 
 
 Chat = list[dict[str, Any]]  # messages with `role` and `content`, as chat templates take them

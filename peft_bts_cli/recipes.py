@@ -30,10 +30,10 @@ def takes_recipe(command: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(command)
     def wrapper(context: typer.Context, recipe: Optional[str] = None, **kwargs: Any) -> Result:
-        from ..recipes.recipe import is_recipe, read_recipe
-
         place = kwargs.get("adapter", recipe)
-        if place is not None and is_recipe(place):
+        if place is not None and _is_recipe(place):
+            from peft_bts.recipes.recipe import read_recipe
+
             given = {name for name in kwargs if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
             kwargs |= _values(read_recipe([place]), {*kwargs}, given - {"adapter"})
         elif recipe is not None:
@@ -55,9 +55,15 @@ def takes_recipe(command: Callable[..., Result]) -> Callable[..., Result]:
     return wrapper
 
 
+def _is_recipe(place: str) -> bool:
+    from peft_bts.recipes.recipe import is_recipe
+
+    return is_recipe(place)
+
+
 def _values(recipe: Any, names: set[str], given: set[str]) -> dict[str, Any]:
     """Return what a recipe says about the parameters of a command, except for those that are given."""
-    from ..recipes.evaluation import evaluation_files
+    from peft_bts.recipes.evaluation import evaluation_files
 
     needed = {"adapter": "output_dir", "hub": "hub", "expert": "experts"}
     recipe.require(*(key for name, key in needed.items() if name in names - given))
@@ -67,6 +73,10 @@ def _values(recipe: Any, names: set[str], given: set[str]) -> dict[str, Any]:
             values[name] = [f"{domain}={file}" for domain, file in evaluation_files(recipe).items()]
     evaluates = {"adapter", "data"} & names  # `plan` is about training
     batch = "per_device_eval_batch_size" if evaluates else "per_device_train_batch_size"
-    renamed = {"block_size": "sequence_length", batch: "batch_size"}
+    renamed = {
+        "block_size": "sequence_length",
+        batch: "batch_size",
+        "activation_checkpointing": "gradient_checkpointing",  # newer versions of transformers call it so
+    }
     values |= {renamed.get(key, key): value for key, value in recipe.given.items()}
     return {name: values[name] for name in values if name in names - given}

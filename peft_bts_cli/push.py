@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from peft import AutoPeftModelForCausalLM
 
-from ..sharing.push import push_adapter, push_experts
 from .common import Adapter, Result, stitch_config
 
 
@@ -31,6 +29,10 @@ def push(
     """Upload an adapter to the Hub, with its card and tokenizer, and before it experts that exist only here."""
     if hub_model_id is None:
         raise typer.BadParameter("name the adapter's id on the Hub, such as org/stitch.", param_hint="ID")
+    from peft import AutoPeftModelForCausalLM
+
+    from peft_bts.sharing.push import push_adapter, push_experts
+
     if not Path(adapter).is_dir():
         raise ValueError(f"There is no folder {adapter} to push.")
     stitch_config(adapter)

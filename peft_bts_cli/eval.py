@@ -5,17 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..formatting import table
-from ..model import stitch_tuner
-from .common import Adapter, Dtype, Result, by_name
-from .texts import BatchSize, Device, MaxTokens, SequenceLength, TextColumn, load_domains, read_documents
+from .common import (
+    Adapter,
+    BatchSize,
+    Device,
+    Dtype,
+    MaxTokens,
+    Result,
+    SequenceLength,
+    TextColumn,
+    by_name,
+)
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from tqdm import tqdm
 
 
 def eval(
@@ -36,6 +45,12 @@ def eval(
     device: Device = None,
 ) -> Result:
     """Measure loss per token and perplexity of the hub, of every expert, and of the stitched model, by domain."""
+    from tqdm import tqdm
+
+    from peft_bts.model import stitch_tuner
+
+    from .texts import load_domains, read_documents
+
     files = by_name(data, "--data", "FILE")
     documents = {name: read_documents(file, text_column) for name, file in files.items()}
     model, _, length, domains = load_domains(adapter, documents, dtype, device, sequence_length, max_tokens)
@@ -75,12 +90,15 @@ def eval(
     return Result(_tables(result), result)
 
 
-@torch.no_grad()
 def loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], bar: tqdm) -> float:
     """Compute the mean negative log-likelihood, in nats, of all labels (not -100) but the first of every row."""
+    import torch
+    from torch import nn
+
     total, count = 0.0, 0
     for ids, mask, labels in batches:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         for row, row_logits in zip(labels, logits):  # by row: float32 logits are large
             places = (row[1:] != -100).nonzero()[:, 0]
             predicted = row_logits[places].float()
@@ -91,6 +109,8 @@ def loss(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]], bar
 
 
 def _tables(result: dict[str, Any]) -> list[Any]:
+    from peft_bts.formatting import table
+
     domains = result["data"]
     experts = {f"{name} expert": row for name, row in result["experts"].items()}
     rows = [

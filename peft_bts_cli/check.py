@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ..experts.compatibility import check_compatibility
-from ..reference import as_source
 from .common import Experts, Hub, Result, models_by_name
 
 
 def check(hub: Hub, expert: Experts) -> Result:
     """Check whether experts can be stitched to a hub. Reads config and tokenizer files only, no weights."""
+    from peft_bts.experts.compatibility import check_compatibility
+    from peft_bts.reference import as_source
+
     reports = [
         check_compatibility(as_source(hub), source, name=name) for name, source in models_by_name(expert).items()
     ]

@@ -10,7 +10,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..formatting import table
 from .common import Result
 
 
@@ -20,8 +19,9 @@ def train(
     ] = None,
 ) -> Result:
     """Train the stitches of a recipe, or go on with a run that was cut off. `train --help` lists all keys."""
-    from ..recipes.recipe import RecipeParser, read_recipe
-    from ..recipes.training import train as make
+    from peft_bts.formatting import table
+    from peft_bts.recipes.recipe import RecipeParser, read_recipe
+    from peft_bts.recipes.training import train as make
 
     given = arguments or []
     if not given or {"--help", "-h"} & {*given}:

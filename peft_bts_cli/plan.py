@@ -6,9 +6,6 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from ..config import StitchConfig
-from ..planning.estimate import plan as make_plan
-from ..reference import as_source
 from .common import Experts, Hub, Result, models_by_name
 
 
@@ -46,8 +43,15 @@ def plan(
     quantization: Annotated[
         Optional[Literal["4bit", "8bit"]], typer.Option(help="Count hub and experts as bitsandbytes quantises them.")
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Count what a training step keeps with it.")
+    ] = False,
 ) -> Result:
     """Count parameters, memory, operations and the size of the adapter. Reads config files only, no weights."""
+    from peft_bts.config import StitchConfig
+    from peft_bts.planning.estimate import plan as make_plan
+    from peft_bts.reference import as_source
+
     config = StitchConfig(
         task_type="CAUSAL_LM",
         num_stitches=num_stitches,
@@ -68,5 +72,6 @@ def plan(
         batch_size=batch_size,
         sequence_length=sequence_length,
         quantization=quantization,
+        gradient_checkpointing=gradient_checkpointing,
     )
     return Result(estimate.tables(), estimate.to_dict())

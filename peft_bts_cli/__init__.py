@@ -4,6 +4,9 @@ Every command is a function in a file of this package, registered below. It retu
 `--json` prints, and whether all is well. Bad input is raised as a `ValueError`, which becomes one line on stderr. Exit
 codes: 0 if all is well, 1 if a problem was found, 2 if the command was called wrongly. Only `peft-bts run` differs: it
 runs another program, and has that program's output and exit code.
+
+This package stands beside `peft_bts`, not in it, and its commands import what they need of that when they run: torch
+and transformers take seconds to import, which nobody should wait for who asks for help or has made a slip.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import typer
 from .assess import assess
 from .check import check
 from .common import run
+from .demo import demo
 from .eval import eval
 from .export import export
 from .gates import gates
@@ -27,7 +31,7 @@ from .run_module import run_module
 from .train import train
 
 
-_HELP = "Check, plan, assess, train, inspect, evaluate, export and push Branch-Train-Stitch adapters."
+_HELP = "Check, plan, assess, train, inspect, evaluate, show, export and push Branch-Train-Stitch adapters."
 
 app = typer.Typer(
     help=_HELP,
@@ -53,7 +57,7 @@ def _options(
     """Take the options of the program itself."""
 
 
-for command in (check, plan, assess, inspect, eval, gates, export, push):
+for command in (check, plan, assess, inspect, eval, gates, demo, export, push):
     app.command()(run(takes_recipe(command)))
 # What follows `train` is a recipe's file and its keys as flags, which `recipes` parses.
 app.command(add_help_option=False, context_settings={"ignore_unknown_options": True})(run(train))

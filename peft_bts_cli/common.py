@@ -7,17 +7,14 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME
-from rich.console import Console
 
-from .._compat.transformers import find_file
-from ..config import StitchConfig
-from ..formatting import as_text
-from ..reference import Source, as_source, check_there
+
+if TYPE_CHECKING:
+    from peft_bts.config import StitchConfig
+    from peft_bts.reference import Source
 
 
 Hub = Annotated[
@@ -31,6 +28,18 @@ Experts = Annotated[
 Adapter = Annotated[str, typer.Argument(help="The adapter: an id on the Hub, a folder, or a recipe's file.")]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="The dtype of the hub and the experts.")
+]
+TextColumn = Annotated[str, typer.Option(help="The field of a jsonl row that holds its text.")]
+MaxTokens = Annotated[Optional[int], typer.Option(min=1, help="Read at most this many tokens of each domain.")]
+SequenceLength = Annotated[
+    Optional[int],
+    typer.Option(
+        min=2, help="Tokens per row. Longer documents are cut. Default: 1024, or fewer if a model takes fewer."
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
+Device = Annotated[
+    Optional[str], typer.Option(help="Where to run. Default: the accelerator if there is one, or else cpu.")
 ]
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -63,6 +72,10 @@ def run(command: Callable[..., Result]) -> Callable[..., None]:
         if json_output:
             typer.echo(json.dumps(result.data, indent=2))
         else:
+            from rich.console import Console
+
+            from peft_bts.formatting import as_text
+
             console = Console()
             if console.is_terminal:
                 for part in result.parts:
@@ -94,11 +107,19 @@ def by_name(values: list[str], option: str = "--expert", source: str = "ID_OR_PA
 
 def models_by_name(values: list[str]) -> dict[str, Source]:
     """Read `["code=org/code@v2"]` as experts by name; see `as_source` for what may stand behind a name."""
+    from peft_bts.reference import as_source
+
     return {name: as_source(place) for name, place in by_name(values).items()}
 
 
 def stitch_config(adapter: str) -> StitchConfig:
     """Read the config of a stitch adapter. Raise a `ValueError` for anything else."""
+    from peft import PeftConfig
+    from peft.utils import CONFIG_NAME
+
+    from peft_bts._compat.transformers import find_file
+    from peft_bts.reference import check_there
+
     check_there(adapter)
     if find_file(adapter, CONFIG_NAME) is None:
         raise ValueError(f"{adapter!r} holds no {CONFIG_NAME}; expected the folder or id of an adapter.")

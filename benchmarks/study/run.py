@@ -1,0 +1,74 @@
+"""The study on real text, by one command that goes on where it was stopped.
+
+    python -m benchmarks.study.run                     # quick: 2 cores, one set of seed and experts
+    python -m benchmarks.study.run --preset full       # 2 cores, five sets; hours, in as many sittings as you like
+    python -m benchmarks.study.run --preset gpu        # one GPU, larger models
+
+Every finished piece is a small JSON file in the cache; `--minutes 170` ends a sitting between two pieces. Writes
+`benchmarks/results/study.json` (`study-<preset>.json` for other presets than full) and a report beside it (`.md`).
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from ..measuring import set_up
+from ..replication.jobs import pending, run, share
+from .hours import hours_table
+from .plan import Plan
+from .presets import PRESETS
+from .report import write_report
+from .summary import summarize
+
+
+@dataclass
+class Arguments:
+    preset: str = field(default="quick", metadata={"help": "how large the study is", "choices": [*PRESETS]})
+    workers: int = field(default=2, metadata={"help": "processes that share the work, with one thread each"})
+    minutes: float = field(default=0.0, metadata={"help": "begin no new piece after so many minutes [no limit]"})
+    cache_dir: str = field(default=".cache/study", metadata={"help": "where text, models and results are kept"})
+    results: str = field(default="", metadata={"help": "file to write [benchmarks/results/study.json for full]"})
+    device: str = field(default="", metadata={"help": "cpu or cuda [cuda for the preset gpu]"})
+    report_only: bool = field(default=False, metadata={"help": "train nothing: report what is finished so far"})
+    hours: bool = field(default=False, metadata={"help": "only say what each part has taken so far, and has left"})
+    worker: bool = field(default=False, metadata={"help": "only do pieces, in this process; write no report"})
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_up(threads=1)
+    device = arguments.device or ("cuda" if arguments.preset == "gpu" else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("PyTorch finds no GPU. Use --device cpu to wait very long, or another preset.")
+    plan = Plan(PRESETS[arguments.preset], Path(arguments.cache_dir), device)
+    if arguments.hours:
+        print(hours_table(plan))
+        return
+    jobs = plan.jobs()
+    until = time.time() + 60 * arguments.minutes if arguments.minutes else float("inf")
+    if arguments.report_only:
+        pass
+    elif arguments.worker or arguments.workers < 2:
+        run(jobs, plan.store, desc=arguments.preset, until=until)
+    else:
+        _ = plan.material.tokenizer  # made once, before the workers all want it
+        command = [sys.executable, "-m", "benchmarks.study.run", *sys.argv[1:], "--worker"]
+        share(jobs, plan.store, command, arguments.workers, arguments.preset)
+    if not arguments.worker:
+        left = len(pending(jobs, plan.store))
+        if left:
+            print(f"{left} of {len(jobs)} pieces are left; the same command goes on with them.")
+        name = "study" if arguments.preset == "full" else f"study-{arguments.preset}"
+        path = Path(arguments.results or Path(__file__).parents[1] / "results" / f"{name}.json")
+        write_report(summarize(plan, arguments.preset), path)
+        print(f"Wrote {path} and {path.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()
