@@ -121,7 +121,8 @@ def stream(model: PeftModel, prompt_ids: list[int], choice: Choice, **generation
             yield answer
     finally:
         running.stopped.set()
-        worker.join()
+        if threading.current_thread() is not worker:  # which may be where the garbage collector finds an iterator
+            worker.join()
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def painted(colour):
 def test_the_whole_page(page, tmp_path):
     """One visit, from the first prompt to the last switch."""
     page.click("#mode input[value='Complete']")
+    page.rest()  # a change of mode ends what is running
     page.watch()
     figures = answered(page, "w5 w9 w3")
     assert any(0 < count < 128 for count in page.watched())  # they come one after the other
@@ -88,6 +89,7 @@ def test_a_chat_is_stopped_and_cleared(page):
     """Turns follow each other; Stop ends a generation."""
     page.click("#mode input[value='Chat']")
     page.until(lambda: not page.figures())
+    page.rest()
     answered(page, "w5")
     answered(page, "w7 w7")
     assert [element.text for element in page.all("#stitched .bts-message")] == ["w5", "w7 w7"]

@@ -63,10 +63,14 @@ class Page:
     def all(self, selector):
         return self.driver.find_elements("css selector", selector)
 
-    def until(self, condition, seconds=60):
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        return WebDriverWait(self.driver, seconds, poll_frequency=0.05).until(lambda _: condition())
+    def until(self, condition, seconds=30):
+        """Wait until something is so; an error has the page's text."""
+        end = time.monotonic() + seconds
+        while not (found := condition()):
+            if time.monotonic() > end:
+                raise AssertionError(f"Still not so after {seconds} s: {self.all('body')[0].text}")
+            time.sleep(0.05)
+        return found
 
     def wait(self, selector):
         return self.until(lambda: self.all(selector))
@@ -90,10 +94,14 @@ class Page:
 
     def rest(self):
         """Wait until the page has not changed for a second."""
-        before = None
-        while (now := self.all("#stitched, #alone") and self.driver.page_source) != before:
-            before = now
+        seen = []
+
+        def is_at_rest():
+            seen.append(self.driver.page_source)
             time.sleep(1)
+            return seen[-2:-1] == seen[-1:]
+
+        self.until(is_at_rest)
 
     def click(self, selector):
         (element,) = self.all(selector)
