@@ -47,6 +47,7 @@ def run(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_every_timed_row_and_the_page(run, tmp_path):
     results, page = run(f"--only={IN_PROCESS}")
     rows = results["rows"]
@@ -263,6 +264,7 @@ def test_peak_sees_what_is_gone_again():
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     code = (
         "import sys, psutil, torch\n"
