@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     chip = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     return {"machine": chip or platform.machine(), "versions": versions}
+
+
+def commit() -> str:
+    """The commit that this code is of, with "-dirty" where files differ from it; "unknown" outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
 
 
 def write_results(results: dict[str, Any], path: Path) -> None:

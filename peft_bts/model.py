@@ -235,7 +235,7 @@ class StitchModel(StitchTuner):
         """
         return self._dropping.on(Dropping(max_active_experts, expert_threshold))
 
-    def parallel_streams(self, threads: int = 2, *, stack: bool = False) -> AbstractContextManager[None]:
+    def parallel_streams(self, threads: int = 2) -> AbstractContextManager[None]:
         """Run hub and experts side by side, for inference: they need each other at stitches only.
 
         Inside of the `with`, forwards without gradients (`generate`, `torch.no_grad`) run on several threads. It pays
@@ -243,26 +243,17 @@ class StitchModel(StitchTuner):
         PyTorch's threads (`torch.get_num_threads() // threads`), and computes what it computes with that many
         threads otherwise. Forwards with gradients, and compiled ones, run as ever.
 
-        `stack=True` also has the active adapter's experts of one architecture decode as one batch: forwards over one
-        token per sequence, on a CPU of at most 2 sequences, do one matrix product for all of them. Results are the
-        same but for rounding, as with another batch size. Their weights move into common storage, one matrix after
-        the other, and back at the end; so nothing is in memory twice, but for these moments. Forwards that leave out
-        experts (`drop_experts`), and those with other caches than a plain `DynamicCache`, run without stacks.
-
         Args:
-            threads: How many models run at a time, mostly the number of cores; at least 2, or 1 with `stack`.
-            stack: Run experts that are alike as one.
+            threads: How many models run at a time, mostly the number of cores; at least 2.
 
         Raises:
-            ValueError: If `threads` is out of range, or there are no two experts to stack; the message says why.
+            ValueError: If `threads` is out of range.
             RuntimeError: If it is on already.
         """
         self._refuse_parallel("parallel_streams()")
-        least = 1 if stack else 2
-        if not isinstance(threads, int) or threads < least:
-            raise ValueError(f"threads must be an integer of at least {least}, got {threads!r}.")
-        to_stack = self._expert_sets[self._single_active_adapter()].active if stack else None
-        return parallel_streams(self._forward.settings, threads, to_stack)
+        if not isinstance(threads, int) or threads < 2:
+            raise ValueError(f"threads must be an integer of at least 2, got {threads!r}.")
+        return parallel_streams(self._forward.settings, threads)
 
 
 def stitch_tuner(model: PeftModel) -> StitchModel:

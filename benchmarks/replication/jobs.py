@@ -18,6 +18,8 @@ from typing import Any, Optional
 
 from tqdm import tqdm
 
+from ..reporting import commit
+
 
 @dataclass
 class Job:
@@ -96,8 +98,9 @@ def pending(jobs: list[Job], store: Store) -> list[Job]:
 def run(jobs: list[Job], store: Store, desc: Optional[str] = None, until: float = math.inf) -> None:
     """Do what is not done yet, in order as far as needs and other processes allow; begin nothing after `until`.
 
-    `until` is in seconds since the epoch, as `time.time()` gives them.
+    `until` is in seconds since the epoch, as `time.time()` gives them. Every result is given the commit that made it.
     """
+    of_all = {"commit": commit()}
     with tqdm(total=len(jobs), desc=desc, unit="piece") as bar:
         while missing := pending(jobs, store):
             bar.n = len(jobs) - len(missing)
@@ -113,7 +116,7 @@ def run(jobs: list[Job], store: Store, desc: Optional[str] = None, until: float 
                             start, cpu_start = time.perf_counter(), time.process_time()
                             result = job.work()
                             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-                            store.write(job.name, {**result, "seconds": seconds, "cpu_seconds": cpu_seconds})
+                            store.write(job.name, {**result, **of_all, "seconds": seconds, "cpu_seconds": cpu_seconds})
                             break  # look again from the start: others may have come free
             else:
                 time.sleep(1)  # what is left waits for other processes

@@ -1,15 +1,13 @@
 """From the pieces of all sets to one results file: means, spreads, and everything that the report states."""
 
 import platform
-import subprocess
 from collections.abc import Iterable
 from functools import reduce
 from operator import getitem
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..reporting import environment
+from ..reporting import commit, environment
 from .claims import compare, judge
 from .data import CROSS, DOMAINS
 from .methods import TRAINED, UNTRAINED
@@ -89,19 +87,12 @@ def untrained_names(study: Study) -> list[str]:
 def origin(sets: list[Set]) -> dict[str, Any]:
     """The machine, the versions and the commit; how much is done, and how long it took; the settings."""
     one = sets[0]
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     pieces = [(one, job.name) for one in sets for job in one.jobs()]
     finished = [one.store.read(name) for one, name in pieces if one.store.has(name)]
     return {
         **environment(one.device),
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit(),
         "pieces": {"done": len(finished), "all": len(pieces)},
         "core_minutes": sum(result["cpu_seconds"] for result in finished) / 60,
         "settings": {

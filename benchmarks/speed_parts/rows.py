@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch.utils.benchmark import timer
 
-from peft_bts.inference.joint_layers import MOST_SEQUENCES
 from peft_bts.stitch import ExpertsIntoHub
 
 from ..measuring import Runner, take_turns
@@ -65,8 +64,7 @@ def plain(preset: Preset, case: Case) -> Rows:
 
 
 def streams(preset: Preset, case: Case) -> Rows:
-    """All models' layers between two stitches at once: `parallel_streams()`, two threads on a CPU; and stacked, with
-    `stack=True`, where experts also decode as one batch."""
+    """All models' layers between two stitches at once: `parallel_streams()`, on two threads."""
     for batch in sorted({*preset.decode, 2}):
         yield f"decode, {sequences(batch)}", parallel, preset, case, decoding(preset), batch, preset.prompt
     if case.device == "cpu":
@@ -214,11 +212,8 @@ def against_plain_loop(preset: Preset, case: Case, work: Callable, batch: int, l
 
 def parallel(preset: Preset, case: Case, work: Callable, batch: int, length: int) -> dict:
     model, hub, experts = models(case)
-    on_cpu, ids = case.device == "cpu", token_ids(case, batch, length)
-    ways = {"threads": work([model], ids, inside=model.parallel_streams)} if on_cpu else {}
-    if work is not Forward and not (on_cpu and batch > MOST_SEQUENCES):
-        own = copy.deepcopy(model)  # its weights move with every run, which the others would feel
-        ways["stacked"] = work([own], ids, inside=partial(own.parallel_streams, 2 if on_cpu else 1, stack=True))
+    ids = token_ids(case, batch, length)
+    ways = {"threads": work([model], ids, inside=model.parallel_streams)}
     return turns(preset, ways, {"E": work(alone(hub, experts), ids), "sequential": work([model], ids)})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..reporting import table, write_results
 from .corpora import DOMAINS, MIXED
-from .methods import TITLES, is_ours
+from .methods import TITLES
 from .plots import draw_all
 from .presets import FORMS, SHARES, SIMPLE
 from .tasks import CROSS, TASKS
@@ -122,12 +122,19 @@ def advice(results: Results) -> str:
                 f"- What stitches add to output gates alone, on {what}: {TITLES[best['ours']]} is "
                 f"{outcome(best).replace('apart', 'apart from them')}, {interval(best)} bits per byte."
             )
-    losses = [row for row in results["paired"] if outcome(row) == "worse" and not is_ours(row["baseline"])]
-    losses = [row for row in losses if row["ours"] in FORMS]
-    lines.append("- Where a simple way wins against a form of ours: " + (
-        "; ".join(f"{TITLES[row['baseline']]} against {TITLES[row['ours']]} on {row['on']} ({row['figure']})"
-                  for row in losses) if losses else "nowhere, in what was measured") + ".")  # fmt: skip
+    lines.append(f"- Where a simple way wins against a form of ours: {simple_wins(results)}.")
     return "\n".join(lines)
+
+
+def simple_wins(results: Results) -> str:
+    """Each of `SIMPLE` with the forms that it beats, and where."""
+    beaten: dict[tuple[str, str], list[str]] = {}
+    for row in results["paired"]:
+        if row["baseline"] in SIMPLE and outcome(row) == "worse":
+            where = row["on"] + (", right answers" if row["figure"] == "exact" else ", bits")
+            beaten.setdefault((row["baseline"], where), []).append(TITLES[row["ours"]])
+    parts = [f"{TITLES[name]} ({where}) against {', '.join(forms)}" for (name, where), forms in beaten.items()]
+    return "; ".join(parts) or "nowhere, in what was measured"
 
 
 def time(results: Results, name: str) -> str:
@@ -320,5 +327,6 @@ def setup(results: Results) -> str:
         f"{settings['cross_steps']}. Every trained method saw the same blocks in the same order.\n"
         f"- {rates}\n- Sets by part: {parts}.\n"
         f"- {results['core_minutes']:.0f} core minutes (processor time) so far, on {results['machine']}, Python "
-        f"{results['python']}, {versions}, commit {results['commit']}."
+        f"{results['python']}, {versions}; reported by commit {results['commit']}, pieces made by "
+        f"{', '.join(results['commits'])}."
     )

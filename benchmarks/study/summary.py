@@ -1,14 +1,12 @@
 """From the pieces of all sets to one results file: figures with their spreads, paired differences, verdicts."""
 
 import platform
-import subprocess
 from collections.abc import Iterable
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from ..replication.jobs import pending
-from ..reporting import environment
+from ..reporting import commit, environment
 from .methods import ORACLES, TRAINED
 from .models import EXPERTS
 from .plan import Plan
@@ -64,20 +62,14 @@ def read(plan: Plan, name: str) -> dict[str, Any]:
 
 def origin(plan: Plan) -> dict[str, Any]:
     """The machine, the versions and the commit; how much is done, and how long it took; the settings."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True,
-            cwd=Path(__file__).parent,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     jobs, preset = plan.jobs(), plan.preset
     finished = [plan.store.read(job.name) for job in jobs if plan.store.has(job.name)]
     return {
         **environment(plan.device),
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": commit(),
         "pieces": {"done": len(jobs) - len(pending(jobs, plan.store)), "all": len(jobs)},
+        "commits": sorted({result["commit"] for result in finished}),  # that the pieces were made by
         "core_minutes": sum(result["cpu_seconds"] for result in finished) / 60,
         "settings": {
             "size": preset.parts[0].size, "steps": preset.steps, "cross_steps": preset.cross_steps,

@@ -34,8 +34,7 @@ from ..forward.hooks import ForwardRunner
 from ..forward.recorder import with_layers
 from ..forward.state import ForwardState, Lane, run_in_turn
 from ..forward.stream import Checkpoint
-from .joint_layers import JointCacheLayer, NotStackable
-from .joint_model import JointModel, unstitched, why_not
+from .joint_model import JointCacheLayer, JointModel, NotJoint, unstitched, why_not
 
 
 logger = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ class JointExecutor(InOneProcess):
                     return of_every_row
             self._for_all.append((value, self._of_every_row(value)))
             return self._for_all[-1][1]
-        raise NotStackable(f"their layers take a tensor of shape {tuple(value.shape)} beside hidden states")
+        raise NotJoint(f"their layers take a tensor of shape {tuple(value.shape)} beside hidden states")
 
     def _of_every_row(self, value: Tensor) -> Tensor:
         if self._sequences is None:
@@ -174,7 +173,7 @@ class JointLora:
                 model = JointModel(self._decoder, fit, self._runner)
                 self._check_results(model)
                 self._models[adapter] = model
-            except NotStackable as error:
+            except NotJoint as error:
                 reasons |= dict.fromkeys(fit, str(error))
         self._reasons[adapter] = {name: reason for name, reason in reasons.items() if reason is not None}
         logger.info("Adapter %r: %s", adapter, self.describe(adapter))
@@ -210,7 +209,7 @@ class JointLora:
         """Compare with every model alone, over two sequences of four tokens; of fake tensors only the shapes.
 
         Raises:
-            NotStackable: If something differs by more than rounding, or a layer cannot be called so.
+            NotJoint: If something differs by more than rounding, or a layer cannot be called so.
         """
         backbone, layers = self._decoder.backbone, self._decoder.layers
         config = text_config(backbone)
@@ -226,14 +225,14 @@ class JointLora:
             try:
                 hub = self._runner.inside(state, partial(state.executor.run_hub, partial(alone, **call)))[0]
             except (RuntimeError, ValueError, TypeError) as error:
-                raise NotStackable(f"a batch of all fails: {error}") from error
+                raise NotJoint(f"a batch of all fails: {error}") from error
             states.append({"hub": hub, **state.final_states().by_name})
         for name, expected in states[0].items():
             if isinstance(expected, FakeTensor):
                 continue
             distance = (states[1][name] - expected).double().norm() / expected.double().norm()
             if not distance <= 64 * torch.finfo(expected.dtype).eps:
-                raise NotStackable(f"a batch of all gives other results for {name!r}")
+                raise NotJoint(f"a batch of all gives other results for {name!r}")
 
     def _applies(self, state: ForwardState, model: JointModel) -> bool:
         """Whether this forward can run so: in inference, with a cache of keys and values, if nothing else is asked."""

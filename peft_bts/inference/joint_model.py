@@ -5,7 +5,7 @@ Shapes: as in joint_lora.py, which runs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional, Protocol, cast
 
 import torch
@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from .._compat.peft import peft_type_name
 from ..distributed.absent import AbsentExpert, has_layers
@@ -25,11 +26,14 @@ from ..forward.layer import StitchLayer, behind_layer
 from ..forward.placement import is_dispatched
 from ..forward.recorder import StandIn, with_layers, with_modules
 from ..forward.state import ForwardState
-from .joint_layers import NotStackable
 
 
 _COLLECTOR = "transformers.utils.output_capturing"  # its hooks do nothing unless outputs are asked for
 _NEVER_CALLED = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict)  # containers
+
+
+class NotJoint(ValueError):
+    """Says why experts cannot run as one batch with the hub."""
 
 
 class Rows(Protocol):
@@ -195,6 +199,49 @@ class JointModel:
         )
 
 
+class JointCacheLayer:
+    """One layer of several models' caches, for the batch of all. What is kept is in their own layers, as ever.
+
+    Args:
+        parts: The models' own layers.
+        sizes: How many sequences each of them is for.
+    """
+
+    def __init__(self, parts: Sequence[Any], sizes: Sequence[int]) -> None:
+        self.parts, self.sizes = parts, list(sizes)
+        self.plain = all(type(part) is DynamicLayer for part in parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.parts[0], name)
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.plain or not all(part.is_initialized for part in self.parts):
+            new = zip(self.parts, keys.split(self.sizes), values.split(self.sizes))
+            updated = [part.update(k, v, *args, **kwargs) for part, k, v in new]
+            keys, values = (torch.cat(tensors) for tensors in zip(*updated))
+            return keys, values
+        keys = torch.cat([_joined([part.keys for part in self.parts]), keys], dim=-2)
+        values = torch.cat([_joined([part.values for part in self.parts]), values], dim=-2)
+        for part, k, v in zip(self.parts, keys.split(self.sizes), values.split(self.sizes)):
+            part.keys, part.values = k, v
+        return keys, values
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors as one along their first dimension; without a copy, where they lie in memory so."""
+    first, size = parts[0], parts[0].numel()
+    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    if all(
+        part.is_contiguous()
+        and part.shape == first.shape
+        and part.untyped_storage().data_ptr() == storage
+        and part.storage_offset() == start + i * size
+        for i, part in enumerate(parts)
+    ):
+        return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride(), start)
+    return torch.cat(list(parts))
+
+
 def why_not(decoder: Decoder, expert: Expert) -> Optional[str]:
     """Why an expert cannot run with the hub as rows of one batch; `None` if it can."""
     if isinstance(expert, AbsentExpert):
@@ -247,12 +294,12 @@ def _joint(hub: nn.Module, experts: dict[str, nn.Module], runner: ForwardRunner)
     if loras:
         for name, lora in loras.items():
             if not isinstance(lora, nn.Module) or not hasattr(lora, "lora_A") or lora.lora_embedding_A:
-                raise NotStackable(f"the LoRA of {name!r} is on a {type(hub).__name__}")
+                raise NotJoint(f"the LoRA of {name!r} is on a {type(hub).__name__}")
             if any(id(weight) not in set(map(id, hub.parameters())) for weight in lora.get_base_layer().parameters()):
-                raise NotStackable(f"the LoRA of {name!r} is on weights of its own")
+                raise NotJoint(f"the LoRA of {name!r} is on weights of its own")
         return JointLinear(hub, loras, runner)
     if any(module._modules.keys() != hub._modules.keys() for module in experts.values()):
-        raise NotStackable("their layers are built of different modules")
+        raise NotJoint("their layers are built of different modules")
     children = {
         name: _joint(child, {who: module.get_submodule(name) for who, module in experts.items()}, runner)
         for name, child in hub._modules.items()

@@ -6,7 +6,7 @@ after the other. Every layer computes just what it would compute otherwise; only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from ..forward.executor import Boundary, Executor, SequentialExecutor
-from ..forward.expert import Expert
 from ..forward.hooks import ForwardSettings
 from ..forward.state import ForwardState
 from ..forward.stream import Checkpoint, StreamLike
-from .stacking import Stack, stacked
 
 
 Work = Callable[[], object]
@@ -75,54 +73,36 @@ class ThreadedExecutor(SequentialExecutor):
 
 
 @contextmanager
-def parallel_streams(
-    settings: ForwardSettings, threads: int, to_stack: Optional[Mapping[str, Expert]]
-) -> Iterator[None]:
-    """Run the forwards of a model on threads for a while, and decode experts that are alike as one.
+def parallel_streams(settings: ForwardSettings, threads: int) -> Iterator[None]:
+    """Run the forwards of a model on threads for a while.
 
     Args:
         settings: The model's.
         threads: How many streams run at a time, the hub's among them.
-        to_stack: Experts by name that are to be stacked where they are alike; `None` for none.
 
     Raises:
-        ValueError: If there are no two experts to stack.
         RuntimeError: If it is on already.
     """
     if not settings.lock.acquire(blocking=False):
         raise RuntimeError("parallel_streams() is on already.")
     with ExitStack() as entered:
         entered.callback(settings.lock.release)
-        stacks: Sequence[Stack] = ()
-        if to_stack is not None:
-            stacks = entered.enter_context(stacked(to_stack))
-        pool = entered.enter_context(_stream_threads(threads)) if threads > 1 else None
+        pool = entered.enter_context(_stream_threads(threads))
         before = settings.make_executor
-        settings.make_executor = _SideBySide(pool, stacks)
+        settings.make_executor = partial(_side_by_side, pool)
         try:
             yield
         finally:
             settings.make_executor = before
 
 
-class _SideBySide:
-    """Makes the executors of forwards (a `MakeExecutor`), on threads and over stacks where there are any."""
-
-    def __init__(self, pool: Optional[ThreadPoolExecutor], stacks: Sequence[Stack]) -> None:
-        self.pool, self.stacks = pool, stacks
-
-    def __call__(self, state: ForwardState) -> Executor:
-        streams = state.begin_streams()
-        if not _may_run_otherwise():
-            return SequentialExecutor(streams)
-        running: dict[Hashable, StreamLike] = {**streams}
-        for stack in self.stacks:
-            running |= stack.join(streams, state.composition.experts, state.caches)
-        return SequentialExecutor(running) if self.pool is None else ThreadedExecutor(running, self.pool)
+def _side_by_side(pool: ThreadPoolExecutor, state: ForwardState) -> Executor:
+    streams = state.begin_streams()
+    return ThreadedExecutor(streams, pool) if _may_run_otherwise() else SequentialExecutor(streams)
 
 
 def _may_run_otherwise() -> bool:
-    """Return whether threads and stacks compute the same: graphs, tracers and modes stay with one thread."""
+    """Return whether threads compute the same: graphs, tracers and modes stay with one thread."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()

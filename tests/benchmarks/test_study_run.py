@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.replication.ensembles import Routing
 from benchmarks.replication.jobs import Job, Store, pending, run
 from benchmarks.study import answers, loading, report, verdicts
+from benchmarks.study import run as command
 from benchmarks.study.bootstrap import Interval
 from benchmarks.study.hours import hours_table
 from benchmarks.study.plan import Plan
@@ -70,6 +71,7 @@ def test_the_study_runs_and_reports(plan, results):
 
 def check_pieces(plan, found):
     assert not pending(plan.jobs(), plan.store)
+    assert len(found["commits"]) == 1
     assert found["pieces"]["done"] == found["pieces"]["all"] == len(plan.jobs())
     methods = found["methods"]
     for name, row in methods.items():
@@ -79,6 +81,25 @@ def check_pieces(plan, found):
     average = {name: row["bits_per_byte"]["average"]["mean"] for name, row in methods.items()}
     alone = [average[name] for name in methods if name == "seed" or "expert" in name]
     assert average["oracle_token"] < average["oracle_document"] <= min(alone)
+
+
+def test_the_command(plan, results, tmp_path, monkeypatch, capsys):
+    """It finds all pieces done, and reports; what has taken how long; and nothing, where nothing is done."""
+    monkeypatch.setattr(command, "set_up", lambda threads: None)
+    monkeypatch.setitem(command.PRESETS, "smoke", plan.preset)
+
+    def start(*options, cache=plan.material.cache):
+        always = ["--preset", "smoke", "--cache_dir", str(cache), "--results", str(tmp_path / "out.json")]
+        monkeypatch.setattr("sys.argv", ["run", *always, *options])
+        command.main()
+        return capsys.readouterr().out
+
+    assert "out.md" in start("--workers", "1")
+    reported = json.loads((tmp_path / "out.json").read_text())
+    assert reported["methods"] == results[0]["methods"]
+    assert "core hours left" in start("--hours")
+    with pytest.raises(SystemExit, match="nothing to report"):
+        start("--report_only", cache=tmp_path)
 
 
 @pytest.mark.slow
@@ -266,3 +287,17 @@ def test_targets_are_met_or_not_by_intervals():
     assert verdicts.beats_dense(results_with(right))["by"] == "bts"
     assert verdicts.beats_dense(results_with((*right[:4], 5.0, -2.0, 8.0)))["met"] is False
     assert verdicts.beats_dense(results_with())["met"] is None
+
+
+def test_the_page_says_where_a_simple_way_wins():
+    found = results_with(
+        ("outputs", "btm", "average", "bits_per_byte", 0.2, 0.1, 0.3),
+        ("bts", "btm", "average", "bits_per_byte", 0.2, 0.1, 0.3),
+        ("bts", "dense", "cross", "exact", -9.0, -12.0, -6.0),
+        ("bts", "btm", "mixed", "bits_per_byte", 0.1, -0.1, 0.3),
+    )
+    assert report.simple_wins(found) == (
+        "BTM (average, bits) against output gates alone, BTS, the paper's form; "
+        "seed, all weights trained (cross, right answers) against BTS, the paper's form"
+    )
+    assert report.simple_wins(results_with()) == "nowhere, in what was measured"

@@ -55,10 +55,10 @@ def save_models(folder, architectures=()):
     )
 
 
-def save_adapter(folder, name, hub="llama", experts=EXPERTS, **config):
+def save_adapter(folder, name, hub="llama", experts=EXPERTS, dtype=torch.float64, **config):
     """An adapter with random stitches."""
     config = StitchConfig(task_type="CAUSAL_LM", experts={x: f"{folder}/models/{x}" for x in experts}, **config)
-    hub = AutoModelForCausalLM.from_pretrained(f"{folder}/models/{hub}", dtype=torch.float64)
+    hub = AutoModelForCausalLM.from_pretrained(f"{folder}/models/{hub}", dtype=dtype)
     randomize(get_peft_model(hub, config)).save_pretrained(f"{folder}/{name}")
 
 
@@ -118,9 +118,9 @@ def generate(model, **options):
     return model.eval().generate(**inputs | options)
 
 
-def basics(folder, adapter, padded=True):
+def basics(folder, adapter, padded=True, dtype=torch.float64):
     """A training step, a forward, cached steps, and generated tokens."""
-    model = load(folder, adapter, trained=True)
+    model = load(folder, adapter, trained=True, dtype=dtype)
     mask = {"attention_mask": LEFT} if padded else {}
     result = backward(model, **mask)
     with torch.no_grad():
@@ -393,10 +393,11 @@ SCENARIOS = {
 
 
 def run(folder, scenario):
-    """The name of an adapter is a scenario, too."""
+    """The name of an adapter is a scenario, too; how it is to be run may stand behind it."""
     if scenario in SCENARIOS:
         return SCENARIOS[scenario](folder)
-    return basics(folder, scenario.removesuffix("_unpadded"), padded=not scenario.endswith("_unpadded"))
+    adapter, _, how = scenario.partition("-in-")
+    return basics(folder, adapter, **{"": {}, "full": {"padded": False}, "float32": {"dtype": torch.float32}}[how])
 
 
 def main():

@@ -75,7 +75,10 @@ def client(root):
         yield client
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=120) == 0, log.read_text()[-4000:]
-        assert not alive(server.pid)  # nor any process that it had started
+        end = time.monotonic() + 30
+        while alive(server.pid):  # a process that it had started
+            assert time.monotonic() < end
+            time.sleep(0.2)
     finally:
         if alive(server.pid):
             os.killpg(server.pid, signal.SIGKILL)
@@ -125,8 +128,10 @@ def test_too_long_a_prompt_is_an_error_of_the_request(client):
 def test_lm_evaluation_harness(root, client):
     """As in docs/evaluating.md: through the server, it finds what it finds through transformers."""
     lm_eval = pytest.importorskip("lm_eval", reason="pip install lm-eval[api] for this test")
+    from lm_eval.tasks import TaskManager
+
     write_tasks(root)
-    manager = lm_eval.tasks.TaskManager(include_path=str(root))
+    manager = TaskManager(include_path=str(root))
     served = {"model": "stitched", "base_url": f"{client.base_url}completions", "tokenizer": str(root / "stitched")}
     found = {}
     for kind, arguments in {
