@@ -74,6 +74,7 @@ def test_mixture_goes_through_all_blocks_before_any_again():
     assert len(rows) == 28 and len(set(rows[7:])) == 21
 
 
+@pytest.mark.slow
 def test_models_are_kept(made, capsys):
     """A model is trained once; another object with the same settings finds it, `fresh` makes the same again."""
     code = made.folder("code")

@@ -403,6 +403,7 @@ def test_a_failed_job_leaves_no_result(tmp_path):
     assert store.read("bad")["x"] == 1
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(tmp_path):
     """No piece is done twice."""
     script = f"""

@@ -31,6 +31,7 @@ def test_outputs_are_those_of_one_run():
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
 
 
+@pytest.mark.slow
 def test_code_runs(tmp_path):
     """The code runs as a script, with only a few steps of training."""
     code = "\n".join("".join(cell["source"]) for cell in CELLS)

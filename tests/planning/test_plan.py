@@ -345,6 +345,7 @@ def test_windows_end_the_growth():
     assert grown[40] == grown[2] / 2 > 0
 
 
+@pytest.mark.slow
 def test_the_papers_size():
     """Four models of 20 layers and 3072 channels: 26 x 3072^2 weights in four stitches (it says 264M)."""
     seed = LlamaConfig(
