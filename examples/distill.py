@@ -40,7 +40,7 @@ class DistillArguments:
     adapter: str = field(metadata={"help": "the stitched model that teaches: an id or a folder"})
     student: str = field(default="", metadata={"help": "who learns: an id or a path [the adapter's hub]"})
     data_weight: float = field(default=0.0, metadata={"help": "share of the documents' own next tokens in the loss"})
-    dtype: str = field(default="auto", metadata={"help": "of teacher and student"})
+    dtype: str = field(default="auto", metadata={"help": "of the teacher; the student's is float32, which is trained"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.data_weight <= 1:
@@ -90,7 +90,7 @@ def main() -> None:
     hub, revision = config.base_model_name_or_path, config.revision
     tokenizer = AutoTokenizer.from_pretrained(hub, revision=revision)
     source = {"pretrained_model_name_or_path": names.student or hub, "revision": None if names.student else revision}
-    student = AutoModelForCausalLM.from_pretrained(**source, dtype=names.dtype)
+    student = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
     check_block_size(packing.block_size, teacher)
     with training.main_process_first(desc="packing"):
         mix, held_out = load_domains(data, partial(pack, tokenizer=tokenizer, arguments=packing))

@@ -125,6 +125,9 @@ def stream(model: PeftModel, prompt_ids: list[int], choice: Choice, **generation
             worker.join()
 
 
+_ONE_AT_A_TIME = threading.Lock()  # who takes part is a setting of the model
+
+
 @dataclass(frozen=True)
 class _NewToken:
     token_id: int
@@ -156,6 +159,7 @@ class _Running(BaseStreamer, StoppingCriteria):
         options = sampling if choice.temperature > 0 else options
         try:
             with ExitStack() as stack, torch.no_grad():
+                stack.enter_context(_ONE_AT_A_TIME)
                 if choice.hub_alone:
                     stack.enter_context(model.disable_adapter())
                 else:

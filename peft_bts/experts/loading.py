@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, load_peft_weights
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import nn
@@ -23,7 +23,7 @@ from .._compat.peft import CausalLM, adapters_where_layers_run, peft_type_name
 from .._compat.transformers import find_file
 from ..forward.placement import is_dispatched, place_for_stitch
 from ..reference import PLACEMENT_KEYS, RepoId, as_reference, check_there, is_repo_id
-from .lora_base import check_layers
+from .lora_base import check_layers, check_leaves_base_alone
 from .weight_sharing import share_weights
 
 
@@ -126,7 +126,11 @@ def load_expert(name: str, reference: dict[str, Any], hub: PreTrainedModel) -> C
         if adapter is None:
             return _load_model(reference["model"], hub, **where, **how)
         how |= _base_where(reference)
-        return _load_adapter(share_weights(hub) if base is None else _load_model(base, hub, **how), adapter, where)
+        if base is None:
+            twin = share_weights(hub)
+            _check_leaves_hub_alone(twin, adapter, where)
+            return _load_adapter(twin, adapter, where)
+        return _load_adapter(_load_model(base, hub, **how), adapter, where)
 
 
 def read_configs(name: str, reference: dict[str, Any]) -> tuple[Optional[PreTrainedConfig], Optional[PeftConfig]]:
@@ -231,6 +235,15 @@ def _adapter_config(source: str, where: dict[str, Any]) -> PeftConfig:
     config = PeftConfig.from_pretrained(source, **where)
     check_adapter(config)
     return config
+
+
+def _check_leaves_hub_alone(hub: PreTrainedModel, source: str, where: dict[str, Any]) -> None:
+    config, file = _adapter_config(source, where), _find(source, SAFETENSORS_WEIGHTS_NAME, **where)
+    if file is None:  # an old adapter, pickled
+        tensors = load_peft_weights(source, device="cpu", **where)
+        return check_leaves_base_alone(hub, config, tensors, tensors.__getitem__)
+    with safe_open(file, "pt") as opened:
+        return check_leaves_base_alone(hub, config, opened.keys(), opened.get_tensor)
 
 
 def _load_adapter(base: PreTrainedModel, source: str, where: dict[str, Any]) -> PeftModel:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import PurePath
 from typing import Optional
 
-from peft import PeftModel
+import torch
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.hub import extract_commit_hash
 
 from .._compat.peft import base_model, peft_type_name
@@ -22,6 +25,8 @@ from ..reference import is_repo_id
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _IN_CACHE = re.compile(r"models--(.+?)[/\\]snapshots[/\\]")
+_INITS = ("gaussian", "orthogonal", "mica", "eva")  # beside True and False: those that leave the base as it is
+_OWN_BASE = 'Load it onto a model of its own: {"model": its base, "adapter": this one}.'
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -93,6 +98,34 @@ def check_layers(expert: PeftModel, adapter_file: str) -> None:
             f"it is an adapter of another model: it has weights for the layers {_ranges(there)}, and on this model it "
             f"would need them for {_ranges(here)}."
         )
+
+
+def check_leaves_base_alone(
+    base: PreTrainedModel, config: PeftConfig, keys: Iterable[str], tensor_of: Callable[[str], Tensor]
+) -> None:
+    """Raise `ValueError` for an adapter that would change the weights of the model that it is loaded onto.
+
+    Args:
+        base: That model, whose weights others use as well.
+        config: The adapter's config.
+        keys: Those of the adapter's file.
+        tensor_of: Reads the tensor of a key.
+    """
+    init = getattr(config, "init_lora_weights", True)
+    if not (isinstance(init, bool) or init in _INITS) or getattr(config, "kasa_config", None) is not None:
+        how = "kasa_config" if isinstance(init, bool) or init in _INITS else f"init_lora_weights={init!r}"
+        raise ValueError(f"its {how} changes the weights of its base, which are the hub's. {_OWN_BASE}")
+    weights = dict((*base.named_parameters(), *base.named_buffers()))
+    copies = tuple(getattr(config, "modules_to_save", None) or ())
+    for key in keys:
+        name = key.removeprefix("base_model.model.")
+        place = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if place not in weights or (place == name and name.rpartition(".")[0].endswith(copies)):
+            continue
+        there, tensor = weights[place], tensor_of(key)
+        same = not there.is_meta and there.shape == tensor.shape
+        if not (same and torch.equal(there.detach().to("cpu", tensor.dtype), tensor)):
+            raise ValueError(f"it has a value of its own for {place}, which is a weight of the hub. {_OWN_BASE}")
 
 
 def _layers(keys: Iterable[str], prefix: str) -> set[int]:

@@ -224,14 +224,15 @@ class JointLora:
             state.start()
             try:
                 hub = self._runner.inside(state, partial(state.executor.run_hub, partial(alone, **call)))[0]
-            except (RuntimeError, ValueError, TypeError) as error:
+            except Exception as error:  # whatever: the models run by themselves then
                 raise NotJoint(f"a batch of all fails: {error}") from error
             states.append({"hub": hub, **state.final_states().by_name})
         for name, expected in states[0].items():
             if isinstance(expected, FakeTensor):
                 continue
             distance = (states[1][name] - expected).double().norm() / expected.double().norm()
-            if not distance <= 64 * torch.finfo(expected.dtype).eps:
+            eps = torch.finfo(expected.dtype).eps
+            if not distance <= (64 if eps < 1e-5 else 8) * eps:  # half precision: a LoRA's part is larger than that
                 raise NotJoint(f"a batch of all gives other results for {name!r}")
 
     def _applies(self, state: ForwardState, model: JointModel) -> bool:
@@ -242,6 +243,8 @@ class JointLora:
         if any(call.get(name) for name in _NOT_COLLECTED) or any(
             getattr(backbone.config, name, False) for name in _NOT_COLLECTED
         ):
+            return False
+        if getattr(state.cache, "offloading", False):
             return False
         if state.cache is not None and not all(
             type(layer) in _CACHE_LAYERS for layer in state.cache.layers[: state.composition.hub_layers]

@@ -79,6 +79,9 @@ class JointLinear(nn.Module):
         super().__init__()
         self.__dict__.update(base=base, loras=loras, runner=runner)  # not as submodules: they belong to the models
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["base"], name)  # some layers ask their linear layers for sizes or dtypes
+
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         _, executor = _under_way(self.runner)
@@ -229,6 +232,8 @@ class JointCacheLayer:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Tensors as one along their first dimension; without a copy, where they lie in memory so."""
+    if torch.compiler.is_compiling():
+        return torch.cat(list(parts))  # addresses cannot be traced
     first, size = parts[0], parts[0].numel()
     storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
     if all(
@@ -275,6 +280,8 @@ def why_not(decoder: Decoder, expert: Expert) -> Optional[str]:
             return "its LoRA goes beyond decoder layers and head"
         if isinstance(module, LoraLayer) and module.merged:
             return "its LoRA is merged"
+        if isinstance(module, LoraLayer) and getattr(module, "lora_variant", None):
+            return "its LoRA computes more than a product of two matrices"
     return None
 
 

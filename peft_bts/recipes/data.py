@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # all other files are text
-_FILES = {*READERS, ".txt", ".md", ".py", ".gz", ".zst"}  # what has such an ending is no id on the Hub
+_COMPRESSED = (".gz", ".zst")
+_FILES = {*READERS, ".txt", ".md", ".py", *_COMPRESSED}  # what has such an ending is no id on the Hub
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def as_domain(name: str, value: str) -> Domain:
     return domain
 
 
+def suffix(file: str) -> str:
+    """A file's ending that tells its kind: that before `.gz` or `.zst`."""
+    whole, last = os.path.splitext(file)
+    return os.path.splitext(whole)[1] if last in _COMPRESSED else last
+
+
 def load_documents(source: str) -> Dataset:
     """The documents of a file, a pattern of files, a folder, or an id on the Hub (its split "train").
 
@@ -77,7 +84,7 @@ def load_documents(source: str) -> Dataset:
     pattern = os.path.join(source, "**") if os.path.isdir(source) else source
     files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
     if files:
-        readers = {READERS.get(os.path.splitext(file)[1], "text") for file in files}
+        readers = {READERS.get(suffix(file), "text") for file in files}
         if len(readers) > 1:
             raise ValueError(f"{source!r} has files of several kinds, {sorted(readers)}: make each a domain.")
         if all(map(_is_blank, files)):  # which `datasets` knows no good error for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .data import READERS, split_domains
+from .data import READERS, split_domains, suffix
 from .recipe import Recipe
 
 
@@ -40,5 +40,5 @@ def evaluation_files(recipe: Recipe) -> dict[str, str]:
 
 
 def _is_plain(source: str) -> bool:
-    suffix = os.path.splitext(source)[1]
-    return os.path.isfile(source) and (suffix == ".jsonl" or suffix not in READERS)
+    ending = os.path.splitext(source)[1]
+    return os.path.isfile(source) and (ending == ".jsonl" or suffix(source) not in READERS)

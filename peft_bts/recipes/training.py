@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Trainer,
+    TrainerState,
     default_data_collator,
     set_seed,
 )
@@ -99,7 +100,13 @@ def train(recipe: Recipe, command: str) -> Trained:
     if is_main:
         Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
         Path(recipe.output_dir, _RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    finished = None if checkpoint is None else _finished(checkpoint, training.max_steps)
+    if checkpoint is None or finished is None:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:  # Trainer asks whether it is at the end after a step only, and would make one more
+        trainer.state = finished
+        best = finished.best_model_checkpoint if training.load_best_model_at_end else None
+        set_peft_model_state_dict(model, load_peft_weights(best or checkpoint, device=str(model.device)))
     losses = _losses(trainer, model)
     trainer.save_model()
     if is_main:
@@ -109,6 +116,13 @@ def train(recipe: Recipe, command: str) -> Trained:
                 sizes.setdefault(name, {})[kind] = len(found)
         write_training_section(recipe.output_dir, recipe, command, losses, sizes, trainer.state.global_step)
     return Trained(recipe.output_dir, losses, trainer.state.global_step, is_main)
+
+
+def _finished(checkpoint: str, max_steps: int) -> Optional[TrainerState]:
+    """The state of a run whose last step is in a checkpoint; `None` if there are steps left."""
+    state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    last = max_steps if max_steps > 0 else state.max_steps
+    return state if state.global_step >= last else None
 
 
 def last_checkpoint(folder: str) -> Optional[str]:

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from benchmarks import drafts
 from peft_bts.inference import generate as generation
@@ -101,6 +102,9 @@ def test_refused():
     refuses(model, "draft must be 'hub'", lambda: tokens(model, IDS[:1], draft="code"))
     refuses(model, "only one can draft", lambda: tokens(model, REPEATING, draft="hub", prompt_lookup_num_tokens=2))
     refuses(model, "with drafts", lambda: tokens(model, IDS[:1], draft="hub", max_active_experts=1))
+    cache = DynamicCache(config=model.config)
+    model(input_ids=IDS[:1], past_key_values=cache)
+    refuses(model, "starts with an empty cache", lambda: tokens(model, IDS[:1], draft="hub", past_key_values=cache))
     refuses(model, "batch_size = 1", lambda: tokens(model, IDS, attention_mask=LEFT, draft="hub"))
     stateful = model_of("llama<qwen3_next+gpt2")
     refuses(stateful, "stateful", lambda: tokens(stateful, IDS[:1], draft="hub"))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from peft_bts import StitchConfig, trace_gates
 from peft_bts.forward.state import run_in_turn
 from peft_bts.inference.joint_lora import JointExecutor
+from tests.helpers.caches import Device
 from tests.helpers.models import FAMILIES, IDS, LEFT, MASKS, assert_near, expected_logits, fresh, logits, randomize
 from tests.helpers.zoo import ARCHITECTURES
 
@@ -323,3 +324,54 @@ def test_hooks_of_users_are_called(who, tmp_path, joint_forwards):
         hook.remove()
     logits(model)
     assert joint_forwards
+
+
+def test_bfloat16(tmp_path, joint_forwards):
+    """LoRAs have their part in half precision as well; the check at attaching would tell if one were left out."""
+    model, _, _ = make(tmp_path, dtype=torch.bfloat16)
+    found = logits(model)
+    assert joint_forwards
+    model.base_model._forward.settings.make_executor = run_in_turn
+    assert_near(found.float(), logits(model).float(), 0.03)
+
+
+def test_an_adapter_that_a_batch_leaves_out_is_noticed_in_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_bts.inference.joint_model._add_lora", lambda *args: None)
+    model, _, _ = make(tmp_path, dtype=torch.bfloat16)
+    assert "gives other results" in model.describe_execution()
+
+
+def test_layers_that_fail_in_a_batch(tmp_path, monkeypatch):
+    """Whatever is wrong, the experts are attached, and run by themselves."""
+
+    def fail(self, hub):
+        raise AttributeError("no attribute")
+
+    monkeypatch.setattr(JointExecutor, "run_hub", fail)
+    model, hub, plain = make(tmp_path)
+    assert "code: by itself (a batch of all fails: no attribute)" in model.describe_execution()
+    assert_near(logits(model), expected_logits(model, hub, plain), 1e-5)
+
+
+def test_an_offloaded_cache_is_offloaded(tmp_path, monkeypatch, joint_forwards):
+    """On a device that is made up. Every model updates its own cache, which sees to one layer at a time."""
+    model, _, _ = make(tmp_path, dtype=torch.float32)
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(input_ids=IDS, **options)
+    assert joint_forwards
+    del joint_forwards[:]
+    device = Device(monkeypatch)
+    assert torch.equal(model.generate(input_ids=IDS, cache_implementation="offloaded", **options), expected)
+    assert device.away > 4 and not joint_forwards
+
+
+def test_a_filled_dynamic_cache_compiles(tmp_path):
+    model, _, _ = make(tmp_path, dtype=torch.float32)
+    cache, plain_cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with torch.no_grad():
+        for one in (cache, plain_cache):
+            model(input_ids=IDS, past_key_values=one)
+        expected = model(input_ids=IDS[:, :1], past_key_values=plain_cache).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert_near(compiled(input_ids=IDS[:, :1], past_key_values=cache).logits, expected, 1e-5)
+    torch._dynamo.reset()

@@ -105,6 +105,11 @@ def test_an_interrupted_run_is_continued(root, tmp_path, monkeypatch):
     card = ModelCard.load(cut / "README.md").text
     assert card.count("## Training\n") == 1 and "| before training |" in card
 
+    calls.clear()
+    again = train(recipe(root, cut), "cut")  # there is nothing left to do
+    assert not calls and again.steps == 6 and again.losses == expected.losses
+    assert all(torch.equal(weights(cut)[key], value) for key, value in weights(whole).items())
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),
