@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.transformers_utils.config import iter_rope_parameters
 
 from ..export.config import StitchExportConfig, layer_kinds
 from ..forward.decoder import find_decoder, text_config
@@ -19,6 +20,7 @@ _KINDS = ("full_attention", "sliding_attention")
 
 # Their attention goes through transformers' interface, but not with the shapes that vLLM's takes and gives.
 _OTHER_SHAPES = ("gpt2", "gpt_bigcode")
+_OTHER_LAYERS = ("phimoe",)
 
 
 class CompositionLimits(VerifyAndUpdateConfig):
@@ -51,10 +53,16 @@ class CompositionLimits(VerifyAndUpdateConfig):
             )
         for name, shape in zip(config.names, part_shapes(config)):
             _check_model(name, config, shape, parallel.tensor_parallel_size)
+            _check_positions(name, config, vllm_config.model_config.max_model_len)
 
 
 def _check_model(name: str, config: StitchExportConfig, shape: Any, processes: int) -> None:
     own = config.part(name).get_text_config(decoder=True)
+    if own.model_type in _OTHER_LAYERS:
+        raise ValueError(
+            f"Model {name!r} ({own.model_type}) has layers that return something else in vLLM than in transformers. "
+            "Serve the stitched model with transformers."
+        )
     unknown = sorted(set(layer_kinds(own)).difference(_KINDS))
     if unknown:
         raise ValueError(
@@ -67,13 +75,37 @@ def _check_model(name: str, config: StitchExportConfig, shape: Any, processes: i
             f"Model {name!r} ({own.model_type}) has latent attention (MLA), for which vLLM has a cache of its own; it "
             "cannot be served inside of a stitched model. Serve the stitched model with transformers."
         )
-    heads = {"attention heads": shape.total_num_attention_heads, "key-value heads": shape.total_num_kv_heads}
-    for what, count in heads.items():
-        if count % processes and processes % count:
+    if shape.per_layer_overrides:
+        raise ValueError(
+            f"Model {name!r} ({own.model_type}) has attention of other shapes in some layers than in others, which "
+            "cannot be served inside of a stitched model. Serve the stitched model with transformers."
+        )
+    # vLLM copies key-value heads where there are more processes than heads, but not the others.
+    heads, kv_heads = shape.total_num_attention_heads, shape.total_num_kv_heads
+    kv_fit = kv_heads % processes == 0 or processes % kv_heads == 0
+    for what, count, fits in (("attention", heads, heads % processes == 0), ("key-value", kv_heads, kv_fit)):
+        if not fits:
             raise ValueError(
-                f"Model {name!r} ({own.model_type}) has {count} {what}, which cannot be split over "
+                f"Model {name!r} ({own.model_type}) has {count} {what} heads, which cannot be split over "
                 f"tensor_parallel_size={processes} processes. Choose a number that divides those of all models."
             )
+
+
+def _check_positions(name: str, config: StitchExportConfig, longest: int) -> None:
+    """vLLM runs many requests as one row; transformers would take the factors of its longest for all of them."""
+    own = config.part(name).get_text_config(decoder=True)
+    for rope in iter_rope_parameters(own):
+        kind, original = rope.get("rope_type", "default"), rope.get("original_max_position_embeddings")
+        if kind != "longrope" and "dynamic" not in kind:
+            continue
+        if kind == "longrope" and original is not None and longest <= original:
+            continue
+        shorter = f", or with --max-model-len {original}" if kind == "longrope" and original else ""
+        raise ValueError(
+            f"Model {name!r} ({own.model_type}) has rotary embeddings of type {kind}, which change with the length of "
+            "a sequence: in vLLM, short requests would get those of the longest one beside them. Serve the stitched "
+            f"model with transformers{shorter}."
+        )
 
 
 def check_layers(config: StitchExportConfig) -> None:
