@@ -352,6 +352,8 @@ class StitchTuner(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the hub's `forward`. If TRL asks for its fused head and outputs are mixed, that is of the mixture."""
+        if self._parallel is not None:
+            self._parallel.check_loss_inputs(kwargs)
         if self._mixed_head is None or self._active_mixture() is None or not is_fused(self.model.forward, kwargs):
             return super().forward(*args, **kwargs)
         return fused_output(self.model.forward, self._mixed_head.measure, kwargs)

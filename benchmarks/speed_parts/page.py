@@ -66,11 +66,6 @@ def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
         one, two = (memory.get(f"training, {name}{how}", {}).get("peak_bytes") for name in (kind, other))
         return one / two if one and two else None
 
-    def of_two() -> float | None:
-        """Memory of the larger of two processes, in that of one, at worst."""
-        found = [row for row in rows.get("processes", {}).values() if "peak_bytes" in row]
-        return max((row["peak_bytes"] / row["one_process_bytes"] for row in found), default=None)
-
     pattern = '`pattern="experts_into_hub"`, in'
     return [
         ("prefill, in E", 1.06, worst("prefill", "stitched / E")),
@@ -100,7 +95,6 @@ def target_values(rows: dict) -> list[tuple[str, float, float | None]]:
             1.0,
             worst("processes", "two processes / one process", prefix="training"),
         ),
-        ("two processes: peak memory of one of them, in that of one process", 0.6, of_two()),
         ("attaching a loaded model: rise of memory, in its size", 0.1, rise("attach, a loaded model")),
         ("attaching a path: peak of memory, in the expert's size", 1.2, rise("attach, from a path")),
         ("attaching a LoRA's path: peak of memory, in the LoRA's size", 1.2, rise("attach, a LoRA of the hub")),
@@ -144,8 +138,6 @@ def timed(rows: dict[str, dict]) -> str:
         "by formula": number("formula_per_token", ",.1f", 2**10),
         "on the wire": number("wire_per_token", ",.1f", 2**10),
         "FSDP would send, KiB": number("fsdp_per_token", ",.0f", 2**10),
-        "peak of a process, MiB": number("peak_bytes", ",.0f", MIB),
-        "of one process, MiB": number("one_process_bytes", ",.0f", MIB),
         "left out": ("left_out", lambda row: row["left_out"]),
         "out of memory": ("out_of_memory", lambda row: ", ".join(row["out_of_memory"])),
         "rounds": ("rounds", lambda row: row["rounds"]),

@@ -18,7 +18,7 @@ import peft_bts
 from peft_bts import StitchConfig
 from peft_bts.config import stitch_schedule
 
-from ..measuring import Peak, set_up
+from ..measuring import set_up
 from ..random_models import Case, bytes_of, models, token_ids
 from . import traffic
 from .presets import Preset
@@ -89,16 +89,13 @@ def in_processes(preset: Preset, case: Case, work: Callable, batch: int, length:
         return {"left_out": f"needs {PROCESSES} GPUs"}
     ids = token_ids(case, batch, length)
     with two_processes(case, work, ids) as ask:
-        ask("run")  # what the first run alone takes; so there is a row of memory, too
+        ask("run")  # what the first run alone takes
         sent, spread = traffic_of(ask), spread_of(case, ask)
         model, hub, experts = models(case)
         units = {"one process": work([model], ids)}
         if work is not TrainingStep:
             units["E"] = work(alone(hub, experts), ids)
         result = turns(preset, {"two processes": lambda: max(ask("run"))}, units)
-        memory = ask("memory")
-        watched = Peak(case.device)
-        units["one process"]()
         weights = bytes_of(model)
         # All tokens of a run, and those of one forward; FSDP gathers weights anew for each decoded token.
         tokens, at_once = (batch * length,) * 2
@@ -114,8 +111,6 @@ def in_processes(preset: Preset, case: Case, work: Callable, batch: int, length:
             "formula_per_token": formula,
             **({"wire_per_token": sent["wire"] / tokens} if sent["wire"] else {}),
             "fsdp_per_token": fsdp / at_once,
-            "peak_bytes": max(held + rise for held, rise in memory),
-            "one_process_bytes": weights + watched.rise(),
         }
 
 
@@ -162,13 +157,10 @@ def worker(rank: int, address: str, folder: str, case: Case, work: Callable, ids
             sent = exchange.bytes_sent - before
         elif what == "bytes":
             end.send(sent)
-        elif what == "placement":
+        else:
+            assert what == "placement"
             parallel = model.base_model._parallel
             end.send([parallel.owner(expert) for _, expert in sorted(model.base_model.experts["default"].items())])
-        else:
-            watched = Peak(device)
-            run()
-            end.send((bytes_of(model), watched.rise()))
     dist.destroy_process_group()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from ..config import StitchConfig
 from .processes import Processes
 
 
-_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+LOSS_INPUTS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")  # which the backbone does not get
 
 
 def check_config(config: StitchConfig) -> None:
@@ -57,39 +58,54 @@ def check_call(call: Mapping[str, Any], cache: Optional[Cache], hub_config: Any)
         )
 
 
-def check_same_inputs(processes: Processes, call: Mapping[str, Any], modes: Mapping[str, bool]) -> None:
-    """Compare the inputs of all processes, by a checksum of each, and how they are called.
+def check_same_inputs(
+    processes: Processes, inputs: Mapping[str, Any], modes: Mapping[str, bool], settings: Mapping[str, Any]
+) -> None:
+    """Compare the inputs of all processes, tensors by a checksum of each, and how they are called.
 
     Args:
         processes: The processes.
-        call: The arguments of the hub's backbone.
+        inputs: What to compare, by name; anything but tensors and numbers is left out.
         modes: What else must be the same, on or off, by name.
+        settings: What else must be the same (small, picklable), by name.
 
     Raises:
         RuntimeError: In all processes, if they differ; the message says where.
     """
-    mine = {name: checksum(call[name]) for name in _INPUTS if isinstance(call.get(name), Tensor)}
+    mine = {name: _comparable(value) for name, value in inputs.items() if isinstance(value, (Tensor, int, float))}
     modes = {"gradients": torch.is_grad_enabled(), **modes}
-    everybodys, everybodys_modes = zip(*processes.everybodys((mine, modes)))
+    everybodys, everybodys_modes, everybodys_settings = zip(*processes.everybodys((mine, modes, {**settings})))
     for name in modes:
-        on = [rank for rank, found in zip(processes.ranks, everybodys_modes) if found[name]]
+        on = [rank for rank, found in zip(processes.ranks, everybodys_modes) if found.get(name)]
         if on and len(on) < processes.size:
             raise RuntimeError(
                 f"The processes of one stitched model were called in different ways: {name} is on in process "
                 f"{', '.join(map(str, on))} only. All processes of the expert axis must make the same calls "
                 "(docs/distributed.md)."
             )
-    for name in _INPUTS:
+    for name in settings:
+        found = [theirs.get(name) for theirs in everybodys_settings]
+        if any(one != found[0] for one in found):
+            values = "; ".join(f"process {rank} has {one!r}" for rank, one in zip(processes.ranks, found))
+            raise RuntimeError(
+                f"The processes of one stitched model were called in different ways: not all have the same {name}: "
+                f"{values}. All processes of the expert axis must make the same calls (docs/distributed.md)."
+            )
+    for name in sorted({name for sums in everybodys for name in sums}):
         found = [sums.get(name) for sums in everybodys]
         others = [rank for rank, one in zip(processes.ranks, found) if one != found[0]]
         if others:
-            shapes = [None if one is None else one[0] for one in found]
+            shapes = [one[0] if isinstance(one, tuple) else one for one in found]
             raise RuntimeError(
                 f"The processes of one stitched model were called with different {name}: process "
                 f"{', '.join(map(str, others))} has other ones than process {processes.ranks[0]} (shapes {shapes}). "
                 "All processes of the expert axis must get the same inputs, in the same order; only over the data "
                 "axis may they differ (docs/distributed.md)."
             )
+
+
+def _comparable(value: Union[Tensor, int, float]) -> Any:
+    return checksum(value) if isinstance(value, Tensor) else value
 
 
 def checksum(tensor: Tensor) -> tuple[tuple[int, ...], int]:

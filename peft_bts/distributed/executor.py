@@ -12,7 +12,7 @@ from ..forward.executor import Advance, Boundary, Executor, Mix
 from ..forward.state import ForwardState, MakeExecutor, run_in_turn
 from ..forward.stream import Checkpoint
 from ..stitch import HUB, ExpertsIntoHub, HubIntoExperts, Stitch
-from .checks import check_call, check_same_inputs
+from .checks import INPUTS, check_call, check_same_inputs
 from .exchange import enter, linked, meet
 from .parallel import ExpertParallel
 from .processes import Processes
@@ -179,7 +179,14 @@ class Distributed:
         check_call(state.call, state.cache, state.composition.hub_config)
         processes = self._parallel.processes
         if self._parallel.check_inputs:
-            check_same_inputs(processes, state.call, {"trace_gates": state.watches_stitches})
+            composition = state.composition
+            settings = {
+                "active adapter": composition.adapter,
+                "active experts": sorted(composition.experts),
+                "limits for leaving out experts": state.policy,
+            }
+            inputs = {name: state.call.get(name) for name in INPUTS}
+            check_same_inputs(processes, inputs, {"trace_gates": state.watches_stitches}, settings)
         inputs = state.call["inputs_embeds"] if state.call.get("input_ids") is None else state.call["input_ids"]
         device = inputs.device.type
         casts = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -22,6 +22,7 @@ from ..forward.expert import Expert
 from ..forward.recorder import layer_return_sizes
 from ..stitch import HUB
 from .absent import AbsentExpert, AbsentLayer, drop_layers
+from .checks import LOSS_INPUTS, check_same_inputs
 from .exchange import meet
 from .placement import Placement
 from .processes import Processes
@@ -75,6 +76,18 @@ class ExpertParallel:
         """The process that runs each model of a composition, the hub's first."""
         experts: Any = composition.experts
         return {HUB: self.placement.hub, **{name: self.owner(expert) for name, expert in experts.items()}}
+
+    def check_loss_inputs(self, call: Mapping[str, Any]) -> None:
+        """Compare what only the hub's causal LM gets of a call, if inputs are to be compared.
+
+        Args:
+            call: The causal LM's arguments by name.
+
+        Raises:
+            RuntimeError: In all processes, if they differ.
+        """
+        if self.check_inputs:
+            check_same_inputs(self.processes, {name: call.get(name) for name in LOSS_INPUTS}, {}, {})
 
     # ------------------------------------------------------------------------------------------------------- the hub
 

@@ -60,7 +60,12 @@ class ForwardState:
         cache: The hub's cache; `None` if the forward runs without one.
         make_executor: Makes what runs the experts' streams.
         observation: Takes the gates in; `None` while nobody observes.
+
+    Attributes:
+        policy: By which experts are left out, in a subclass that does so; it can be compared.
     """
+
+    policy: Optional[Hashable] = None
 
     def __init__(
         self,

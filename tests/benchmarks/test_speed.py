@@ -78,13 +78,13 @@ def test_goes_on_where_it_was(run):
 
 @pytest.mark.slow
 def test_models_over_processes(run):
-    """Two processes against one: time, memory, and what they send, which has a formula where nothing is generated."""
+    """Two processes against one: time, and what they send, which has a formula where nothing is generated."""
     results, page = run("--only=processes")
     rows = results["rows"]["processes"]
     assert len(rows) == len(SMOKE.decode) + 2 and "two processes: decoding, in E" in page
     for name, row in rows.items():
         assert row["ratios"]["two processes / one process"]["median"] > 0
-        assert row["peak_bytes"] > 0 and row["one_process_bytes"] > 0
+        assert not any(name.endswith("_bytes") for name in row), "memory is not measured here"
         assert row["sent_per_token"] == row["formula_per_token"], name
         assert row["fsdp_per_token"] > row.get("wire_per_token", 0) >= 0
     # Hub and an expert in one process: the other one's gets the hub's state, and sends its own, at one stitch each;

@@ -262,6 +262,12 @@ def refusals(folder):
     refused("lengths", lambda: model(input_ids=IDS[:, : 12 - RANK]))
     with peft_bts.trace_gates(model) if RANK else contextlib.nullcontext():
         refused("traced", lambda: model(input_ids=IDS))
+    decode(model)  # what is exchanged is known: nothing but the checks would find other experts from here on
+    with model.set_active_experts(["other"]) if RANK else contextlib.nullcontext():
+        refused("experts", lambda: model(input_ids=IDS))
+    refused("limits", lambda: generate(model, max_active_experts=1 + RANK))
+    refused("labels", lambda: model(input_ids=IDS, labels=IDS.flip(1) if RANK else IDS))
+    refused("items", lambda: model(input_ids=IDS, labels=IDS, num_items_in_batch=7 + RANK))
     unchecked = load(folder, "alternating")
     with unchecked.set_active_experts(["other"]) if RANK else contextlib.nullcontext():
         refused("active", lambda: unchecked(input_ids=IDS))
