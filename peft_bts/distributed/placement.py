@@ -91,3 +91,7 @@ class Placement:
             self.loads[process] += sizes[name]
             chosen[name] = process
         return chosen
+
+    def take_away(self, process: int, size: int) -> None:
+        """A process no longer has an expert of this size."""
+        self.loads[process] -= size

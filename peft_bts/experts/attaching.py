@@ -150,6 +150,8 @@ class ExpertMaker:
         """Hand an expert's model back as it came, unless another adapter still uses it."""
         if any(expert is other for other in self._present()):
             return expert.model
+        if self._elsewhere is not None:
+            self._elsewhere.let_go(expert)
         return expert.release()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Optional
+from weakref import WeakKeyDictionary
 
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -33,6 +34,9 @@ class Elsewhere:
         self._hub_blueprint: Optional[PreTrainedModel] = None
         self._blueprints: dict[str, CausalLM] = {}
         self._owners: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
+        # What was placed and is there: its process and its weights. A copy of the model has nothing to free.
+        self._placed: WeakKeyDictionary[Expert, tuple[int, int]] = WeakKeyDictionary()
         self._mode = no_weights()  # one for all: fake tensors of two do not mix
 
     def prepare_hub(self) -> None:
@@ -98,12 +102,15 @@ class Elsewhere:
                 self._blueprints[name] = blueprint
                 counts[name] = sum(p.numel() for p in blueprint.parameters() if id(p) not in of_hub)
         placement = self._parallel.placement
+        # The same everywhere, even where one process has kept an expert that another one has let go of.
+        placement.loads = self._parallel.processes.everybodys(placement.loads)[0]
         if not any(placement.loads):
             layers = find_decoder(hub, "The hub").layers
             placement.loads[placement.hub] += sum(p.numel() for p in layers.parameters())
             if models:
                 placement.check_number(len(models) - len(with_hub))
         self._owners |= placement.place(counts, with_hub)
+        self._counts |= counts
 
     def here_or_there(
         self,
@@ -123,12 +130,20 @@ class Elsewhere:
         Raises:
             ValueError: If it cannot be made, in all processes.
         """
-        owner, blueprint = self._owners.pop(name), self._blueprints.pop(name)
+        owner, blueprint, count = self._owners.pop(name), self._blueprints.pop(name), self._counts.pop(name)
         processes = self._parallel.processes
         with loaded_whole():
             if owner == processes.index:
-                return processes.together(make)
-            return processes.together(lambda: self._stand_in(name, blueprint, reference, config, owner))
+                made = processes.together(make)
+            else:
+                made = processes.together(lambda: self._stand_in(name, blueprint, reference, config, owner))
+        self._placed[made[0]] = owner, count
+        return made
+
+    def let_go(self, expert: Expert) -> None:
+        """An expert has left the model, so that its process has room for another one."""
+        if expert in self._placed:
+            self._parallel.placement.take_away(*self._placed.pop(expert))
 
     def _stand_in(
         self, name: str, blueprint: CausalLM, reference: dict[str, Any], config: StitchConfig, owner: int

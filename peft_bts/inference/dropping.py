@@ -241,6 +241,8 @@ class DroppingForwardState(ForwardState):
     look at its new tokens alone.
     """
 
+    policy: Optional[Dropping]
+
     def __init__(self, policy: Optional[Dropping], *args: Any) -> None:
         super().__init__(*args)
         self.policy = policy

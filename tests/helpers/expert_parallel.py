@@ -177,6 +177,19 @@ def runs(model):
         dist.all_reduce(count)
 
 
+def check_room(folder, model):
+    """Where an expert was detached there is room again, so that the next one goes there."""
+    parallel, owners = model.base_model._parallel, []
+    loads = list(parallel.placement.loads)
+    for name in ("first", "second", "third_one"):
+        model.attach_expert(name, f"{folder}/models/other")
+        owners.append(parallel.owner(model.base_model.experts["default"][name]))
+        assert sum(parallel.placement.loads) > sum(loads)
+        model.detach_expert(name)
+        assert parallel.placement.loads == loads
+    assert len(set(owners)) == 1
+
+
 def life(folder):
     """Made by `get_peft_model`, experts attached and detached, trained a step, saved by all, and loaded again."""
     with spread():
@@ -190,6 +203,8 @@ def life(folder):
     model.attach_expert("object", tiny_model("gpt2", seed=4, dtype=torch.float64), init="closed")
     result["three"] = backward(model)
     model.detach_expert("object")
+    if DISTRIBUTED:
+        check_room(folder, model)
     model.detach_expert("deeper")
     result["one"] = backward(model)
     target = f"{folder}/saved-{'spread' if DISTRIBUTED else 'alone'}"
