@@ -33,7 +33,7 @@ class LayerCall(NamedTuple):
 
 
 class StreamLike(Protocol):
-    """The protocol of a model's forward under way: a `Stream`, or a share of a common one."""
+    """The protocol of a model's forward under way, as executors use it."""
 
     state: Tensor
 
