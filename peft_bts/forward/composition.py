@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ..config import StitchKind, expert_boundary
-from .stream import Stream, StreamLike
+from .stream import Stream
 
 
 class StitchableExpert(Protocol):
@@ -70,6 +70,6 @@ class Composition:
         """The first stitched hub layer behind `layer`; `None` behind the last one."""
         return next((index for index in self.schedule if index > layer), None)
 
-    def boundary(self, layer: int) -> Callable[[StreamLike], int]:
+    def boundary(self, layer: int) -> Callable[[Stream], int]:
         """For the stitch behind hub layer `layer`: how many of its own layers a stream has run by then."""
         return lambda stream: expert_boundary(layer + 1, self.hub_layers, stream.num_layers)

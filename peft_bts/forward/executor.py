@@ -13,10 +13,10 @@ from typing import Any, Optional, Protocol
 from torch import Tensor
 
 from ..stitch import Stitch
-from .stream import Checkpoint, StreamLike
+from .stream import Checkpoint, Stream
 
 
-Boundary = Callable[[StreamLike], int]  # how many of its layers a stream is to have run
+Boundary = Callable[[Stream], int]  # how many of its layers a stream is to have run
 # Applies a stitch: from the hub's and all experts' hidden states to their new ones.
 Mix = Callable[[Tensor, dict[Any, Tensor]], tuple[Tensor, dict[Any, Tensor]]]
 Advance = Callable[[], dict[Any, Tensor]]  # returns the experts' hidden states
@@ -109,7 +109,7 @@ class InOneProcess:
 class SequentialExecutor(InOneProcess):
     """Runs the streams one after the other, when a stitch asks for them."""
 
-    def __init__(self, streams: Mapping[Hashable, StreamLike]) -> None:
+    def __init__(self, streams: Mapping[Hashable, Stream]) -> None:
         self.streams = streams
 
     def run_hub(self, hub: Callable[[], Any]) -> Any:

@@ -32,22 +32,6 @@ class LayerCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class StreamLike(Protocol):
-    """The protocol of a model's forward under way, as executors use it."""
-
-    state: Tensor
-
-    @property
-    def layers(self) -> Layers: ...
-
-    @property
-    def num_layers(self) -> int: ...
-
-    def advance(self, layers_done: int, checkpoint: Optional[Checkpoint] = None) -> Tensor:
-        """See `Stream.advance`."""
-        ...
-
-
 class Stream:
     """A model's forward under way.
 

@@ -46,14 +46,14 @@ def generate(
 
     drafts = kwargs.get("assistant_model") is not None or asked_for("prompt_lookup_num_tokens")
     _check_draft(draft, bool(drafts))
+    if draft is not None and composition is None:
+        draft = None  # the hub would draft for itself
     cached = kwargs.get("past_key_values")
     if draft is not None and cached is not None and cached.get_seq_length() > 0:
         raise ValueError(
             "draft='hub' starts with an empty cache: with that of earlier turns, transformers gives wrong tokens. "
             "Leave out `draft`, or `past_key_values`."
         )
-    if draft is not None and composition is None:
-        draft = None  # the hub would draft for itself
     drafts = drafts or draft
     if composition is not None and drafts:
         _check_drafts(composition)

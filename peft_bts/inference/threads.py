@@ -18,7 +18,7 @@ from torch import Tensor
 from ..forward.executor import Boundary, Executor, SequentialExecutor
 from ..forward.hooks import ForwardSettings
 from ..forward.state import ForwardState
-from ..forward.stream import Checkpoint, StreamLike
+from ..forward.stream import Checkpoint, Stream
 
 
 Work = Callable[[], object]
@@ -28,7 +28,7 @@ _DEVICES = ("cpu", "cuda", "xpu", "mps")
 class ThreadedExecutor(SequentialExecutor):
     """Runs streams ahead on other threads, as soon as their states are final."""
 
-    def __init__(self, streams: Mapping[Hashable, StreamLike], pool: ThreadPoolExecutor) -> None:
+    def __init__(self, streams: Mapping[Hashable, Stream], pool: ThreadPoolExecutor) -> None:
         super().__init__(streams)
         self._pool = pool
         self._begun: list[tuple[Future[object], Work]] = []
