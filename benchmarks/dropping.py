@@ -3,20 +3,23 @@
     python -m benchmarks.replicate      # trains the models, once
     python -m benchmarks.dropping
 
-Decodes the test sequences of the replication with its trained Branch-Train-Stitch model, token by token after the
+Decodes test documents and questions of the study with its trained Branch-Train-Stitch model, token by token after the
 prompt with the right tokens given, under `model.drop_experts`: with at most k experts per sequence, and with a
-threshold. Single tasks: arithmetic, translation, docstrings, code. Mixed sequences: blocks that switch domain in the
-middle, after the prompt; a translation, code and a sum in a row, of which the translation's question is the prompt.
+threshold. Sums, word problems and text of single domains; mixed text: documents that switch domain in the middle, and
+pages that go from prose to code and back.
 
 *Which gates decide* is compared too: those of the last 1, 4 or 16 tokens, in which case experts are called back, or
 the mean over the prompt, once and for all. Writes `benchmarks/results/dropping.json`.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -25,27 +28,43 @@ from transformers import DynamicCache, HfArgumentParser
 from peft_bts.inference import dropping
 
 from .measuring import set_up
-from .replication.data import Rows
-from .replication.jobs import Store
-from .replication.presets import EXPERTS, PRESETS
-from .replication.studies import Set, folder_of
 from .reporting import show, table, write_results
+from .study.combining import Study
+from .study.material import Material
+from .study.methods import TRAINED, is_ours
+from .study.plan import Plan
+from .study.presets import PRESETS
+from .study.tokens import Sequences
 
 
 @dataclass
 class Arguments:
-    preset: str = field(default="quick", metadata={"help": "of the replication", "choices": [*PRESETS]})
+    preset: str = field(default="quick", metadata={"help": "of the study", "choices": [*PRESETS]})
     set_number: int = field(default=0, metadata={"help": "which of its sets of models"})
-    method: str = field(default="bts", metadata={"help": "which of its stitched models"})
-    items: int = field(default=400, metadata={"help": "at most so many test items of every task"})
-    blocks: int = field(default=80, metadata={"help": "at most so many test blocks of every domain"})
-    cache_dir: str = ".cache/replicate"
+    method: str = field(
+        default="bts",
+        metadata={"help": "which of its stitched models", "choices": [name for name in TRAINED if is_ours(name)]},
+    )
+    documents: int = field(default=150, metadata={"help": "at most so many of every kind; short ones are more"})
+    cache_dir: str = ".cache/study"
     results: str = "benchmarks/results/dropping.json"
 
 
+# What is decoded: its title, the figure that is shown, and the figure's decimals.
+SHOWN = {
+    "alone/sums": ("sums, %", "exact", 1),
+    "alone/stories": ("word problems, %", "exact", 1),
+    "text/prose": ("prose, bits per byte", "bits_per_byte", 3),
+    "text/python": ("Python, bits", "bits_per_byte", 3),
+    "text/french": ("French, bits", "bits_per_byte", 3),
+    "mixed/switches": ("switches, bits", "bits_per_byte", 3),
+    "mixed/pages": ("pages, bits", "bits_per_byte", 3),
+}
+PROMPT_TOKENS = 16  # of text without a question
+
 # Which gates decide.
 LAST = {f"last {tokens}": tokens for tokens in (1, dropping.RECENT, 16)}
-PROMPT = "prompt"
+OF_PROMPT = "prompt"
 
 
 @contextmanager
@@ -59,7 +78,7 @@ def deciding(gates: str):
 
     try:
         dropping.RECENT = LAST.get(gates, 10**6)
-        if gates == PROMPT:
+        if gates == OF_PROMPT:
             dropping.CatchUpState.note = note_prompt
         yield
     finally:
@@ -79,51 +98,82 @@ class Work:
         self.tokens += hidden.shape[0] * hidden.shape[1]
 
 
+# --- What is decoded ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Sequences of one length with prompts of one length: (B, T) each; `bytes` are 0 where nothing is scored."""
+
+    tokens: torch.Tensor
+    scored: torch.Tensor
+    bytes: torch.Tensor
+    prompt: int
+
+
+def question_batches(sequences: Sequences, most: int = 100) -> list[Batch]:
+    """Questions with their answers. Those of one length go together, so that nothing is padded."""
+    alike = defaultdict(list)
+    for place, prompt in enumerate(sequences.prompt):
+        alike[int(prompt), int(sequences.starts[place + 1] - sequences.starts[place])].append(place)
+    return [
+        batch_of(sequences, places[i : i + most], prompt, length)
+        for (prompt, length), places in sorted(alike.items())
+        for i in range(0, len(places), most)
+    ]
+
+
+def text_batches(sequences: Sequences, most: int = 50) -> list[Batch]:
+    """Documents of like lengths, cut to the shortest of their batch; those of less than two prompts are left out."""
+    lengths = np.diff(sequences.starts)
+    order = [int(place) for place in lengths.argsort(kind="stable") if lengths[place] >= 2 * PROMPT_TOKENS]
+    parts = [order[i : i + most] for i in range(0, len(order), most)]
+    return [batch_of(sequences, places, PROMPT_TOKENS, int(lengths[places[0]])) for places in parts]
+
+
+def batch_of(sequences: Sequences, places: list[int], prompt: int, length: int) -> Batch:
+    def rows(values: np.ndarray) -> torch.Tensor:
+        starts = sequences.starts[places]
+        return torch.from_numpy(np.stack([values[start : start + length] for start in starts]))
+
+    return Batch(rows(sequences.tokens), rows(sequences.scored), rows(sequences.bytes * sequences.scored), prompt)
+
+
+def batches(tests: dict[str, Sequences]) -> dict[str, list[Batch]]:
+    """What of a study's tests is decoded here."""
+    return {name: (question_batches if name.startswith("alone") else text_batches)(tests[name]) for name in SHOWN}
+
+
+# --- Decoding -------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def decode(model, rows: Rows, prompt: torch.Tensor, work: Work, limits: dict, batch: int = 100) -> dict:
-    """How well the labels after the prompts (N,) are predicted, and how many experts run for a decoded token."""
-    exact, right, scored, loss, steps, run = 0, 0, 0, 0.0, 0, 0
-    for length in prompt.unique().tolist():
-        for places in (prompt == length).nonzero()[:, 0].split(batch):
-            tokens, labels = rows.tokens[places], rows.labels[places]
-            last = int(((labels != -100) * torch.arange(1, 1 + labels.shape[1])).max())
-            cache = DynamicCache()
-            with model.drop_experts(**limits) if limits else nullcontext():
-                logits = [model(input_ids=tokens[:, :length], past_key_values=cache, logits_to_keep=1).logits]
-                before = work.tokens
-                for place in range(length, last - 1):
-                    logits.append(model(input_ids=tokens[:, place : place + 1], past_key_values=cache).logits)
-                run += work.tokens - before
-            steps += len(places) * (last - 1 - length)
-            logits, targets = torch.cat(logits, dim=1), labels[:, length:last]
-            asked = targets != -100
-            hits = (logits.argmax(-1) == targets) & asked
-            exact += int((hits == asked).all(1).sum())
-            right, scored = right + int(hits.sum()), scored + int(asked.sum())
-            loss += F.cross_entropy(logits[asked].float(), targets[asked], reduction="sum").item()
+def decode(model, data: Iterable[Batch], work: Work, limits: dict) -> dict:
+    """How well what is scored after the prompts is predicted, and how many experts run for a decoded token."""
+    rows, exact, right, scored, size, nats, steps, run = 0, 0, 0, 0, 0, 0.0, 0, 0
+    for batch in data:
+        tokens, length = batch.tokens, batch.prompt
+        cache = DynamicCache()
+        with model.drop_experts(**limits) if limits else nullcontext():
+            logits = [model(input_ids=tokens[:, :length], past_key_values=cache, logits_to_keep=1).logits]
+            before = work.tokens
+            for place in range(length, tokens.shape[1] - 1):
+                logits.append(model(input_ids=tokens[:, place : place + 1], past_key_values=cache).logits)
+            run += work.tokens - before
+        steps += len(tokens) * (tokens.shape[1] - 1 - length)
+        logits, targets, asked = torch.cat(logits, dim=1), tokens[:, length:], batch.scored[:, length:]
+        hits = (logits.argmax(-1) == targets) & asked
+        rows, exact = rows + len(tokens), exact + int((hits == asked).all(1).sum())
+        right, scored = right + int(hits.sum()), scored + int(asked.sum())
+        size += int(batch.bytes[:, length:].sum())
+        nats += F.cross_entropy(logits[asked].float(), targets[asked], reduction="sum").item()
     return {
-        "exact": 100 * exact / len(rows),
+        "exact": 100 * exact / rows,
         "token": 100 * right / scored,
-        "bits_per_token": loss / scored / math.log(2),
+        "bits_per_byte": nats / size / math.log(2),
         "experts_per_token": run / steps,
-        "n": len(rows),
+        "n": rows,
     }
-
-
-def before_first_answer(rows: Rows) -> torch.Tensor:
-    return (rows.labels != -100).int().argmax(1)
-
-
-def sequences(one: Set, items: int, blocks: int) -> dict[str, tuple[Rows, torch.Tensor]]:
-    """What is decoded, with the lengths of its prompts."""
-    test = one.data.rows["test"]
-    parts = {name: test[name][:items] for name in ("math", "lang", "three")}
-    chosen = {name: (rows, before_first_answer(rows)) for name, rows in parts.items()}
-    chosen["three_code"] = test["three_code"][:items], chosen["three"][1]
-    for name in ("text_blocks", "code_blocks", "switching"):
-        rows = test[name][: blocks * (1 + (name == "switching"))]
-        chosen[name] = rows, rows.prompt
-    return chosen
 
 
 def settings(experts: int) -> list[tuple[str, dict]]:
@@ -132,43 +182,46 @@ def settings(experts: int) -> list[tuple[str, dict]]:
     limits = [{"max_active_experts": k} for k in range(experts)] + [{"expert_threshold": t} for t in (0.05, 0.1, 0.2)]
     others = [{"max_active_experts": k} for k in range(1, experts)] + [{"expert_threshold": 0.1}]
     rows = [(ours, {}), *((ours, limit) for limit in limits)]
-    return rows + [(gates, limit) for gates in (*LAST, PROMPT) if gates != ours for limit in others]
+    return rows + [(gates, limit) for gates in (*LAST, OF_PROMPT) if gates != ours for limit in others]
+
+
+def trained(plan: Plan, number: int, method: str) -> Study:
+    """The study's first part on one of its sets.
+
+    Raises:
+        SystemExit: If the method, or what it is made of, is not there.
+    """
+    studies = plan.studies(plan.preset.parts[0])
+    if not 0 <= number < len(studies):
+        raise SystemExit(f"The preset has {len(studies)} sets, counted from 0; there is no set {number}.")
+    study = studies[number]
+    files = [study.set.model_job(name).keeps[0] for name in ("seed", *study.experts)]
+    done = plan.store.has(study.name(method, "test"))
+    if not done or not all(path.exists() for path in [*files, study.weights(method, study.best(method))]):
+        raise SystemExit(
+            f"The models of set {number} or the trained weights of {method!r} are not in {plan.store.folder}: "
+            "run `python -m benchmarks.replicate` first."
+        )
+    return study
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     set_up(threads=1)
-    preset = PRESETS[arguments.preset]
-    store = Store(folder_of(Path(arguments.cache_dir), preset, "cpu"))
-    one = Set(preset, arguments.set_number, store, "cpu")
-    if not store.has(one.name("main", arguments.method, "test")):
-        raise SystemExit(
-            f"There is no trained {arguments.method!r} in {store.folder}: run `python -m benchmarks.replicate` first."
-        )
-    model = one.chosen(one.main, arguments.method)
+    preset, cache = PRESETS[arguments.preset], Path(arguments.cache_dir)
+    study = trained(Plan(preset, cache), arguments.set_number, arguments.method)
+    model = study.chosen(arguments.method)
     work = Work(model)
-    parts = sequences(one, arguments.items, arguments.blocks)
+    parts = batches(Material(cache, replace(preset, test=arguments.documents)).test)
     results = []
-    todo = [(gates, limits, name) for gates, limits in settings(len(EXPERTS)) for name in parts]
+    todo = [(gates, limits, name) for gates, limits in settings(len(study.experts)) for name in parts]
     for gates, limits, name in tqdm(todo, unit="measurement"):
         with deciding(gates):
-            results.append({"gates": gates, **limits, "data": name, **decode(model, *parts[name], work, limits)})
+            results.append({"gates": gates, **limits, "data": name, **decode(model, parts[name], work, limits)})
     settled = {"preset": arguments.preset, "set": arguments.set_number, "method": arguments.method}
-    write_results({**settled, "experts": EXPERTS, "rows": results}, Path(arguments.results))
-    print("Exact answers in %, or bits per token (experts per token):")
+    write_results({**settled, "experts": study.experts, "rows": results}, Path(arguments.results))
+    print("Right answers in %, or bits per byte (experts per token):")
     show(table_of(results, list(parts)), width=180)
-
-
-# What is shown of each: its title, a figure, and the figure's decimals.
-SHOWN = {
-    "math": ("arithmetic, %", "exact", 1),
-    "lang": ("translation, %", "exact", 1),
-    "text_blocks": ("docstrings, bits", "bits_per_token", 2),
-    "code_blocks": ("code, bits", "bits_per_token", 2),
-    "switching": ("switching, bits", "bits_per_token", 2),
-    "three": ("three at once, %", "exact", 1),
-    "three_code": ("its code, bits", "bits_per_token", 2),
-}
 
 
 def table_of(results: list[dict], names: list[str]) -> str:

@@ -2,12 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from benchmarks import dropping as benchmark
-from benchmarks.replication.data import Rows
+from benchmarks.study.tokens import Sequences
 from peft_bts import StitchConfig, trace_gates
 from tests.helpers.models import IDS, LEFT, adapter_file, assert_near, both, fresh, logits, stitch
 from tests.helpers.reference import reference_forward
@@ -405,19 +406,41 @@ def test_compiled():
 # --- benchmarks/dropping.py -----------------------------------------------------------------------------------------
 
 
+def sequences_of(tokens, prompt):
+    """Every token a byte, the prompt not scored."""
+    kinds = np.where(np.arange(tokens.shape[1]) < prompt, -1, 0).astype(np.int16)
+    starts = tokens.shape[1] * np.arange(len(tokens) + 1)
+    return Sequences(tokens.flatten().numpy(), np.tile(kinds, len(tokens)), np.ones(tokens.numel(), np.uint8), starts,
+                     np.full(len(tokens), prompt), ["answer"])  # fmt: skip
+
+
+def test_benchmark_batches_are_not_padded():
+    """Questions of one length go together; documents are cut to the shortest of their batch."""
+    lengths = [40, 20, 60, 35]
+    tokens, starts = np.arange(sum(lengths)), np.cumsum([0, *lengths])
+    kinds, sizes = np.zeros(len(tokens), np.int16), np.full(len(tokens), 2, np.uint8)
+    kinds[starts[:-1]] = -1
+    sequences = Sequences(tokens, kinds, sizes, starts, np.array([5, 5, 6, 5]), ["prose"])
+    (short, long), prompt = benchmark.text_batches(sequences, most=2), benchmark.PROMPT_TOKENS
+    assert [short.tokens.shape, long.tokens.shape] == [(2, 35), (1, 60)] and short.prompt == prompt
+    assert short.tokens[:, 0].tolist() == [starts[3], starts[0]] and short.bytes[:, :2].tolist() == [[0, 2]] * 2
+    questions = benchmark.question_batches(sequences)
+    assert [(len(one.tokens[0]), one.prompt) for one in questions] == [(20, 5), (35, 5), (40, 5), (60, 6)]
+
+
 def test_benchmark_measures_what_it_says():
     """Every way to decide runs; without limits all experts do, and "prompt" never calls an expert back."""
     model, hub, experts = three("llama", num_stitches=2)
-    labels = LONG.masked_fill(torch.arange(LONG.shape[1]) < PROMPT, -100)
-    rows, prompt = Rows(LONG, labels, torch.full((3,), PROMPT)), torch.full((3,), PROMPT)
+    batch = benchmark.question_batches(sequences_of(LONG, PROMPT))
+    assert len(batch) == 1 and torch.equal(batch[0].tokens, LONG)
     work = benchmark.Work(model)
     measured = {}
     for gates, limits in benchmark.settings(3):
         with benchmark.deciding(gates):
-            result = benchmark.decode(model, rows, prompt, work, limits)
+            result = benchmark.decode(model, batch, work, limits)
         case = (gates, *limits.items())
         measured[case] = result
-        assert result["n"] == 3 and result["bits_per_token"] > 0
+        assert result["n"] == 3 and result["bits_per_byte"] > 0
     assert measured[("last 4",)]["experts_per_token"] == 3
     assert measured["last 4", ("max_active_experts", 0)]["experts_per_token"] == 0
     assert measured["prompt", ("max_active_experts", 1)]["experts_per_token"] == 1
@@ -425,5 +448,5 @@ def test_benchmark_measures_what_it_says():
 
     want, _ = expected(model, hub, experts, LONG, None, k=1)
     right = torch.nn.functional.cross_entropy(want[:, PROMPT - 1 : -1].flatten(0, 1), LONG[:, PROMPT:].flatten())
-    got = measured["last 4", ("max_active_experts", 1)]["bits_per_token"]
+    got = measured["last 4", ("max_active_experts", 1)]["bits_per_byte"]
     assert got == pytest.approx(right.item() / torch.tensor(2.0).log().item(), rel=1e-5)
