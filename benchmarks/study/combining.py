@@ -247,7 +247,7 @@ class Study:
     def answers(self, method: str, language: str) -> dict[str, Any]:
         """chrF of greedy translations, asked alone, by item."""
         built, tokenizer = self.chosen(method), self.set.material.tokenizer
-        sequences = self.set.material.test[f"alone/{language}"]
+        sequences = self.set.material.translations[f"alone/{language}"]
         new_stream: Callable = partial(stream_of, built)
         written = greedy(new_stream, prompts_of(sequences), tokenizer.eos_token_id, self.name(method, language),
                          self.set.device)  # fmt: skip

@@ -74,17 +74,22 @@ class Material:
 
     @cached_property
     def test(self) -> Tests:
-        """Text, mixed text, and all questions, asked alone."""
+        """Text, mixed text, and questions that have one right answer, asked alone."""
         count = self.preset.test
         tests = self._documents("test", count)
         for kind in MIXED:
             part = self.corpora.mixed[kind] if count is None else take(self.corpora.mixed[kind], count)
             tests[f"mixed/{kind}"] = document_sequences(self.tokenizer, part)
-        for task in (*TASKS, CROSS):
-            items = self.corpora.items["test"][task]
-            items = items if count is None else take(items, count)
-            tests[f"alone/{task}"] = item_sequences(self.tokenizer, items)
-        return tests
+        asked = [task for task in TASKS if TASKS[task].metric == "exact"]
+        return tests | {f"alone/{task}": self._questions(task) for task in (*asked, CROSS)}
+
+    @cached_property
+    def translations(self) -> Tests:
+        """What is to be translated, with one translation of it."""
+        return {f"alone/{task}": self._questions(task) for task in TASKS if TASKS[task].metric == "chrf"}
+
+    def _questions(self, task: str) -> Sequences:
+        return item_sequences(self.tokenizer, take(self.corpora.items["test"][task], self.preset.asked))
 
     @cached_property
     def prompted(self) -> Tests:

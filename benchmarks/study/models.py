@@ -39,7 +39,7 @@ SIZES = {
 BATCH = 1024 // LENGTH  # blocks in a step
 LORA_RANK = 16
 # An expert has learned its domain where its bits per byte are at most this share of its seed's, on validation text.
-LEARNED = {"python": 0.97, "javascript": 0.97, "french": 0.9, "german": 0.9, "maths": 0.7}
+LEARNED = {"python": 0.97, "javascript": 0.97, "french": 0.9, "german": 0.9, "maths": 0.25}
 TRIES = 3
 
 

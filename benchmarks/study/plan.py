@@ -1,5 +1,6 @@
 """All pieces of work of a preset, in the order in which they are done."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,10 +46,12 @@ class Plan:
             found[key] = replace(before, methods=methods, sets=max(before.sets, part.sets))
         return found
 
-    def jobs_of(self, part: Part) -> list[Job]:
-        """Of one part, with all that it needs before it."""
+    def jobs_of(self, part: Part, numbers: Collection[int] | None = None) -> list[Job]:
+        """Of one part, with all that it needs before it; on all of its sets, or on those of these numbers."""
         jobs: dict[str, Job] = {}
         for study in self.studies(part):
+            if numbers is not None and study.set.number not in numbers:
+                continue
             more = [study.set.tests_job, *study.set.model_jobs(study.experts, part.lora)]
             more += study.jobs()
             if part.kind == "prompts":  # of methods that another part has trained, or else it trains them
@@ -61,5 +64,8 @@ class Plan:
         return list(jobs.values())
 
     def jobs(self) -> list[Job]:
-        """Every piece once, part by part; what a piece needs comes before it."""
-        return list({job.name: job for part in self.preset.parts for job in self.jobs_of(part)}.values())
+        """Every piece once, in the order of the preset; what a piece needs comes before it."""
+        first = self.preset.parts[: self.preset.together]
+        rounds = [(part, [number]) for number in range(max(part.sets for part in first)) for part in first]
+        rounds += [(part, None) for part in self.preset.parts[self.preset.together :]]
+        return list({job.name: job for part, numbers in rounds for job in self.jobs_of(part, numbers)}.values())

@@ -60,7 +60,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of one run. `parts` are done in their order, each for all of its sets before the next.
+    """Sizes of one run. `parts` are done in their order, each for all of its sets before the next; but the first
+    `together` of them, which the verdict hangs on, set by set, so that a run that ends early has whole sets.
 
     Attributes:
         tries: How often an expert is trained at most until it has learned its domain.
@@ -68,12 +69,14 @@ class Preset:
             that did best there, on average, on validation text.
         rates: How many rates are tried: 3, or 1, the middle one.
         validation: Documents of each domain, and half as many items, on which learning rates are chosen.
-        test: The same for tests; `None`: all.
+        test: The same for tests, of mixed documents as many; `None`: all.
+        asked: Items of each task that are asked without examples.
         prompted: Items of each task that are asked behind four examples in the part "prompts".
         prompt_length: Tokens that such a question may take.
     """
 
     parts: tuple[Part, ...]
+    together: int = 2
     stages: dict[str, Stage] = field(default_factory=lambda: dict(STAGES))
     tries: int = TRIES
     steps: int = 300
@@ -83,8 +86,9 @@ class Preset:
     rates: int = 3
     vocabulary: int = VOCABULARY
     length_of_routing: int = 20  # epochs that the router by sequence is trained
-    validation: int = 60
-    test: int | None = None
+    validation: int = 40
+    test: int | None = 200
+    asked: int = 1000
     prompted: int = 1000
     prompt_length: int = LENGTH
     corpora: Sizes = field(default_factory=Sizes)
@@ -92,7 +96,7 @@ class Preset:
     @property
     def key(self) -> str:
         """Of everything but the parts: more of them go on where fewer ended."""
-        sizes = {name: value for name, value in asdict(self).items() if name != "parts"}
+        sizes = {name: value for name, value in asdict(self).items() if name not in ("parts", "together")}
         return hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:8]
 
     def rates_of(self, method: str) -> tuple[float, ...]:
@@ -127,7 +131,8 @@ QUICK = replace(
     rates=1,
     length_of_routing=10,
     validation=30,
-    test=150,
+    test=100,
+    asked=300,
 )
 PRESETS = {
     "quick": QUICK,
@@ -147,6 +152,7 @@ PRESETS = {
         },
         batch=16 * BATCH,
         validation=200,
+        test=None,
     ),
     # A few steps of everything: that it runs, not that it learns.
     "smoke": replace(
@@ -166,6 +172,7 @@ PRESETS = {
         length_of_routing=1,
         validation=2,
         test=4,
+        asked=4,
         prompted=2,
         prompt_length=2 * LENGTH,
     ),

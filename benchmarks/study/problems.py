@@ -23,12 +23,13 @@ def result(step: Step) -> int:
 
 
 def equation(step: Step) -> str:
-    """Written out: "34+25=9500", the result as four digits from its units on.
+    """Written out: "034+025=9500", operands filled up with zeros, the result as four digits from its units on.
 
-    So a carry is known when it is needed: small transformers learn sums sooner that way (arXiv 2307.03381).
+    So every digit stands at a fixed distance from those it depends on, and a carry is known when it is needed: small
+    transformers learn sums sooner that way (arXiv 2307.03381).
     """
     a, sign, b = step
-    return f"{a}{sign}{b}=" + f"{result(step):0{WIDTH}d}"[::-1]
+    return f"{a:03d}{sign}{b:03d}=" + f"{result(step):0{WIDTH}d}"[::-1]
 
 
 def split_of(step: Step) -> str:
@@ -42,7 +43,7 @@ def split_of(step: Step) -> str:
 # --- Levels ---------------------------------------------------------------------------------------------------------
 
 # (sign, range of a, range of b) by level, easiest first, and how often a level is drawn: who has learned the first one
-# only has 40% right, who has learned the first three, 85%.
+# only has 30% right, who has learned all but products, 80%.
 LEVELS = {
     "1": [("+", (10, 999), (1, 9)), ("-", (10, 999), (1, 9))],
     "2": [("+", (10, 99), (10, 99)), ("-", (10, 99), (10, 99))],
@@ -50,7 +51,7 @@ LEVELS = {
     "4": [("+", (100, 999), (100, 999)), ("-", (100, 999), (100, 999))],
     "5": [("*", (10, 199), (2, 9))],
 }
-SHARES = {"1": 0.4, "2": 0.3, "3": 0.15, "4": 0.1, "5": 0.05}
+SHARES = {"1": 0.3, "2": 0.25, "3": 0.15, "4": 0.1, "5": 0.2}
 
 
 def draw_step(rng: random.Random, level: str, split: str) -> Step:

@@ -129,7 +129,9 @@ def method_row(table: Table, name: str) -> dict[str, Any]:
 
 def task_row(table: Table, name: str, task: str) -> dict[str, Any]:
     """Right answers in percent, alone and behind four examples; chrF of translations. What is not done is left out."""
-    row = {"alone": spread(table.values(name, [f"alone/{task}"], "exact"))}
+    row = {}
+    if f"alone/{task}" in table.sizes:
+        row["alone"] = spread(table.values(name, [f"alone/{task}"], "exact"))
     if table.sets(name, "four"):
         row["four"] = spread(table.values(name, [f"four/{task}"], "exact", "four"))
     if sets := table.sets(name, f"answers_{task}"):

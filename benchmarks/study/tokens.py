@@ -213,11 +213,11 @@ def item_sequences(
 
     Args:
         examples: Items of which four are shown, solved, before each item. They are drawn for each item, but are the
-            same for all methods; where no draw of 20 fits `length` tokens, they are the four shortest. Without any,
-            items are asked alone.
+            same for all methods; where no draw of 20 fits `length` tokens, they are the four shortest, or as many of
+            these as do fit. Without any, items are asked alone.
 
     Raises:
-        ValueError: If not even the shortest examples fit.
+        ValueError: If not even the shortest example fits.
     """
     rng, rows, end = random.Random(seed), [], [tokenizer.eos_token_id]
 
@@ -229,10 +229,11 @@ def item_sequences(
     for item in items:
         asked, said = encoded(item)
         said = said + end if item.ends else said
-        draws = [*(rng.sample(solved, EXAMPLES) for _ in range(20)), solved[:EXAMPLES]] if solved else [[]]
+        shortest = [solved[:count] for count in range(EXAMPLES, 0, -1)]
+        draws = [*(rng.sample(solved, EXAMPLES) for _ in range(20)), *shortest] if solved else [[]]
         given = ([token for one in shown for token in one] + asked for shown in draws)
         fitting = next((tokens for tokens in given if len(tokens) + len(said) <= length), None)
         if fitting is None:
-            raise ValueError(f"with {EXAMPLES} examples, this item takes more than {length} tokens: {item}")
+            raise ValueError(f"with an example, this item takes more than {length} tokens: {item}")
         rows.append(([(GIVEN, fitting), ("answer", said)], len(fitting)))
     return _sequences(tokenizer, rows)

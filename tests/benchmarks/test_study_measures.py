@@ -60,7 +60,10 @@ def test_examples_that_fit_are_found_or_missed(tokenizer):
     shown = [long] * 100 + [Item(f"{i}=", "3") for i in range(4)]
     tokens = study_tokens.item_sequences(tokenizer, items, shown, length=40).tokens
     assert tokenizer.decode(tokens).count("3") >= 4
-    with pytest.raises(ValueError, match=r"with 4 examples, this item takes more than 40 tokens: .*1\+1="):
+    three = [long, *shown[-3:]]  # the four shortest are too long, three of them are not
+    tokens = study_tokens.item_sequences(tokenizer, items, three, length=40).tokens
+    assert tokenizer.decode(tokens).count(study_tokens.END) == 3 + 2
+    with pytest.raises(ValueError, match=r"with an example, this item takes more than 40 tokens: .*1\+1="):
         study_tokens.item_sequences(tokenizer, items, [long] * 10, length=40)
 
 
