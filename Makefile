@@ -9,16 +9,13 @@ VLLM := .venv-vllm
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart replicate study bench test test-all test-lowest test-newest test-vllm lint format docs clean
+.PHONY: quickstart replicate bench test test-all test-lowest test-newest test-vllm lint format docs clean
 
 quickstart: $(PACKAGE)
 	$(VENV)/bin/python examples/quickstart.py $(ARGS)
 
 replicate: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.replicate $(ARGS)
-
-study: $(STAMP)
-	$(VENV)/bin/python -m benchmarks.study.run $(ARGS)
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.speed $(ARGS)

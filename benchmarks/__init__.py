@@ -1,6 +1,6 @@
 """What the figures in the documentation come from. Run from the repository's root: `python -m benchmarks.speed`.
 
-replicate.py  the paper's study, re-run at a small size; replication/ is its library
+replicate.py  the paper's study on real text, at a small size; replication/ is its library
 speed.py      what stitching costs, in ratios to the same models without; speed_parts/ is its library
 options.py    what each option of `StitchConfig` does to quality, weights and time
 gates.py      whom the quickstart's stitches listen to

@@ -28,13 +28,13 @@ from transformers import DynamicCache, HfArgumentParser
 from peft_bts.inference import dropping
 
 from .measuring import set_up
+from .replication.methods.registry import TRAINED, is_ours
+from .replication.tokens.sequences import Sequences
+from .replication.work.combining import Study
+from .replication.work.material import Material
+from .replication.work.plan import Plan
+from .replication.work.presets import PRESETS
 from .reporting import show, table, write_results
-from .study.combining import Study
-from .study.material import Material
-from .study.methods import TRAINED, is_ours
-from .study.plan import Plan
-from .study.presets import PRESETS
-from .study.tokens import Sequences
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Arguments:
         metadata={"help": "which of its stitched models", "choices": [name for name in TRAINED if is_ours(name)]},
     )
     documents: int = field(default=150, metadata={"help": "at most so many of every kind; short ones are more"})
-    cache_dir: str = ".cache/study"
+    cache_dir: str = ".cache/replicate"
     results: str = "benchmarks/results/dropping.json"
 
 
@@ -61,6 +61,7 @@ SHOWN = {
     "mixed/pages": ("pages, bits", "bits_per_byte", 3),
 }
 PROMPT_TOKENS = 16  # of text without a question
+SHORTEST = 24  # tokens that it must have, to be decoded at all
 
 # Which gates decide.
 LAST = {f"last {tokens}": tokens for tokens in (1, dropping.RECENT, 16)}
@@ -124,9 +125,9 @@ def question_batches(sequences: Sequences, most: int = 100) -> list[Batch]:
 
 
 def text_batches(sequences: Sequences, most: int = 50) -> list[Batch]:
-    """Documents of like lengths, cut to the shortest of their batch; those of less than two prompts are left out."""
+    """Documents of like lengths, cut to the shortest of their batch; those that are too short are left out."""
     lengths = np.diff(sequences.starts)
-    order = [int(place) for place in lengths.argsort(kind="stable") if lengths[place] >= 2 * PROMPT_TOKENS]
+    order = [int(place) for place in lengths.argsort(kind="stable") if lengths[place] >= SHORTEST]
     parts = [order[i : i + most] for i in range(0, len(order), most)]
     return [batch_of(sequences, places, PROMPT_TOKENS, int(lengths[places[0]])) for places in parts]
 
@@ -212,7 +213,8 @@ def main() -> None:
     study = trained(Plan(preset, cache), arguments.set_number, arguments.method)
     model = study.chosen(arguments.method)
     work = Work(model)
-    parts = batches(Material(cache, replace(preset, test=arguments.documents)).test)
+    sizes = replace(preset, test=arguments.documents, asked=arguments.documents)
+    parts = batches(Material(cache, sizes).test)
     results = []
     todo = [(gates, limits, name) for gates, limits in settings(len(study.experts)) for name in parts]
     for gates, limits, name in tqdm(todo, unit="measurement"):

@@ -16,6 +16,7 @@ PUBLISHED = [
     "docs/*.css",
     "docs/**/*.png",
     "benchmarks/README.md",
+    "benchmarks/replication/README.md",
     "benchmarks/results/**/*.*",
     "examples/**/*.*",
     "recipes/*.yaml",

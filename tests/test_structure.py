@@ -74,7 +74,7 @@ def test_no_circle():
 def test_no_circle_among_benchmarks():
     files = files_of(PACKAGE.parent / "benchmarks")
     graph = {module: imports(module, files) for module in files}
-    assert "benchmarks.study.building" in graph["benchmarks.study.loading"]
+    assert "benchmarks.replication.text.building" in graph["benchmarks.replication.text.loading"]
     TopologicalSorter(graph).prepare()
 
 

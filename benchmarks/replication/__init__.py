@@ -1,17 +1,10 @@
-"""The paper's study at a size that fits, as a small library. `benchmarks/replicate.py` runs it.
+"""The study on real text that `benchmarks/replicate.py` runs; README.md says what there is and why.
 
-presets.py     how large everything is: quick, full, gpu, smoke
-data.py        domains, tasks, sequences that switch domain: tokens for training, validation and test
-training.py    the one training loop
-mixtures.py    BTX and BAM: models with a mixture of experts inside
-ensembles.py   soup, BTM, expert routing: several whole models, nothing (or one small router) trained
-methods.py     every compared method by name: how it is built, and what of it is trained
-evaluation.py  losses, accuracies and exact matches of anything that predicts tokens
-cost.py        parameters, time, memory and FLOPs of a training step
-jobs.py        work in pieces: each writes one result file, and is skipped where that file exists
-studies.py     which pieces there are: the main table, cross capability, removal, addition, gates
-summary.py     from the pieces of all sets to one results file
-claims.py      the paper's claims, and the verdict on each
-report.py      the results file as Markdown
-figures.py     the report's plots
+text/        real text: pinned sources, splits, tasks, corpora
+tokens/      tokenizer, training blocks, sequences to be scored
+measures/    losses, answers, oracles, intervals
+branching/   seeds and experts, and the loop that trains everything
+methods/     every way to combine them, by name
+work/        pieces of work, from presets to the plan of all of them
+reporting/   from pieces to a results file, verdicts and a page
 """

@@ -8,7 +8,7 @@ import zipfile
 
 import polib
 
-from benchmarks.study.corpora import Sizes
+from benchmarks.replication.text.corpora import Sizes
 
 
 # What is made of them.

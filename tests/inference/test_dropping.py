@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from benchmarks import dropping as benchmark
-from benchmarks.study.tokens import Sequences
+from benchmarks.replication.tokens.sequences import Sequences
 from peft_bts import StitchConfig, trace_gates
 from tests.helpers.models import IDS, LEFT, adapter_file, assert_near, both, fresh, logits, stitch
 from tests.helpers.reference import reference_forward

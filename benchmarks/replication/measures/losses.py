@@ -1,0 +1,88 @@
+"""Every token's loss under every model, computed once and kept; bits per byte and much else come from these files."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..tokens.sequences import Sequences
+
+
+Predictor = Callable[[Tensor, Tensor], Tensor]  # tokens (B, T), prompt lengths (B,) -> logits or log p (B, T, V)
+
+
+@dataclass
+class Losses:
+    """Of each token of some sequences: its loss in nats (total,) float32, and whether it was the likeliest (total,).
+
+    Nothing predicts the token that opens a sequence: its loss is 0.
+    """
+
+    nats: np.ndarray
+    hits: np.ndarray
+
+
+@torch.no_grad()
+def score(predict: Predictor, sequences: Sequences, desc: str, batch: int = 64) -> Losses:
+    """The losses of anything that predicts tokens. Sequences of like lengths go together, padded on the right."""
+    nats, hits = np.zeros(len(sequences.tokens), np.float32), np.zeros(len(sequences.tokens), bool)
+    lengths = np.diff(sequences.starts)
+    for rows in tqdm(
+        np.array_split(lengths.argsort(kind="stable"), -(-len(lengths) // batch)), desc=desc, leave=False
+    ):
+        tokens = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
+        for place, row in enumerate(rows):
+            tokens[place, : lengths[row]] = torch.from_numpy(
+                sequences.tokens[sequences.starts[row] : sequences.starts[row + 1]]
+            )
+        logits = predict(tokens, torch.from_numpy(sequences.prompt[rows]))[:, :-1].float()
+        targets = tokens[:, 1:].to(logits.device)
+        loss = logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        right = logits.argmax(-1) == targets
+        for place, row in enumerate(rows):
+            here = slice(sequences.starts[row] + 1, sequences.starts[row + 1])
+            nats[here] = loss[place, : lengths[row] - 1].cpu().numpy()
+            hits[here] = right[place, : lengths[row] - 1].cpu().numpy()
+    return Losses(nats, hits)
+
+
+def stored(path: Path, sequences: Sequences, make: Callable[[], Losses]) -> Losses:
+    """Losses from the file `path`, or made and kept there.
+
+    Raises:
+        ValueError: If the file is of other sequences.
+    """
+    if not path.exists():
+        losses = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"unfinished-{path.name}")
+        np.savez_compressed(unfinished, tokens=sequences.tokens, nats=losses.nats, hits=losses.hits)
+        unfinished.replace(path)
+    with np.load(path) as file:
+        if not np.array_equal(file["tokens"], sequences.tokens):
+            raise ValueError(
+                f"{path} holds losses of {len(file['tokens'])} other tokens than the {len(sequences.tokens)} that are "
+                "asked for: text or tokenizer have changed. Delete the folder, and they are computed anew."
+            )
+        return Losses(file["nats"], file["hits"])
+
+
+# --- What comes of them ---------------------------------------------------------------------------------------------
+
+
+def bits_per_byte(nats: np.ndarray, sequences: Sequences, kind: str | None = None) -> float:
+    """All scored nats (total,) in bits, over the UTF-8 bytes that they are of; or those of one kind of text."""
+    return float(sequences.sums(nats, kind).sum() / math.log(2) / sequences.sums(sequences.bytes, kind).sum())
+
+
+def exact(hits: np.ndarray, sequences: Sequences) -> np.ndarray:
+    """Which sequences are right to the letter, (N,): those that greedy decoding answers so.
+
+    Up to its first mistake, decoding sees the tokens of the right answer.
+    """
+    return sequences.sums(~hits) == 0

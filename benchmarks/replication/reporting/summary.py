@@ -1,0 +1,163 @@
+"""From the pieces of all sets to one results file: figures with their spreads, paired differences, verdicts."""
+
+import platform
+from collections.abc import Iterable
+from statistics import mean, stdev
+from typing import Any
+
+from ...reporting import commit, environment
+from ..branching.models import EXPERTS
+from ..methods.registry import ORACLES, TRAINED
+from ..text.tasks import CROSS, TASKS
+from ..work.jobs import pending
+from ..work.plan import Plan
+from ..work.presets import SHARES
+from .claims import claims, paired_rows, targets
+from .tables import EXACT, MIXED_TEXT, ON, TEXT, Table
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Mean and standard deviation over independent sets; `sd` is `None` for a single set."""
+    values = list(values)
+    return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None, "n": len(values), "values": values}
+
+
+def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
+    """Everything that was found out, ready for JSON. What is not finished is left out.
+
+    Raises:
+        SystemExit: If no method of the first part has been tested on any set.
+    """
+    tables = {key: Table(plan, part) for key, part in plan.tables().items()}
+    size = plan.preset.parts[0].size
+    main = tables[size, "main"]
+    if not plan.store.has("tests") or not main.methods:
+        raise SystemExit("There is nothing to report yet: no method has been tested.")
+    cross = {
+        str(table.part.items): {name: cross_method(table, name) for name in table.methods}
+        for (of, _), table in tables.items()
+        if of == size and table.part.kind == "cross" and table.methods
+    }
+    first_cross = next((table for (of, _), table in tables.items() if of == size and table.part.kind == "cross"), None)
+    results = {
+        "preset": preset_name,
+        "sets": len(main.sets("seed")),
+        **origin(plan),
+        "trained": trainings(plan, main),
+        "methods": {name: method_row(main, name) for name in main.methods},
+        "cross": cross,
+        "lora": of_table(tables.get((size, "main_lora"))),
+        "sizes": {of: of_table(table) for (of, name), table in tables.items() if name == "main"},
+        "cost": read(plan, main.studies[0].name("cost")),
+    }
+    results["paired"] = paired_rows(main, first_cross)
+    results["claims"] = claims(main, first_cross)
+    results["targets"] = targets(results)
+    return results
+
+
+def read(plan: Plan, name: str) -> dict[str, Any]:
+    return plan.store.read(name) if plan.store.has(name) else {}
+
+
+def origin(plan: Plan) -> dict[str, Any]:
+    """The machine, the versions and the commit; how much is done, and how long it took; the settings."""
+    jobs, preset = plan.jobs(), plan.preset
+    finished = [plan.store.read(job.name) for job in jobs if plan.store.has(job.name)]
+    return {
+        **environment(plan.device),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "pieces": {"done": len(jobs) - len(pending(jobs, plan.store)), "all": len(jobs)},
+        "commits": sorted({result["commit"] for result in finished}),  # that the pieces were made by
+        "core_minutes": sum(result["cpu_seconds"] for result in finished) / 60,
+        "settings": {
+            "size": preset.parts[0].size, "steps": preset.steps, "cross_steps": preset.cross_steps,
+            "batch": preset.batch, "tuned_sets": preset.tuned_sets, "rates": preset.rates,
+            "stages": {name: [stage.steps, stage.learning_rate] for name, stage in preset.stages.items()},
+            "parts": {part.name: part.sets for part in preset.parts},
+        },
+    }  # fmt: skip
+
+
+def trainings(plan: Plan, table: Table) -> dict[str, Any]:
+    """Of every expert: its bits per byte over its seed's, how often it was trained, and how many have learned."""
+    found = {}
+    for name in EXPERTS:
+        jobs = [study.set.model_job(name, table.part.lora).name for study in table.studies]
+        results = [plan.store.read(job) for job in jobs if plan.store.has(job)]
+        if results:
+            found[name] = {
+                "to_seed": spread(result["tries"][-1] / result["seed"] for result in results),
+                "trainings": [len(result["tries"]) for result in results],
+                "learned": sum(result["learned"] for result in results),
+            }
+    return found
+
+
+def of_table(table: Table | None) -> dict[str, Any]:
+    return {name: method_row(table, name) for name in table.methods} if table else {}
+
+
+def method_row(table: Table, name: str) -> dict[str, Any]:
+    """Bits per byte and scores of one method; oracles have no scores."""
+    row: dict[str, Any] = {
+        "bits_per_byte": {
+            on: spread(table.values(name, ON[on], "bits_per_byte")) for on in ("average", "mixed")
+        },
+        "domains": {
+            test.partition("/")[2]: {"bits_per_byte": spread(table.values(name, [test], "bits_per_byte"))}
+            for test in TEXT
+        },
+        "mixed": {
+            test.partition("/")[2]: {"bits_per_byte": spread(table.values(name, [test], "bits_per_byte"))}
+            for test in MIXED_TEXT
+        },
+    }  # fmt: skip
+    if name in ORACLES:
+        return row
+    row["average"] = spread(table.values(name, EXACT, "exact"))
+    row["tasks"] = {task: task_row(table, name, task) for task in (*TASKS, CROSS)}
+    piece = next(piece for study in table.studies if (piece := table.piece(study, name)))
+    row |= {f"{kind}_parameters": count for kind, count in piece["parameters"].items()}
+    if name in TRAINED:
+        pieces = [table.piece(table.studies[number], name) for number in table.sets(name)]
+        row["learning_rates"] = [piece["learning_rate"] for piece in pieces if piece]
+        row["curve"] = curve(table, name)
+    return row
+
+
+def task_row(table: Table, name: str, task: str) -> dict[str, Any]:
+    """Right answers in percent, alone and behind four examples; chrF of translations. What is not done is left out."""
+    row = {}
+    if f"alone/{task}" in table.sizes:
+        row["alone"] = spread(table.values(name, [f"alone/{task}"], "exact"))
+    if table.sets(name, "four"):
+        row["four"] = spread(table.values(name, [f"four/{task}"], "exact", "four"))
+    if sets := table.sets(name, f"answers_{task}"):
+        pieces = [table.piece(table.studies[number], name, f"answers_{task}") for number in sets]
+        row["chrf"] = spread(mean(piece["chrf"]) for piece in pieces if piece)
+    return row
+
+
+def curve(table: Table, name: str) -> dict[str, Any]:
+    """Bits per byte on validation text by share of the steps, of the trial that was tested."""
+    found: dict[str, list[float]] = {}
+    for number in table.sets(name):
+        study = table.studies[number]
+        result = table.plan.store.read(study.name(name, study.best(name)))["curve"]
+        for share in (f"{share:g}" for share in SHARES):
+            if share in result:
+                found.setdefault(share, []).append(result[share]["average"])
+    return {share: spread(values) for share, values in found.items()}
+
+
+def cross_method(table: Table, name: str) -> dict[str, Any]:
+    test = f"alone/{CROSS}"
+    piece = next(piece for study in table.studies if (piece := table.piece(study, name)))
+    row = {
+        "average": spread(table.values(name, [test], "exact")),
+        "bits_per_byte": spread(table.values(name, [test], "bits_per_byte")),
+        "trained_parameters": piece["parameters"]["trained"],
+    }
+    return row | ({"curve": curve(table, name)} if name in TRAINED else {})

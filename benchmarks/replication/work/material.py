@@ -1,0 +1,155 @@
+"""What a study's models are trained on and tested on, in tokens, by name.
+
+Tests are called "text/python", "mixed/pages", "alone/sums" (a question without examples) and "four/sums" (behind four
+solved ones).
+"""
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..branching.training import autocast, device_of
+from ..measures.losses import Losses, Predictor, bits_per_byte, exact, score
+from ..methods.builders import Method
+from ..text.building import switches
+from ..text.corpora import MIXED
+from ..text.loading import load_corpora
+from ..text.problems import document
+from ..text.tasks import CROSS, TASKS, take
+from ..tokens.sequences import (
+    Sequences,
+    document_sequences,
+    item_sequences,
+    load_tokenizer,
+    make_blocks,
+    training_blocks,
+)
+from .presets import Preset
+
+
+SWITCHES = "switches"
+ANSWERED = ("alone", "four")  # tests whose answers are right or wrong
+Tests = dict[str, Sequences]
+
+
+class Material:
+    """The corpora of a preset, cut to its sizes; everything is made when it is first asked for."""
+
+    def __init__(self, cache: Path, preset: Preset) -> None:
+        self.cache, self.preset = cache, preset
+
+    @cached_property
+    def corpora(self):
+        return load_corpora(self.cache, self.preset.corpora)
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.cache, self.corpora, self.preset.vocabulary)
+
+    def blocks(self, order: int) -> dict[str, torch.Tensor]:
+        """Blocks (N, 2, T) of int16 by domain, of the cross task ("french_stories", "french_stories/200" and so on),
+        and of documents that switch domain ("switches"); `order` decides the order of documents."""
+        train = self.corpora.documents["train"]
+        blocks = training_blocks(self.tokenizer, self.corpora, order)
+        some = {domain: take(documents, self.preset.steps * self.preset.batch) for domain, documents in train.items()}
+        made = switches(some, 2 * self.preset.steps * self.preset.batch)
+        blocks[SWITCHES] = make_blocks(self.tokenizer, made, SWITCHES, order)
+        items = [document(item) for item in self.corpora.items["train"][CROSS]]
+        for count in {len(items), min(200, len(items))}:
+            blocks[cross_blocks(count)] = make_blocks(self.tokenizer, items[:count], CROSS, order)
+        return {name: part.short() for name, part in blocks.items()}
+
+    def _documents(self, split: str, count: int | None) -> Tests:
+        found = {}
+        for domain, documents in self.corpora.documents[split].items():
+            # Short documents are more than others.
+            ratio = self.preset.corpora.held_out(split, domain) // self.preset.corpora.documents[split]
+            part = documents if count is None else take(documents, ratio * count)
+            found[f"text/{domain}"] = document_sequences(self.tokenizer, part)
+        return found
+
+    @cached_property
+    def validation(self) -> Tests:
+        """Text of each domain, and questions of the cross task, on which learning rates are chosen."""
+        items = take(self.corpora.items["validation"][CROSS], 2 * self.preset.validation)
+        tests = self._documents("validation", self.preset.validation)
+        return tests | {f"alone/{CROSS}": item_sequences(self.tokenizer, items)}
+
+    @cached_property
+    def test(self) -> Tests:
+        """Text, mixed text, and questions that have one right answer, asked alone."""
+        count = self.preset.test
+        tests = self._documents("test", count)
+        for kind in MIXED:
+            part = self.corpora.mixed[kind] if count is None else take(self.corpora.mixed[kind], count)
+            tests[f"mixed/{kind}"] = document_sequences(self.tokenizer, part)
+        asked = [task for task in TASKS if TASKS[task].metric == "exact"]
+        return tests | {f"alone/{task}": self._questions(task) for task in (*asked, CROSS)}
+
+    @cached_property
+    def translations(self) -> Tests:
+        """What is to be translated, with one translation of it."""
+        return {f"alone/{task}": self._questions(task) for task in TASKS if TASKS[task].metric == "chrf"}
+
+    def _questions(self, task: str) -> Sequences:
+        return item_sequences(self.tokenizer, take(self.corpora.items["test"][task], self.preset.asked))
+
+    @cached_property
+    def prompted(self) -> Tests:
+        """All questions behind four solved examples."""
+        return {
+            f"four/{task}": item_sequences(
+                self.tokenizer,
+                take(self.corpora.items["test"][task], self.preset.prompted),
+                self.corpora.items["examples"][task],
+                length=self.preset.prompt_length,
+            )
+            for task in (*TASKS, CROSS)
+        }
+
+
+def cross_blocks(items: int) -> str:
+    return f"{CROSS}/{items}"
+
+
+# --- Measuring ------------------------------------------------------------------------------------------------------
+
+
+def predictor_of(method: Method) -> Predictor:
+    """Logits of a model, as `losses.score` wants them; ensembles are predictors already."""
+    if not isinstance(method, nn.Module):
+        return method
+    device = device_of(method)
+
+    def predict(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        with autocast(device):
+            return method(input_ids=tokens.to(device), use_cache=False).logits
+
+    return predict
+
+
+def measure(predict: Predictor, tests: Tests) -> dict[str, Losses]:
+    # BTM holds the distributions of six models at once.
+    return {name: score(predict, sequences, name, batch=16) for name, sequences in tests.items()}
+
+
+def by_document(name: str, losses: Losses, sequences: Sequences) -> dict[str, object]:
+    """What is kept of a test: each document's nats, and, of questions, whether each is right, as "0110..."."""
+    kept: dict[str, object] = {"nats": [round(float(nats), 3) for nats in sequences.sums(losses.nats)]}
+    if name.startswith(ANSWERED):
+        kept["right"] = "".join("01"[int(right)] for right in exact(losses.hits, sequences))
+    return kept
+
+
+def sizes_of(tests: Tests) -> dict[str, list[int]]:
+    """UTF-8 bytes of what is scored, by document."""
+    return {name: [int(size) for size in sequences.sums(sequences.bytes)] for name, sequences in tests.items()}
+
+
+def bits_of(measured: dict[str, Losses], tests: Tests, names: Iterable[str]) -> float:
+    """Bits per byte, averaged over the tests of these names."""
+    return float(np.mean([bits_per_byte(measured[name].nats, tests[name]) for name in names]))

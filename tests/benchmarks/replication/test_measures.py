@@ -1,0 +1,183 @@
+"""What is measured on the study's text: losses and oracles, answers, intervals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.replication.measures import answers, bootstrap, losses, oracles
+from benchmarks.replication.measures.answers import BTMStream, Stream
+from benchmarks.replication.text.documents import Document, Item
+from benchmarks.replication.tokens.sequences import document_sequences, item_sequences
+
+
+def predictor(model):
+    return lambda tokens, prompt: model(input_ids=tokens, use_cache=False).logits
+
+
+# --- Losses and oracles ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer, corpora):
+    mixed = [one for part in corpora.mixed.values() for one in part[:3]]
+    return document_sequences(tokenizer, [*mixed, *corpora.documents["test"]["maths"][:4]])
+
+
+@pytest.fixture(scope="module")
+def nats(models, sequences):
+    return np.stack([losses.score(predictor(model), sequences, "test", batch=3).nats for model in models])
+
+
+def test_losses_are_the_models_own(models, sequences):
+    found = losses.score(predictor(models[0]), sequences, "test", batch=3)
+    for nats, hits, ids in zip(sequences.of(found.nats), sequences.of(found.hits), sequences.of(sequences.tokens)):
+        tokens = torch.from_numpy(ids).unsqueeze(0)
+        logits = models[0](input_ids=tokens).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+        assert nats[0] == 0
+        np.testing.assert_allclose(nats[1:], expected, rtol=1e-4, atol=1e-5)
+        assert hits[1:].tolist() == (logits.argmax(-1) == tokens[0, 1:]).tolist()
+
+
+def test_bits_per_byte_is_what_its_name_says(tokenizer):
+    """A model that finds every token equally likely."""
+    document = Document((("english", "Hello there"), ("french", "Où ça ?")))
+    sequences = document_sequences(tokenizer, [document, document])
+    nats = np.full(len(sequences.tokens), math.log(len(tokenizer)), np.float32)
+    nats[sequences.starts[:-1]] = 0
+    count = len(tokenizer.encode("Hello there", add_special_tokens=False))
+    more = len(tokenizer.encode("Où ça ?", add_special_tokens=False))
+    bits = math.log2(len(tokenizer))
+    assert losses.bits_per_byte(nats, sequences) == pytest.approx((count + more) * bits / (11 + 9), rel=1e-5)
+    assert losses.bits_per_byte(nats, sequences, "french") == pytest.approx(more * bits / 9, rel=1e-5)
+
+
+def test_losses_are_kept_and_guarded(tmp_path, models, sequences, tokenizer):
+    path = tmp_path / "model" / "text.npz"
+    first = losses.stored(path, sequences, lambda: losses.score(predictor(models[0]), sequences, "test"))
+    again = losses.stored(path, sequences, lambda: pytest.fail("computed twice"))
+    assert np.array_equal(first.nats, again.nats)
+    assert np.array_equal(first.hits, again.hits)
+    other = document_sequences(tokenizer, [Document((("prose", "something else"),))])
+    with pytest.raises(ValueError, match=r"text.npz holds losses of .* other tokens .* Delete the folder"):
+        losses.stored(path, other, lambda: pytest.fail("computed"))
+
+
+def test_btm_from_kept_losses_is_bayes_rule(nats, sequences):
+    mixed = sequences.of(oracles.btm(nats, sequences))
+    for row, each in enumerate(sequences.of(nats)):
+        p = np.exp(-each.astype(np.float64))
+        for place in range(1, p.shape[1]):
+            weights = p[:, :place].prod(1)
+            if weights.sum() < 1e-200:  # too unlikely for plain numbers
+                break
+            expected = (weights / weights.sum()) @ p[:, place]
+            assert mixed[row][place] == pytest.approx(-math.log(expected), rel=1e-4, abs=1e-6)
+
+
+def test_oracles_are_ordered_and_brute_force_agrees(nats, sequences):
+    token, document = oracles.best_per_token(nats), oracles.best_per_document(nats, sequences)
+    bits = [losses.bits_per_byte(values, sequences) for values in (token, document, *nats)]
+    assert bits[0] < bits[1] <= min(bits[2:])
+    for found, each, scored in zip(sequences.of(document), sequences.of(nats), sequences.of(sequences.scored)):
+        assert found[scored].sum() == pytest.approx(min(model[scored].sum() for model in each), rel=1e-6)
+
+
+def test_the_likeliest_model_looks_at_the_prompt_only(nats, sequences):
+    before = oracles.likeliest_by_prompt(nats, sequences)
+    behind = np.concatenate([np.arange(n) >= p for n, p in zip(np.diff(sequences.starts), sequences.prompt)])
+    changed = nats + np.where(behind, np.array([[0], [9], [99]]), 0)
+    assert np.array_equal(oracles.likeliest_by_prompt(changed, sequences), before)
+    best = int(before[0])
+    worse = nats.copy()
+    worse[best, 1 : sequences.prompt[0]] += 99
+    assert oracles.likeliest_by_prompt(worse, sequences)[0] != best
+
+
+# --- Answers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer, corpora):
+    return answers.prompts_of(item_sequences(tokenizer, corpora.items["test"]["stories"][:5]))
+
+
+def test_greedy_answers_are_those_of_generate(models, prompts, tokenizer):
+    end = tokenizer.eos_token_id
+    found = answers.greedy(lambda: Stream(models[0]), prompts, end, "test", longest=8)
+    for answer, prompt in zip(found, prompts):
+        made = models[0].generate(prompt.unsqueeze(0), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=8,
+                                  do_sample=False, eos_token_id=end, pad_token_id=end)[0, len(prompt):]  # fmt: skip
+        assert answer == [token for token in made.tolist() if token != end]
+
+
+def test_btm_answers_are_those_of_the_rule_without_caches(models, prompts, tokenizer):
+    end = tokenizer.eos_token_id
+    found = answers.greedy(lambda: BTMStream(models), prompts, end, "test", longest=6)
+    for answer, prompt in zip(found, prompts):
+        tokens = prompt
+        for token in [*answer, *([] if len(answer) == 6 else [end])]:
+            log_p = torch.stack([m(input_ids=tokens.unsqueeze(0)).logits[0].log_softmax(-1) for m in models])
+            evidence = log_p[:, :-1].gather(-1, tokens[1:].expand(3, -1).unsqueeze(-1)).sum((1, 2))
+            mixed = (evidence.log_softmax(0).unsqueeze(-1) + log_p[:, -1]).logsumexp(0)
+            assert mixed[token] == pytest.approx(mixed.max().item(), abs=1e-4)
+            tokens = torch.cat([tokens, torch.tensor([token])])
+
+
+def test_exact_from_kept_losses_is_what_greedy_decoding_answers(models, tokenizer):
+    """Items whose answers are the model's own, and some that are not."""
+    prompts = [Item(f"{i}+{i}=", "") for i in range(1, 7)]
+    asked = answers.prompts_of(item_sequences(tokenizer, prompts))
+    said = answers.greedy(lambda: Stream(models[1]), asked, -1, "test", longest=3)
+    items = [Item(item.prompt, tokenizer.decode(ids) if i % 2 else "wrong", ends=False)
+             for i, (item, ids) in enumerate(zip(prompts, said))]  # fmt: skip
+    sequences = item_sequences(tokenizer, items)
+    found = losses.exact(losses.score(predictor(models[1]), sequences, "test").hits, sequences)
+    same = [tokenizer.encode(item.answer, add_special_tokens=False) == ids for item, ids in zip(items, said)]
+    assert any(same)
+    assert found.tolist() == same
+
+
+def test_chrf():
+    scores = answers.chrf(["Ouvrir le fichier", "Ouvrir", ""], ["Ouvrir le fichier"] * 3)
+    assert scores[0] == 100
+    assert 0 < scores[1] < 100
+    assert scores[2] == 0
+
+
+# --- Intervals ------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng, held = np.random.default_rng(0), 0
+    for trial in range(200):
+        amounts = {"a": 2 + rng.normal(size=(20, 1)) + rng.normal(size=(1, 40)) + rng.normal(size=(20, 40))}
+        found = bootstrap.interval(amounts, {"a": np.ones(40)}, draws=300, seed=trial)
+        held += found.low <= 2 <= found.high
+    assert 0.88 <= held / 200 <= 0.99
+
+
+def test_paired_differences_cancel_what_is_shared():
+    rng = np.random.default_rng(0)
+    hard = {"a": 100 * rng.random((3, 50)), "b": 10 * rng.random((3, 80))}
+    better = {domain: values - 0.5 for domain, values in hard.items()}
+    sizes = {"a": np.full(50, 2.0), "b": np.ones(80)}
+    found = bootstrap.paired(better, hard, sizes)
+    assert (found.value, found.low, found.high) == pytest.approx((-0.375, -0.375, -0.375))
+    alone = bootstrap.interval(hard, sizes)
+    assert alone.low < alone.value < alone.high
+    assert alone.value == pytest.approx((hard["a"].mean() / 2 + hard["b"].mean()) / 2)
+
+
+def test_intervals_refuse_what_does_not_match():
+    ones = np.ones((2, 3))
+    with pytest.raises(ValueError, match="must be the same"):
+        bootstrap.interval({"a": ones}, {"b": np.ones(3)})
+    with pytest.raises(ValueError, match="the same sets"):
+        bootstrap.interval({"a": ones, "b": np.ones((3, 3))}, {"a": np.ones(3), "b": np.ones(3)})
+    with pytest.raises(ValueError, match="a has amounts of 3 documents"):
+        bootstrap.interval({"a": ones}, {"a": np.ones(4)})
+    with pytest.raises(ValueError, match="different domains"):
+        bootstrap.paired({"a": ones}, {"b": ones}, {"a": np.ones(3)})

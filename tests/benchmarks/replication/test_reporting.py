@@ -1,0 +1,56 @@
+"""What follows from the figures: which of two is better, whether targets are met, where a simple way wins."""
+
+import pytest
+
+from benchmarks.replication.measures.bootstrap import Interval
+from benchmarks.replication.reporting import claims as targets
+from benchmarks.replication.reporting.claims import better
+from benchmarks.replication.reporting.report import simple_wins
+
+
+@pytest.mark.parametrize("figure, low, high, expected", [
+    ("bits_per_byte", -0.2, -0.1, 1), ("bits_per_byte", 0.1, 0.2, -1), ("bits_per_byte", -0.1, 0.1, 0),
+    ("exact", 1, 2, 1), ("exact", -2, -1, -1), ("exact", -1, 1, 0),
+])  # fmt: skip
+def test_fewer_bits_and_more_right_answers_are_better(figure, low, high, expected):
+    assert better(Interval((low + high) / 2, low, high), figure) == expected
+
+
+def results_with(*rows):
+    methods = {
+        name: {"bits_per_byte": {"average": {"mean": bits}}, "trained_parameters": count,
+               "curve": {"0.5": {"mean": half}, "1": {"mean": bits}}}
+        for name, bits, half, count in (("bts", 2.0, 2.2, 100), ("outputs", 1.9, 1.95, 10), ("btm", 2.1, 2.1, 0))
+    }  # fmt: skip
+    keys = ("ours", "baseline", "on", "figure", "difference", "low", "high")
+    return {"methods": methods, "paired": [dict(zip(keys, row)) for row in rows]}
+
+
+def test_targets_are_met_or_not_by_intervals():
+    beaten = ("outputs", "btm", "average", "bits_per_byte", -0.2, -0.3, -0.1)
+    unclear = ("outputs", "dense", "average", "bits_per_byte", -0.2, -0.5, 0.1)
+    among_ours = ("outputs", "bts", "average", "bits_per_byte", -0.1, -0.3, 0.1)
+    target = targets.best_everywhere(results_with(beaten, among_ours), "average", "")
+    assert (target["met"], target["by"]) == (True, "outputs")
+    target = targets.best_everywhere(results_with(beaten, unclear), "average", "")
+    assert (target["met"], target["not_beaten"]) == (False, ["dense"])
+    effort = targets.half_the_effort(results_with())
+    assert (effort["met"], effort["by"]) == (True, "outputs")
+    right = ("bts", "dense", "cross", "exact", 5.0, 2.0, 8.0)
+    assert targets.beats_dense(results_with(right))["by"] == "bts"
+    assert targets.beats_dense(results_with((*right[:4], 5.0, -2.0, 8.0)))["met"] is False
+    assert targets.beats_dense(results_with())["met"] is None
+
+
+def test_the_page_says_where_a_simple_way_wins():
+    found = results_with(
+        ("outputs", "btm", "average", "bits_per_byte", 0.2, 0.1, 0.3),
+        ("bts", "btm", "average", "bits_per_byte", 0.2, 0.1, 0.3),
+        ("bts", "dense", "cross", "exact", -9.0, -12.0, -6.0),
+        ("bts", "btm", "mixed", "bits_per_byte", 0.1, -0.1, 0.3),
+    )
+    assert simple_wins(found) == (
+        "BTM (average, bits) against output gates alone, BTS, the paper's form; "
+        "seed, all weights trained (cross, right answers) against BTS, the paper's form"
+    )
+    assert simple_wins(results_with()) == "nowhere, in what was measured"

@@ -1,0 +1,205 @@
+"""The study as a whole, on tiny archives and models of a few steps: its pieces, its results file, its report."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import dropping
+from benchmarks import replicate as command
+from benchmarks.replication.reporting import report
+from benchmarks.replication.reporting.quote import quote
+from benchmarks.replication.reporting.summary import summarize
+from benchmarks.replication.text import loading
+from benchmarks.replication.text.sources import SOURCES
+from benchmarks.replication.work.hours import hours_table
+from benchmarks.replication.work.jobs import pending, run
+from benchmarks.replication.work.plan import Plan
+from benchmarks.replication.work.presets import FORMS, PRESETS, RATES, SHARES, Part
+from tests.helpers.study_archives import SIZES, write_archives
+
+
+SMOKE = replace(PRESETS["smoke"], corpora=SIZES)
+SOME = (
+    Part("main", "main", ("btm", "routing", "bts"), sets=2, size="smoke"),
+    Part("cross", "cross", ("dense",), sets=1, size="smoke"),
+)
+
+
+def done(preset, folder, sources):
+    """All pieces of a preset, on tiny archives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "download", lambda _: write_archives(sources, SOURCES))
+        plan = Plan(preset, folder)
+        run(plan.jobs(), plan.store)
+    return plan
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return done(replace(SMOKE, parts=SOME), tmp_path_factory.mktemp("study"), tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def results(plan, tmp_path_factory):
+    path = tmp_path_factory.mktemp("results") / "replicate.json"
+    report.write_report(summarize(plan, "smoke"), path)
+    return json.loads(path.read_text()), path.with_suffix(".md").read_text()
+
+
+def test_the_study_runs_and_reports(plan, results):
+    found, page = results
+    check_pieces(plan, found)
+    assert {"seed", "expert_python", "btm", "routing", "bts", "oracle_token"} <= found["methods"].keys()
+    assert [*found["methods"]["bts"]["curve"]] == [f"{share:g}" for share in SHARES]
+    assert {(row["on"], row["figure"]) for row in found["paired"]} == {
+        ("average", "bits_per_byte"), ("mixed", "bits_per_byte"), ("tasks", "exact")
+    }  # fmt: skip
+    assert {claim["id"] for claim in found["claims"]} >= {"bts_over_seed", "bts_over_btm", "keeps_math"}
+    assert len(found["targets"]) == 4
+    assert page.startswith("# Which way of combining experts to use")
+    assert page.index("## In one page") < page.index("## All methods") < page.index("## Cross capability")
+    assert "learning curves" in page
+    assert "| main |" in hours_table(plan)
+
+
+def check_pieces(plan, found):
+    assert not pending(plan.jobs(), plan.store)
+    assert len(found["commits"]) == 1
+    assert found["pieces"]["done"] == found["pieces"]["all"] == len(plan.jobs())
+    methods = found["methods"]
+    for name, row in methods.items():
+        assert row["bits_per_byte"]["average"]["n"] == row["bits_per_byte"]["mixed"]["n"] == 2
+        domains = [domain["bits_per_byte"]["mean"] for domain in row["domains"].values()]
+        assert row["bits_per_byte"]["average"]["mean"] == pytest.approx(np.mean(domains), rel=1e-4), name
+    average = {name: row["bits_per_byte"]["average"]["mean"] for name, row in methods.items()}
+    alone = [average[name] for name in methods if name == "seed" or "expert" in name]
+    assert average["oracle_token"] < average["oracle_document"] <= min(alone)
+
+
+def test_the_command(plan, results, tmp_path, monkeypatch, capsys):
+    """It finds all pieces done, and reports; what has taken how long; and nothing, where nothing is done."""
+    monkeypatch.setattr(command, "set_up", lambda threads: None)
+    monkeypatch.setitem(command.PRESETS, "smoke", plan.preset)
+
+    def start(*options, cache=plan.material.cache):
+        always = ["--preset", "smoke", "--cache_dir", str(cache), "--results", str(tmp_path / "out.json")]
+        monkeypatch.setattr("sys.argv", ["replicate", *always, *options])
+        command.main()
+        return capsys.readouterr().out
+
+    assert "out.md" in start("--workers", "1")
+    reported = json.loads((tmp_path / "out.json").read_text())
+    assert reported["methods"] == results[0]["methods"]
+    assert "core hours left" in start("--hours")
+    with pytest.raises(SystemExit, match="nothing to report"):
+        start("--report_only", cache=tmp_path)
+
+
+def test_experts_are_left_out_on_the_studys_models(plan, tmp_path, monkeypatch, capsys):
+    """`benchmarks.dropping`, on the trained stitches and test documents of this study."""
+    monkeypatch.setattr(dropping, "set_up", lambda threads: None)
+    monkeypatch.setattr(dropping, "settings", lambda experts: [("last 4", {}), ("prompt", {"max_active_experts": 1})])
+    monkeypatch.setitem(dropping.PRESETS, "smoke", plan.preset)
+    monkeypatch.setattr(dropping, "PROMPT_TOKENS", 4)  # these documents are short
+    monkeypatch.setattr(dropping, "SHORTEST", 6)
+    path = tmp_path / "dropping.json"
+    always = ["dropping", "--preset", "smoke", "--documents", "2", "--results", str(path)]
+    monkeypatch.setattr("sys.argv", [*always, "--cache_dir", str(plan.material.cache)])
+    dropping.main()
+    found = json.loads(path.read_text())
+    assert [row["data"] for row in found["rows"]] == 2 * [*dropping.SHOWN]
+    assert all(row["n"] and row["bits_per_byte"] > 0 for row in found["rows"])
+    assert {row["experts_per_token"] for row in found["rows"]} == {5, 1}
+    assert "word problems, %" in capsys.readouterr().out.replace("\n", " ")
+    monkeypatch.setattr("sys.argv", [*always, "--cache_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"`python -m benchmarks\.replicate` first"):
+        dropping.main()
+
+
+@pytest.mark.slow
+def test_all_of_the_smoke_preset_runs_and_reports(tmp_path):
+    plan = done(SMOKE, tmp_path / "study", tmp_path)
+    found = summarize(plan, "smoke")
+    report.write_report(found, tmp_path / "replicate.json")
+    check_pieces(plan, found)
+    methods = found["methods"]
+    assert {*FORMS, "soup", "token_router", "dense", "bts_hub_maths", "outputs_switches"} <= methods.keys()
+    assert methods["outputs"]["trained_parameters"] < methods["bts_token_r8_outputs"]["trained_parameters"]
+    for name in ("seed", "btm", "routing", "token_router", "outputs"):
+        assert {"alone", "four"} <= methods[name]["tasks"]["sums"].keys()
+        assert "chrf" in methods[name]["tasks"]["french"]
+    assert "btm" in found["lora"]
+    assert {row["on"] for row in found["paired"]} == {"average", "mixed", "tasks", "cross"}
+    assert "seed_as_hub" in {claim["id"] for claim in found["claims"]}
+
+
+def test_what_is_reported_is_what_the_pieces_say(plan, results):
+    """One figure by hand: bits of a method on a domain, from its pieces."""
+    found, _ = results
+    sizes = plan.store.read("tests")["sizes"]["text/python"]
+    values = []
+    for number in range(2):
+        nats = plan.store.read(f"smoke/set{number}/main/bts/test")["tests"]["text/python"]["nats"]
+        values.append(sum(nats) / np.log(2) / sum(sizes))
+    reported = found["methods"]["bts"]["domains"]["python"]["bits_per_byte"]
+    assert reported["values"] == pytest.approx(values, rel=1e-4)
+    assert reported["mean"] == pytest.approx(np.mean(values), rel=1e-4)
+
+
+def test_later_sets_take_the_rate_that_did_best_on_the_first(plan):
+    def read(*parts):
+        return plan.store.read("/".join(parts))
+
+    tried = {f"{rate:g}": read("smoke/set0/main/bts", f"{rate:g}")["curve"]["1"]["average"] for rate in RATES}
+    best = float(min(tried, key=tried.get))
+    assert read("smoke/set0/main/bts/test")["learning_rate"] == best
+    assert read("smoke/set1/main/bts/chosen")["learning_rate"] == best
+
+
+def test_lost_files_are_made_again_for_those_who_need_them(plan):
+    jobs = plan.jobs()
+    kept = plan.set("smoke", 0).folder("python") / "model.safetensors"
+    before, place = kept.read_bytes(), kept.parent
+    shutil.rmtree(place)
+    try:
+        assert not pending(jobs, plan.store)  # nobody needs it any more
+        result = plan.store.path("smoke/set0/main/btm/test")
+        old = result.read_text()
+        result.unlink()
+        assert {job.name for job in pending(jobs, plan.store)} == {
+            "smoke/set0/experts/python", "smoke/set0/main/btm/test"
+        }  # fmt: skip
+        run(jobs, plan.store)
+        assert json.loads(result.read_text())["tests"] == json.loads(old)["tests"]
+        assert kept.read_bytes() == before
+    finally:
+        run(jobs, plan.store)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_need_only_what_they_make(preset):
+    """Every need of a piece is a piece, and comes before it."""
+    plan, seen = Plan(PRESETS[preset], Path("nowhere")), set()
+    for job in plan.jobs():
+        assert seen.issuperset([*job.needs, *job.reads]), job.name
+        assert job.name not in seen
+        seen.add(job.name)
+
+
+def test_pages_quote_the_results(results):
+    found, _ = results
+    page = "Text.\n<!-- study: table -->\nold figures\n<!-- /study -->\nMore.\n"
+    new = quote(page, found)
+    assert "old figures" not in new
+    assert f"{found['methods']['bts']['bits_per_byte']['average']['mean']:.3f}" in new
+    assert new.startswith("Text.\n<!-- study: table -->\n")
+    assert new.endswith("<!-- /study -->\nMore.\n")
+    assert quote(new, found) == new
+    with pytest.raises(ValueError, match=r"asks for nothing.*one of advice, table"):
+        quote(page.replace("table", "nothing"), found)
+    with pytest.raises(ValueError, match="no place for figures"):
+        quote("Text.", found)
