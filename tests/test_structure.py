@@ -78,6 +78,18 @@ def test_no_circle_among_benchmarks():
     TopologicalSorter(graph).prepare()
 
 
+REPLICATION = ["text", "tokens", "measures", "branching", "methods", "work", "reporting"]  # from low to high
+
+
+def test_the_replications_packages_import_from_lower_ones():
+    prefix, files = "benchmarks.replication.", files_of(ROOT / "benchmarks")
+    for module in files:
+        if module.startswith(prefix) and not module.endswith("__main__"):
+            own = REPLICATION.index(module.removeprefix(prefix).partition(".")[0])
+            inner = [name.removeprefix(prefix) for name in imports(module, files) if name.startswith(prefix)]
+            assert not [name for name in inner if REPLICATION.index(name.partition(".")[0]) > own], module
+
+
 def test_every_module_has_its_tests():
     """The table in CONTRIBUTING.md names every module of the package, and test files that exist."""
     page = (ROOT / "CONTRIBUTING.md").read_text().partition("## Which tests guard what")[2]

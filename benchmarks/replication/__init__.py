@@ -1,5 +1,7 @@
 """The study on real text that `benchmarks/replicate.py` runs; README.md says what there is and why.
 
+A package imports from those above it, never from below.
+
 text/        real text: pinned sources, splits, tasks, corpora
 tokens/      tokenizer, training blocks, sequences to be scored
 measures/    losses, answers, oracles, intervals

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..measures.losses import bits_per_byte, score
 from ..text.corpora import Corpora
-from ..tokens.sequences import LENGTH, document_sequences
+from ..tokens.blocks import LENGTH
+from ..tokens.sequences import document_sequences
 from .training import mix, train
 
 

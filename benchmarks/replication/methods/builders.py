@@ -1,38 +1,31 @@
-"""How methods are built from the seed and the experts of a set, and what of them is trained."""
+"""How methods are built from the seed and the experts of a set; what of them is to be trained requires gradients."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from peft_bts import StitchConfig
 from peft_bts.stitch import HUB, ExpertsIntoHub, HubIntoExperts
 from peft_bts.toy import average_weights
 
+from ..branching.trained import Models
 from .ensembles import BTM, Routing
-from .mixtures import MixedFFN
+from .parameters import Method, count_trained
+from .token_router import TokenRouter
 
 
-@dataclass
-class Models:
-    """The trained seed and experts of one set, as folders."""
-
-    folders: dict[str, Path]
-    device: str
-
-    def load(self, name: str) -> LlamaForCausalLM:
-        return LlamaForCausalLM.from_pretrained(self.folders[name]).to(self.device).eval().requires_grad_(False)
-
-    def load_all(self, experts: list[str]) -> list[LlamaForCausalLM]:
-        return [self.load(name) for name in ["seed", *experts]]
+Build = Callable[[Models, list[str]], Method]
 
 
 # --- Nothing trained, or only a router ------------------------------------------------------------------------------
+
+
+def alone(name: str) -> Build:
+    """The seed, or an expert, alone."""
+    return lambda models, experts: models.load(name)
 
 
 def soup(models: Models, experts: list[str]) -> nn.Module:
@@ -45,6 +38,10 @@ def btm(models: Models, experts: list[str]) -> BTM:
 
 def routing(models: Models, experts: list[str]) -> Routing:
     return Routing(models.load_all(experts))
+
+
+def token_router(models: Models, experts: list[str]) -> TokenRouter:
+    return TokenRouter(models.load_all(experts)).to(models.device)
 
 
 # --- Trained --------------------------------------------------------------------------------------------------------
@@ -63,7 +60,7 @@ def lora(models: Models, experts: list[str]) -> nn.Module:
     return get_peft_model(model, config).eval()
 
 
-def stitched(hub: str = "seed", init: str = "identity", **options: Any) -> Callable:
+def stitched(hub: str = "seed", init: str = "identity", **options: Any) -> Build:
     """Branch-Train-Stitch. `init`: "identity" (StitchConfig's), "torch" (random), "near_seed" (gates shut)."""
 
     def build(models: Models, experts: list[str]) -> nn.Module:
@@ -90,47 +87,3 @@ def shut_gates(model: nn.Module) -> None:
         elif isinstance(stitch, HubIntoExperts):
             for name in stitch.experts:
                 stitch.gate.of(name).bias.fill_(-6.0)
-
-
-# --- Parameters -----------------------------------------------------------------------------------------------------
-
-Method = Union[nn.Module, BTM, Routing]
-
-
-def modules_of(method: Method) -> list[nn.Module]:
-    if isinstance(method, nn.Module):
-        return [method]
-    return [*method.models, *([method.router] if isinstance(method, Routing) else [])]
-
-
-def count_trained(method: Method) -> int:
-    return sum(p.numel() for module in modules_of(method) for p in module.parameters() if p.requires_grad)
-
-
-def count_parameters(method: Method) -> dict[str, int]:
-    """Trained, total, and those that work on one token."""
-    total = sum({p: p.numel() for module in modules_of(method) for p in module.parameters()}.values())
-    idle = 0
-    if isinstance(method, Routing):
-        idle = sum(p.numel() for model in method.models[1:] for p in model.parameters())
-    elif isinstance(method, nn.Module):
-        for module in method.modules():
-            if isinstance(module, MixedFFN) and module.router.kind == "sample":
-                idle += sum(p.numel() for ffn in module.ffns[1:] for p in ffn.parameters())
-    return {"trained": count_trained(method), "total": total, "active": total - idle}
-
-
-def trained_weights(method: Method) -> dict[str, torch.Tensor]:
-    module = method.router if isinstance(method, Routing) else method
-    return {name: p.detach().cpu().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def load_trained(method: Method, weights: dict[str, torch.Tensor]) -> Method:
-    module = method.router if isinstance(method, Routing) else method
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if parameters.keys() != weights.keys():
-        raise ValueError(f"weights do not fit: {sorted(parameters.keys() ^ weights.keys())[:4]} ...")
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
-    return method

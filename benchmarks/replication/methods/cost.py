@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ...measuring import Runner, take_turns
 from ..branching.training import autocast
-from .builders import Method, count_parameters, modules_of
+from .parameters import Method, count_parameters, modules_of
 
 
 TURNS = 5

@@ -1,30 +1,15 @@
 """Every compared method by name: how it is built, and what it is called in tables."""
 
-from collections.abc import Callable
-
 from ..branching.models import EXPERTS
-from .builders import Method, Models, btm, dense, lora, routing, soup, stitched
+from .builders import Build, alone, btm, dense, lora, routing, soup, stitched, token_router
 from .mixtures import bam_adapters, btx
-from .token_router import TokenRouter
 
-
-Build = Callable[[Models, list[str]], Method]
 
 SMALL = {"gate": "token", "r": 8}
 
-
-def token_router(models: Models, experts: list[str]) -> TokenRouter:
-    return TokenRouter(models.load_all(experts)).to(models.device)
-
-
-def one(name: str) -> Build:
-    """The seed, or an expert, alone."""
-    return lambda models, experts: models.load(name)
-
-
 UNTRAINED: dict[str, Build] = {
-    "seed": one("seed"),
-    **{f"expert_{name}": one(name) for name in EXPERTS},
+    "seed": alone("seed"),
+    **{f"expert_{name}": alone(name) for name in EXPERTS},
     "soup": soup,
     "btm": btm,
 }

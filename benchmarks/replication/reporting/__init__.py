@@ -1,8 +1,12 @@
 """From the pieces of all sets to a results file and a page.
 
 tables.py      the pieces' results as arrays over sets and documents
+paired.py      paired differences between methods
 claims.py      the paper's claims, and the verdict on each
+targets.py     our own targets
 summary.py     one results file
+cells.py       how figures are written into cells
+advice.py      the report's first page: what to use when
 report.py      the results file as Markdown
 plots.py       the report's plots
 quote.py       the results' figures in other pages

@@ -1,59 +1,14 @@
-"""What follows from the figures: paired differences with their intervals, the paper's claims, our own targets.
-
-A difference is one method less another on the same sets and the same documents, with the middle 95% of it when both
-are drawn again (`bootstrap.py`). Fewer bits per byte are better, so negative differences of them favour the first
-method; of right answers, positive ones do. With a single set, an interval says nothing about other models.
-"""
+"""The paper's claims one by one: its figures, ours, and the verdict."""
 
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from ..measures.bootstrap import Interval, paired
-from ..methods.registry import is_ours
-from ..work.presets import FORMS
+from .paired import BITS, EXACT, better, difference
 from .tables import ON, Table
 
 
 REPRODUCED, TIE, NOT = "reproduced", "tie", "not reproduced"
-BITS, EXACT = "bits_per_byte", "exact"
-
-
-def difference(table: Table, a: str, b: str, tests: list[str], figure: str) -> Interval | None:
-    """a less b, averaged over tests; `None` if no set has both."""
-    sets = [number for number in table.sets(a) if number in table.sets(b)]
-    if not sets:
-        return None
-    ours, theirs = ({test: table.amounts(name, test, figure, sets) for test in tests} for name in (a, b))
-    return paired(ours, theirs, {test: table.units(test, figure) for test in tests})
-
-
-def better(found: Interval, figure: str) -> int:
-    """1 if the interval says that the first is better, -1 if it says the opposite, else 0."""
-    sign = -1 if figure == BITS else 1
-    low, high = sorted((sign * found.low, sign * found.high))
-    return 1 if low > 0 else -1 if high < 0 else 0
-
-
-def paired_rows(main: Table, cross: Table | None) -> list[dict[str, Any]]:
-    """Each of our main forms against every baseline and against each other."""
-    places = [(main, "average", BITS), (main, "mixed", BITS), (main, "tasks", EXACT)]
-    if cross:
-        places += [(cross, "cross", BITS), (cross, "cross", EXACT)]
-    rows = []
-    for table, on, figure in places:
-        for ours in (name for name in table.methods if name in FORMS):
-            for baseline in table.methods:
-                if baseline.startswith("oracle") or baseline == ours or (is_ours(baseline) and baseline not in FORMS):
-                    continue
-                found = difference(table, ours, baseline, ON[on], figure)
-                if found:
-                    rows.append({"ours": ours, "baseline": baseline, "on": on, "figure": figure,
-                                 "difference": found.value, "low": found.low, "high": found.high})  # fmt: skip
-    return rows
-
-
-# --- The paper's claims ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -121,51 +76,3 @@ def claims(main: Table, cross: Table | None) -> list[dict[str, Any]]:
             "verdict": verdict,
         })  # fmt: skip
     return verdicts
-
-
-# --- Our targets ----------------------------------------------------------------------------------------------------
-
-
-def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was hoped for, and whether it came out; `met` is `None` where the results do not say."""
-    return [
-        best_everywhere(results, "average", "A form of ours is better than every baseline on the average of domains"),
-        best_everywhere(results, "mixed", "A form of ours is better than every baseline on mixed text"),
-        half_the_effort(results),
-        beats_dense(results),
-    ]
-
-
-def best_everywhere(results: dict[str, Any], on: str, text: str) -> dict[str, Any]:
-    """The form with the fewest bits, against all baselines that are not ours."""
-    methods = results["methods"]
-    forms = [name for name in FORMS if name in methods]
-    if not forms:
-        return {"text": text, "met": None, "by": None, "not_beaten": []}
-    best = min(forms, key=lambda name: methods[name]["bits_per_byte"][on]["mean"])
-    rows = [row for row in results["paired"] if (row["ours"], row["on"]) == (best, on)]
-    rows = [row for row in rows if not is_ours(row["baseline"])]
-    missed = [row["baseline"] for row in rows if row["high"] >= 0]
-    return {"text": text, "met": not missed if rows else None, "by": best, "not_beaten": missed}
-
-
-def half_the_effort(results: dict[str, Any]) -> dict[str, Any]:
-    """A form with at most half of the paper's form's weights, at half of the steps, against its loss at the end."""
-    text = "Half of the paper's form's weights and half of its steps are enough for its loss on validation text"
-    methods = results["methods"]
-    if "bts" not in methods:
-        return {"text": text, "met": None, "by": None, "not_beaten": []}
-    goal, most = methods["bts"]["curve"]["1"]["mean"], methods["bts"]["trained_parameters"] / 2
-    small = [name for name in methods if is_ours(name) and methods[name]["trained_parameters"] <= most]
-    small = [name for name in small if "0.5" in methods[name]["curve"]]
-    good = [name for name in small if methods[name]["curve"]["0.5"]["mean"] <= goal]
-    return {"text": text, "met": bool(good) if small else None, "by": ", ".join(good) or None, "not_beaten": []}
-
-
-def beats_dense(results: dict[str, Any]) -> dict[str, Any]:
-    text = "On the cross task a form of ours has more right answers than the seed trained in full on the same data"
-    rows = [row for row in results["paired"] if (row["on"], row["figure"]) == ("cross", EXACT)]
-    rows = [row for row in rows if row["baseline"] == "dense"]
-    good = [row["ours"] for row in rows if row["low"] > 0]
-    return {"text": text, "met": bool(good) if rows else None, "by": ", ".join(good) or None,
-            "not_beaten": [] if good or not rows else ["dense"]}  # fmt: skip

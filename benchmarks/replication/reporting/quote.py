@@ -11,7 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from .report import Results, advice, small_table
+from .advice import advice, small_table
+from .cells import Results
 
 
 QUOTES = {"advice": advice, "table": small_table}

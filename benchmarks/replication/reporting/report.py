@@ -4,18 +4,15 @@ No figure is typed in.
 """
 
 from pathlib import Path
-from typing import Any
 
 from ...reporting import table, write_results
 from ..methods.registry import TITLES
 from ..text.corpora import DOMAINS, MIXED
 from ..text.tasks import CROSS, TASKS
 from ..work.presets import FORMS, SHARES, SIMPLE
+from .advice import summary
+from .cells import GOALS, Results, figure, interval, outcome, weights
 from .plots import draw_all
-
-
-Results = dict[str, Any]
-GOALS = {"average": "the average of the domains", "mixed": "mixed text"}
 
 
 def write_report(results: Results, path: Path) -> None:
@@ -26,19 +23,6 @@ def write_report(results: Results, path: Path) -> None:
     parts += [paired(results), tasks(results), *(cross(results, items) for items in results["cross"])]
     parts += [others(results), costs(results), claims(results), experts(results), setup(results)]
     path.with_suffix(".md").write_text("\n\n".join(part for part in parts if part) + "\n")
-
-
-def figure(spread: dict[str, Any] | None, digits: int = 3) -> str:
-    """Mean, and ± standard deviation over sets; nothing, where there is none."""
-    if spread is None:
-        return ""
-    sd = "" if spread["sd"] is None else f" ± {spread['sd']:.{digits}f}"
-    return f"{spread['mean']:.{digits}f}{sd}"
-
-
-def weights(row: dict[str, Any]) -> str:
-    count = row.get("trained_parameters", 0)
-    return "-" if not count else f"{count:,}" if count < 10_000 else f"{count / 1e3:,.0f}k"
 
 
 def head(results: Results) -> str:
@@ -58,101 +42,6 @@ def head(results: Results) -> str:
         f"Written by `python -m benchmarks.replicate --preset {results['preset']}`; do not edit. Real text, models of "
         f"{results['settings']['size']} parameters; how it is made: [README](../replication/README.md). {scope}"
     )
-
-
-# --- One page -------------------------------------------------------------------------------------------------------
-
-
-def bits(results: Results, name: str, on: str) -> float:
-    return results["methods"][name]["bits_per_byte"][on]["mean"]
-
-
-def best_of(results: Results, names: tuple[str, ...], on: str) -> str | None:
-    """The one with the fewest bits per byte among those that are there."""
-    there = [name for name in names if name in results["methods"]]
-    return min(there, key=lambda name: bits(results, name, on)) if there else None
-
-
-def between(results: Results, ours: str, baseline: str, on: str, figure: str = "bits_per_byte") -> Any:
-    for row in results["paired"]:
-        if (row["ours"], row["baseline"], row["on"], row["figure"]) == (ours, baseline, on, figure):
-            return row
-    return None
-
-
-def outcome(row: dict[str, Any]) -> str:
-    favours_ours = row["high"] < 0 if row["figure"] == "bits_per_byte" else row["low"] > 0
-    favours_theirs = row["low"] > 0 if row["figure"] == "bits_per_byte" else row["high"] < 0
-    return "better" if favours_ours else "worse" if favours_theirs else "not told apart"
-
-
-def interval(row: dict[str, Any], digits: int = 3) -> str:
-    low, high = (f"{row[bound]:+.{digits}f}" for bound in ("low", "high"))
-    return f"{row['difference']:+.{digits}f} ({low} to {high})"
-
-
-def summary(results: Results) -> str:
-    return f"## In one page\n\n{advice(results)}\n\n{small_table(results)}"
-
-
-def advice(results: Results) -> str:
-    """What to use when, what it gains over the best simple way, and what it costs; and where a simple way wins."""
-    lines = []
-    for on, what in GOALS.items():
-        ours, simple = best_of(results, FORMS, on), best_of(results, SIMPLE, on)
-        row = between(results, ours, simple, on) if ours and simple else None
-        if not (ours and simple and row):
-            continue
-        verdict = {
-            "better": f"use **{TITLES[ours]}**",
-            "worse": f"a simple way wins: use **{TITLES[simple]}**",
-            "not told apart": f"**{TITLES[ours]}** and {TITLES[simple]} cannot be told apart: take the cheaper one",
-        }[outcome(row)]
-        lines.append(
-            f"- For {what}: {verdict}. {TITLES[ours]} takes {bits(results, ours, on):.3f} bits per byte, the best "
-            f"simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference {interval(row)}. "
-            f"{weights(results['methods'][ours])} weights are trained{time(results, ours)}."
-        )
-    for on, what in GOALS.items():
-        rows = [between(results, name, "outputs", on) for name in FORMS if name != "outputs"]
-        rows = [row for row in rows if row]
-        if rows:
-            best = min(rows, key=lambda row: row["difference"])
-            lines.append(
-                f"- What stitches add to output gates alone, on {what}: {TITLES[best['ours']]} is "
-                f"{outcome(best).replace('apart', 'apart from them')}, {interval(best)} bits per byte."
-            )
-    lines.append(f"- Where a simple way wins against a form of ours: {simple_wins(results)}.")
-    return "\n".join(lines)
-
-
-def simple_wins(results: Results) -> str:
-    """Each of `SIMPLE` with the forms that it beats, and where."""
-    beaten: dict[tuple[str, str], list[str]] = {}
-    for row in results["paired"]:
-        if row["baseline"] in SIMPLE and outcome(row) == "worse":
-            where = row["on"] + (", right answers" if row["figure"] == "exact" else ", bits")
-            beaten.setdefault((row["baseline"], where), []).append(TITLES[row["ours"]])
-    parts = [f"{TITLES[name]} ({where}) against {', '.join(forms)}" for (name, where), forms in beaten.items()]
-    return "; ".join(parts) or "nowhere, in what was measured"
-
-
-def time(results: Results, name: str) -> str:
-    ratio = results["cost"].get("ratios", {}).get(name, {}).get("seconds_per_step")
-    return f", and a step takes {ratio:.1f} times one of training the seed" if ratio else ""
-
-
-def small_table(results: Results) -> str:
-    ratios = results["cost"].get("ratios", {})
-    rows = []
-    for name in ("seed", *SIMPLE, *FORMS, "oracle_document", "oracle_token"):
-        if name in results["methods"]:
-            row, cost = results["methods"][name], ratios.get(name, {})
-            flops = f"{cost['forward_flops']:.1f}" if "forward_flops" in cost else ""
-            rows.append([TITLES[name], *(figure(row["bits_per_byte"][on]) for on in GOALS),
-                         figure(row.get("average"), 1), weights(row), flops])  # fmt: skip
-    head = ["", "bits per byte", "on mixed text", "right answers, %", "trained weights", "FLOPs per token, seed = 1"]
-    return table(head, rows)
 
 
 def targets(results: Results) -> str:

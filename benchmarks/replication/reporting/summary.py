@@ -12,8 +12,10 @@ from ..text.tasks import CROSS, TASKS
 from ..work.jobs import pending
 from ..work.plan import Plan
 from ..work.presets import SHARES
-from .claims import claims, paired_rows, targets
+from .claims import claims
+from .paired import paired_rows
 from .tables import EXACT, MIXED_TEXT, ON, TEXT, Table
+from .targets import targets
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from ..tokens.sequences import VOCABULARY, document_sequences, train_tokenizer
+from ..tokens.sequences import document_sequences
+from ..tokens.tokenizer import VOCABULARY, train_tokenizer
 from .corpora import DOMAINS, MIXED, Corpora
 from .documents import SPLITS
 from .loading import load_corpora

@@ -3,6 +3,7 @@
 jobs.py        what a piece is; several processes share them
 presets.py     how large everything is, and in which order the parts are run: quick, full, gpu, smoke
 material.py    training blocks and tests of a preset, in tokens
+measuring.py   a method on the tests, and what is kept of what comes out
 sets.py        pieces: a seed and its experts
 combining.py   pieces: the models of a set combined by every method, trained and tested
 plan.py        all pieces of a preset, in their order

@@ -15,18 +15,20 @@ from tqdm import tqdm
 
 from ..branching.models import EXPERTS
 from ..branching.training import mix, train
-from ..measures.answers import chrf, greedy, prompts_of, stream_of
+from ..measures.answers import chrf, greedy, prompts_of
 from ..measures.losses import bits_per_byte
 from ..measures.oracles import best_per_document, best_per_token
-from ..methods.builders import Method, count_parameters, load_trained, trained_weights
 from ..methods.cost import measure_costs
 from ..methods.ensembles import Routing
+from ..methods.parameters import Method, count_parameters, load_trained, trained_weights
 from ..methods.registry import TRAINED, UNTRAINED
+from ..methods.streams import stream_of
 from ..text.catalogues import LANGUAGES
 from ..text.tasks import CROSS
-from ..tokens.sequences import LENGTH
+from ..tokens.blocks import LENGTH
 from .jobs import Job
-from .material import SWITCHES, Tests, by_document, cross_blocks, measure, predictor_of
+from .material import SWITCHES, Tests, cross_blocks
+from .measuring import by_document, measure, predictor_of
 from .presets import CROSS_EXPERTS, SHARES, STITCH_MIX, Part
 from .sets import Set, save
 

@@ -4,35 +4,23 @@ Tests are called "text/python", "mixed/pages", "alone/sums" (a question without 
 solved ones).
 """
 
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 
-from ..branching.training import autocast, device_of
-from ..measures.losses import Losses, Predictor, bits_per_byte, exact, score
-from ..methods.builders import Method
 from ..text.building import switches
 from ..text.corpora import MIXED
 from ..text.loading import load_corpora
 from ..text.problems import document
 from ..text.tasks import CROSS, TASKS, take
-from ..tokens.sequences import (
-    Sequences,
-    document_sequences,
-    item_sequences,
-    load_tokenizer,
-    make_blocks,
-    training_blocks,
-)
+from ..tokens.blocks import make_blocks, training_blocks
+from ..tokens.sequences import Sequences, document_sequences, item_sequences
+from ..tokens.tokenizer import load_tokenizer
 from .presets import Preset
 
 
 SWITCHES = "switches"
-ANSWERED = ("alone", "four")  # tests whose answers are right or wrong
 Tests = dict[str, Sequences]
 
 
@@ -114,42 +102,3 @@ class Material:
 
 def cross_blocks(items: int) -> str:
     return f"{CROSS}/{items}"
-
-
-# --- Measuring ------------------------------------------------------------------------------------------------------
-
-
-def predictor_of(method: Method) -> Predictor:
-    """Logits of a model, as `losses.score` wants them; ensembles are predictors already."""
-    if not isinstance(method, nn.Module):
-        return method
-    device = device_of(method)
-
-    def predict(tokens: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        with autocast(device):
-            return method(input_ids=tokens.to(device), use_cache=False).logits
-
-    return predict
-
-
-def measure(predict: Predictor, tests: Tests) -> dict[str, Losses]:
-    # BTM holds the distributions of six models at once.
-    return {name: score(predict, sequences, name, batch=16) for name, sequences in tests.items()}
-
-
-def by_document(name: str, losses: Losses, sequences: Sequences) -> dict[str, object]:
-    """What is kept of a test: each document's nats, and, of questions, whether each is right, as "0110..."."""
-    kept: dict[str, object] = {"nats": [round(float(nats), 3) for nats in sequences.sums(losses.nats)]}
-    if name.startswith(ANSWERED):
-        kept["right"] = "".join("01"[int(right)] for right in exact(losses.hits, sequences))
-    return kept
-
-
-def sizes_of(tests: Tests) -> dict[str, list[int]]:
-    """UTF-8 bytes of what is scored, by document."""
-    return {name: [int(size) for size in sequences.sums(sequences.bytes)] for name, sequences in tests.items()}
-
-
-def bits_of(measured: dict[str, Losses], tests: Tests, names: Iterable[str]) -> float:
-    """Bits per byte, averaged over the tests of these names."""
-    return float(np.mean([bits_per_byte(measured[name].nats, tests[name]) for name in names]))

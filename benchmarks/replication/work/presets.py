@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from ..branching.models import BATCH, EXPERTS, SEED_MIX, STAGES, TRIES, Stage
 from ..text.corpora import Sizes
-from ..tokens.sequences import LENGTH, VOCABULARY
+from ..tokens.blocks import LENGTH
+from ..tokens.tokenizer import VOCABULARY
 
 
 # What combinations are trained on: half of it what the seed was trained on, half what the experts were.

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ..branching.models import EXPERTS, branch, branch_expert, keep, new_model
-from ..methods.builders import Models
+from ..branching.trained import Models
 from .jobs import Job, Store
-from .material import Material, sizes_of
+from .material import Material
+from .measuring import sizes_of
 from .presets import Preset
 
 

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.replication.text.building import build
 from benchmarks.replication.text.sources import SOURCES
-from benchmarks.replication.tokens.sequences import train_tokenizer
+from benchmarks.replication.tokens.tokenizer import train_tokenizer
 from tests.helpers.study_archives import SIZES, write_archives
 
 

@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 from benchmarks.replication.branching import models as branching
 from benchmarks.replication.branching import training
 from benchmarks.replication.branching.models import EXPERTS, mix_of
-from benchmarks.replication.tokens.sequences import VOCABULARY, training_blocks
+from benchmarks.replication.tokens.blocks import training_blocks
+from benchmarks.replication.tokens.tokenizer import VOCABULARY
 
 
 @pytest.mark.parametrize("size", [size for size in branching.SIZES if size != "smoke"])

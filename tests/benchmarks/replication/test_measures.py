@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.replication.measures import answers, bootstrap, losses, oracles
-from benchmarks.replication.measures.answers import BTMStream, Stream
+from benchmarks.replication.methods.streams import BTMStream, Stream
 from benchmarks.replication.text.documents import Document, Item
 from benchmarks.replication.tokens.sequences import document_sequences, item_sequences
 

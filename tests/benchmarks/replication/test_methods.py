@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.replication.measures.answers import greedy, stream_of
-from benchmarks.replication.methods import builders, cost, ensembles, mixtures
-from benchmarks.replication.methods.builders import Models
+from benchmarks.replication.branching.trained import Models
+from benchmarks.replication.measures.answers import greedy
+from benchmarks.replication.methods import builders, cost, ensembles, mixtures, parameters
 from benchmarks.replication.methods.registry import TRAINED
+from benchmarks.replication.methods.streams import stream_of
 from benchmarks.replication.methods.token_router import TokenRouter
-from benchmarks.replication.work.material import predictor_of
+from benchmarks.replication.work.measuring import predictor_of
 from peft_bts import toy
 
 
@@ -161,7 +162,7 @@ def test_sampled_mixture_runs_the_chosen_ffn():
 
 def test_what_is_trained(zoo):
     """BTX: everything. BAM adapters: projections and routers. BTS: stitches. LoRA: as much as BTS."""
-    counts = {name: builders.count_parameters(build(zoo, EXPERTS)) for name, build in TRAINED.items()}
+    counts = {name: parameters.count_parameters(build(zoo, EXPERTS)) for name, build in TRAINED.items()}
     assert counts["btx_soft"]["trained"] == counts["btx_soft"]["total"] == counts["btx_soft"]["active"]
     ffn = 3 * 32 * 48
     assert counts["btx_sample"]["total"] - counts["btx_sample"]["active"] == 4 * 2 * ffn
@@ -187,11 +188,11 @@ def test_trained_weights_come_back(zoo, name):
     method = TRAINED[name](zoo, EXPERTS)
     torch.manual_seed(5)
     with torch.no_grad():
-        for module in builders.modules_of(method):
+        for module in parameters.modules_of(method):
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.3 * torch.randn_like(parameter))
-    again = builders.load_trained(TRAINED[name](zoo, EXPERTS), builders.trained_weights(method))
+    again = parameters.load_trained(TRAINED[name](zoo, EXPERTS), parameters.trained_weights(method))
     outs = [predictor_of(m)(TOKENS, PROMPT) for m in (method, again)]
     assert torch.equal(*outs)
 

@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks.replication.measures.bootstrap import Interval
-from benchmarks.replication.reporting import claims as targets
-from benchmarks.replication.reporting.claims import better
-from benchmarks.replication.reporting.report import simple_wins
+from benchmarks.replication.reporting import targets
+from benchmarks.replication.reporting.advice import simple_wins
+from benchmarks.replication.reporting.paired import better
 
 
 @pytest.mark.parametrize("figure, low, high, expected", [

@@ -13,7 +13,7 @@ from benchmarks.replication.text.corpora import DOMAINS, MIXED, Corpora, Sizes
 from benchmarks.replication.text.documents import Document, passages
 from benchmarks.replication.text.loading import load_corpora
 from benchmarks.replication.text.sources import SOURCES
-from benchmarks.replication.tokens.sequences import train_tokenizer
+from benchmarks.replication.tokens.tokenizer import train_tokenizer
 from tests.helpers.study_archives import SIZES, write_archives
 
 

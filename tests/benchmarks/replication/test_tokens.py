@@ -6,7 +6,9 @@ import torch
 
 from benchmarks.replication.text import tasks
 from benchmarks.replication.text.documents import GIVEN, Document, Item
-from benchmarks.replication.tokens.sequences import END, document_sequences, item_sequences, make_blocks
+from benchmarks.replication.tokens.blocks import make_blocks
+from benchmarks.replication.tokens.sequences import document_sequences, item_sequences
+from benchmarks.replication.tokens.tokenizer import END
 
 
 # --- Questions with examples ----------------------------------------------------------------------------------------

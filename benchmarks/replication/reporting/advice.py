@@ -1,0 +1,89 @@
+"""The report's first page: what to use when."""
+
+from typing import Any
+
+from ...reporting import table
+from ..methods.registry import TITLES
+from ..work.presets import FORMS, SIMPLE
+from .cells import GOALS, Results, figure, interval, outcome, weights
+
+
+def bits(results: Results, name: str, on: str) -> float:
+    return results["methods"][name]["bits_per_byte"][on]["mean"]
+
+
+def best_of(results: Results, names: tuple[str, ...], on: str) -> str | None:
+    """The one with the fewest bits per byte among those that are there."""
+    there = [name for name in names if name in results["methods"]]
+    return min(there, key=lambda name: bits(results, name, on)) if there else None
+
+
+def between(results: Results, ours: str, baseline: str, on: str, figure: str = "bits_per_byte") -> Any:
+    for row in results["paired"]:
+        if (row["ours"], row["baseline"], row["on"], row["figure"]) == (ours, baseline, on, figure):
+            return row
+    return None
+
+
+def summary(results: Results) -> str:
+    return f"## In one page\n\n{advice(results)}\n\n{small_table(results)}"
+
+
+def advice(results: Results) -> str:
+    """What to use when, what it gains over the best simple way, and what it costs; and where a simple way wins."""
+    lines = []
+    for on, what in GOALS.items():
+        ours, simple = best_of(results, FORMS, on), best_of(results, SIMPLE, on)
+        row = between(results, ours, simple, on) if ours and simple else None
+        if not (ours and simple and row):
+            continue
+        verdict = {
+            "better": f"use **{TITLES[ours]}**",
+            "worse": f"a simple way wins: use **{TITLES[simple]}**",
+            "not told apart": f"**{TITLES[ours]}** and {TITLES[simple]} cannot be told apart: take the cheaper one",
+        }[outcome(row)]
+        lines.append(
+            f"- For {what}: {verdict}. {TITLES[ours]} takes {bits(results, ours, on):.3f} bits per byte, the best "
+            f"simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference {interval(row)}. "
+            f"{weights(results['methods'][ours])} weights are trained{time(results, ours)}."
+        )
+    for on, what in GOALS.items():
+        rows = [between(results, name, "outputs", on) for name in FORMS if name != "outputs"]
+        rows = [row for row in rows if row]
+        if rows:
+            best = min(rows, key=lambda row: row["difference"])
+            lines.append(
+                f"- What stitches add to output gates alone, on {what}: {TITLES[best['ours']]} is "
+                f"{outcome(best).replace('apart', 'apart from them')}, {interval(best)} bits per byte."
+            )
+    lines.append(f"- Where a simple way wins against a form of ours: {simple_wins(results)}.")
+    return "\n".join(lines)
+
+
+def simple_wins(results: Results) -> str:
+    """Each of `SIMPLE` with the forms that it beats, and where."""
+    beaten: dict[tuple[str, str], list[str]] = {}
+    for row in results["paired"]:
+        if row["baseline"] in SIMPLE and outcome(row) == "worse":
+            where = row["on"] + (", right answers" if row["figure"] == "exact" else ", bits")
+            beaten.setdefault((row["baseline"], where), []).append(TITLES[row["ours"]])
+    parts = [f"{TITLES[name]} ({where}) against {', '.join(forms)}" for (name, where), forms in beaten.items()]
+    return "; ".join(parts) or "nowhere, in what was measured"
+
+
+def time(results: Results, name: str) -> str:
+    ratio = results["cost"].get("ratios", {}).get(name, {}).get("seconds_per_step")
+    return f", and a step takes {ratio:.1f} times one of training the seed" if ratio else ""
+
+
+def small_table(results: Results) -> str:
+    ratios = results["cost"].get("ratios", {})
+    rows = []
+    for name in ("seed", *SIMPLE, *FORMS, "oracle_document", "oracle_token"):
+        if name in results["methods"]:
+            row, cost = results["methods"][name], ratios.get(name, {})
+            flops = f"{cost['forward_flops']:.1f}" if "forward_flops" in cost else ""
+            rows.append([TITLES[name], *(figure(row["bits_per_byte"][on]) for on in GOALS),
+                         figure(row.get("average"), 1), weights(row), flops])  # fmt: skip
+    head = ["", "bits per byte", "on mixed text", "right answers, %", "trained weights", "FLOPs per token, seed = 1"]
+    return table(head, rows)

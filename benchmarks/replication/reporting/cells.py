@@ -1,0 +1,31 @@
+"""How figures and their differences are written into cells of tables."""
+
+from typing import Any
+
+
+Results = dict[str, Any]
+GOALS = {"average": "the average of the domains", "mixed": "mixed text"}
+
+
+def figure(spread: dict[str, Any] | None, digits: int = 3) -> str:
+    """Mean, and ± standard deviation over sets; nothing, where there is none."""
+    if spread is None:
+        return ""
+    sd = "" if spread["sd"] is None else f" ± {spread['sd']:.{digits}f}"
+    return f"{spread['mean']:.{digits}f}{sd}"
+
+
+def weights(row: dict[str, Any]) -> str:
+    count = row.get("trained_parameters", 0)
+    return "-" if not count else f"{count:,}" if count < 10_000 else f"{count / 1e3:,.0f}k"
+
+
+def outcome(row: dict[str, Any]) -> str:
+    favours_ours = row["high"] < 0 if row["figure"] == "bits_per_byte" else row["low"] > 0
+    favours_theirs = row["low"] > 0 if row["figure"] == "bits_per_byte" else row["high"] < 0
+    return "better" if favours_ours else "worse" if favours_theirs else "not told apart"
+
+
+def interval(row: dict[str, Any], digits: int = 3) -> str:
+    low, high = (f"{row[bound]:+.{digits}f}" for bound in ("low", "high"))
+    return f"{row['difference']:+.{digits}f} ({low} to {high})"
