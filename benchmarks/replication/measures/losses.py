@@ -1,9 +1,8 @@
-"""Every token's loss under every model, computed once and kept; bits per byte and much else come from these files."""
+"""Every token's loss under a model, and what comes of it: bits per byte, answers that are right to the letter."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,27 +48,6 @@ def score(predict: Predictor, sequences: Sequences, desc: str, batch: int = 64) 
             nats[here] = loss[place, : lengths[row] - 1].cpu().numpy()
             hits[here] = right[place, : lengths[row] - 1].cpu().numpy()
     return Losses(nats, hits)
-
-
-def stored(path: Path, sequences: Sequences, make: Callable[[], Losses]) -> Losses:
-    """Losses from the file `path`, or made and kept there.
-
-    Raises:
-        ValueError: If the file is of other sequences.
-    """
-    if not path.exists():
-        losses = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"unfinished-{path.name}")
-        np.savez_compressed(unfinished, tokens=sequences.tokens, nats=losses.nats, hits=losses.hits)
-        unfinished.replace(path)
-    with np.load(path) as file:
-        if not np.array_equal(file["tokens"], sequences.tokens):
-            raise ValueError(
-                f"{path} holds losses of {len(file['tokens'])} other tokens than the {len(sequences.tokens)} that are "
-                "asked for: text or tokenizer have changed. Delete the folder, and they are computed anew."
-            )
-        return Losses(file["nats"], file["hits"])
 
 
 # --- What comes of them ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The report's plots: bits per byte of all methods, and learning curves."""
+"""The report's plots: bits per byte of all methods, learning curves, and gates."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ from ..methods.registry import TITLES, is_ours
 
 def draw_all(results: dict[str, Any], folder: Path) -> dict[str, str]:
     """Write every figure into `folder`; their file names by title."""
-    return save_figures({"bits": bits(results), "curves": curves(results)}, folder)
+    figures = {"bits": bits(results), "curves": curves(results)}
+    if results["gates"]:
+        figures |= {"gates": gates(results["gates"]), "turn": turn(results["gates"])}
+    return save_figures(figures, folder)
 
 
 def bits(results: dict[str, Any]) -> Figure:
@@ -47,5 +50,38 @@ def curves(results: dict[str, Any]) -> Figure:
     axes.set_ylabel("bits per byte on validation text")
     if axes.lines:
         axes.legend(fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def gates(found: dict[str, Any]) -> Figure:
+    """Mean gates of each form: a row for each domain, a column for each model."""
+    figure = Figure(figsize=(3.4 * len(found) + 1, 3.6), layout="constrained")
+    for axes, (name, row) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items()):
+        table = [[row["mean"][domain][model] for model in row["models"]] for domain in row["mean"]]
+        axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        axes.set_xticks(range(len(row["models"])), row["models"], rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(range(len(row["mean"])), [*row["mean"]], fontsize=8)
+        axes.set_title(TITLES[name], fontsize=8)
+        for y, values in enumerate(table):
+            for x, value in enumerate(values):
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                          color="white" if value > 0.6 else "black")  # fmt: skip
+    return figure
+
+
+def turn(found: dict[str, Any]) -> Figure:
+    """Gates of the old domain's model (dashed) and of the new one's (solid) around a change of domain."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, row) in enumerate(found.items()):
+        tokens, colour = row["turn"]["tokens"], f"C{number}"
+        axes.plot(tokens, row["turn"]["new"], color=colour, label=TITLES[name])
+        axes.plot(tokens, row["turn"]["old"], color=colour, ls="--", lw=1)
+    axes.axvline(0, color="black", lw=0.7, ls=":")
+    axes.set_xlabel("token, from the first one of the new domain (solid: its model's gate; dashed: the old domain's)")
+    axes.set_ylabel("mean gate")
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

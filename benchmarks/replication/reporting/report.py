@@ -21,7 +21,14 @@ def write_report(results: Results, path: Path) -> None:
     figures = draw_all(results, path.with_suffix(""))
     parts = [head(results), summary(results), targets(results), main_table(results, figures), curves(results, figures)]
     parts += [paired(results), tasks(results), *(cross(results, items) for items in results["cross"])]
-    parts += [others(results), costs(results), claims(results), experts(results), setup(results)]
+    parts += [
+        others(results),
+        gates(results, figures),
+        costs(results),
+        claims(results),
+        experts(results),
+        setup(results),
+    ]
     path.with_suffix(".md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -34,7 +41,9 @@ def head(results: Results) -> str:
         "sets and documents were drawn again."
     )
     if pieces["done"] < pieces["all"]:
-        scope += f" **Unfinished: {pieces['done']} of {pieces['all']} pieces of work are done, the rest is left out.**"
+        left = ", ".join(f"{part} ({done} of {all_})" for part, (done, all_) in pieces["parts"].items() if done < all_)
+        scope += f" **Unfinished: {pieces['done']} of {pieces['all']} pieces of work are done. Parts that are not "
+        scope += f"whole: {left}.**"
     rates = results["settings"]["rates"]
     scope += " Each method had one learning rate, nothing was chosen." if rates == 1 else ""
     return (
@@ -155,6 +164,18 @@ def others(results: Results) -> str:
     )
 
 
+def gates(results: Results, figures: dict[str, str]) -> str:
+    if not results["gates"]:
+        return ""
+    return (
+        "## Whom they listen to\n\nMean gates of the output mixture, or of the last stitch where outputs are not "
+        "mixed, on validation text of each domain.\n\n"
+        f"![mean gates by domain]({figures['gates']})\n\nHow fast they turn: the gates of the old domain's model and "
+        "of the new one's, around the first token of the new domain, where test documents switch in their middle.\n\n"
+        f"![gates around a change of domain]({figures['turn']})"
+    )
+
+
 def costs(results: Results) -> str:
     if not results["cost"]:
         return ""
@@ -172,14 +193,16 @@ def claims(results: Results) -> str:
     for claim in results["claims"]:
         digits = 3 if claim["figure"] == "bits_per_byte" else 1
         ours = " against ".join(f"{value:.{digits}f}" for value in claim["ours"])
-        paper = " against ".join(f"{value:g}" for value in claim["paper"])
-        rows.append([claim["text"], paper, ours, interval(claim, digits), f"**{claim['verdict']}**"])
+        paper = " against ".join(f"{value:.3g}" for value in claim["paper"])
+        apart = "" if claim["low"] is None else interval(claim, digits)
+        rows.append([claim["text"], paper, ours, apart, f"**{claim['verdict']}**"])
     if not rows:
         return ""
+    heads = ["claim", "paper", "ours", "difference (95%)", "verdict"]
     return (
         "## The paper's claims\n\nThe paper's figures are scores in percent; ours are bits per byte, of which fewer "
-        "are better, and right answers in percent on the cross task. A claim that one is *as good* holds unless the "
-        "interval says that it is worse.\n\n" + table(["claim", "paper", "ours", "difference (95%)", "verdict"], rows)
+        "are better, and right answers in percent on word problems in French. A claim that one is *as good* holds "
+        "unless the interval says that it is worse.\n\n" + table(heads, rows)
     )
 
 

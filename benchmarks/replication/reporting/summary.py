@@ -5,14 +5,16 @@ from collections.abc import Iterable
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from ...reporting import commit, environment
 from ..branching.models import EXPERTS
 from ..methods.registry import ORACLES, TRAINED
 from ..text.tasks import CROSS, TASKS
 from ..work.jobs import pending
 from ..work.plan import Plan
-from ..work.presets import SHARES
-from .claims import claims
+from ..work.presets import FORMS, SHARES, Part
+from .claims import claims, other_claims
 from .paired import paired_rows
 from .tables import EXACT, MIXED_TEXT, ON, TEXT, Table
 from .targets import targets
@@ -51,9 +53,10 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         "lora": of_table(tables.get((size, "main_lora"))),
         "sizes": {of: of_table(table) for (of, name), table in tables.items() if name == "main"},
         "cost": read(plan, main.studies[0].name("cost")),
+        "gates": gates(main),
     }
     results["paired"] = paired_rows(main, first_cross)
-    results["claims"] = claims(main, first_cross)
+    results["claims"] = claims(main, first_cross) + other_claims(results)
     results["targets"] = targets(results)
     return results
 
@@ -70,7 +73,10 @@ def origin(plan: Plan) -> dict[str, Any]:
         **environment(plan.device),
         "python": platform.python_version(),
         "commit": commit(),
-        "pieces": {"done": len(jobs) - len(pending(jobs, plan.store)), "all": len(jobs)},
+        "pieces": {
+            "done": len(jobs) - len(pending(jobs, plan.store)), "all": len(jobs),
+            "parts": {part.name: done_of(plan, part) for part in preset.parts},
+        },
         "commits": sorted({result["commit"] for result in finished}),  # that the pieces were made by
         "core_minutes": sum(result["cpu_seconds"] for result in finished) / 60,
         "settings": {
@@ -80,6 +86,12 @@ def origin(plan: Plan) -> dict[str, Any]:
             "parts": {part.name: part.sets for part in preset.parts},
         },
     }  # fmt: skip
+
+
+def done_of(plan: Plan, part: Part) -> tuple[int, int]:
+    """How many pieces of a part are done, and how many there are."""
+    jobs = plan.jobs_of(part)
+    return sum(plan.store.has(job.name) for job in jobs), len(jobs)
 
 
 def trainings(plan: Plan, table: Table) -> dict[str, Any]:
@@ -163,3 +175,24 @@ def cross_method(table: Table, name: str) -> dict[str, Any]:
         "trained_parameters": piece["parameters"]["trained"],
     }
     return row | ({"curve": curve(table, name)} if name in TRAINED else {})
+
+
+def gates(table: Table) -> dict[str, Any]:
+    """By form: mean gates by domain, and around changes of domain (`measures/gates.py`), averaged over sets."""
+    names = [study.name("gates") for study in table.studies]
+    pieces = [table.plan.store.read(name) for name in names if table.plan.store.has(name)]
+    found = {}
+    for method in FORMS if pieces else ():
+        each = [piece[method] for piece in pieces if method in piece]
+        if each:
+            first = each[0]
+            found[method] = {
+                "sets": len(each), "models": first["models"],
+                "mean": {domain: {model: mean(one["mean"][domain][model] for one in each) for model in row}
+                         for domain, row in first["mean"].items()},
+                "turn": {"tokens": first["turn"]["tokens"],
+                         **{key: np.mean([one["turn"][key] for one in each], axis=0).tolist()
+                            for key in ("old", "new")}},
+                "changes": sum(one["changes"] for one in each),
+            }  # fmt: skip
+    return found

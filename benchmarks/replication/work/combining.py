@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from peft_bts.stitch import HUB
+
 from ..branching.models import EXPERTS
 from ..branching.training import mix, train
 from ..measures.answers import chrf, greedy, prompts_of
+from ..measures.gates import measure_gates
 from ..measures.losses import bits_per_byte
 from ..measures.oracles import best_per_document, best_per_token
 from ..methods.cost import measure_costs
@@ -29,7 +32,7 @@ from ..tokens.blocks import LENGTH
 from .jobs import Job
 from .material import SWITCHES, Tests, cross_blocks
 from .measuring import by_document, measure, predictor_of
-from .presets import CROSS_EXPERTS, SHARES, STITCH_MIX, Part
+from .presets import CROSS_EXPERTS, FORMS, SHARES, STITCH_MIX, Part
 from .sets import Set, save
 
 
@@ -111,6 +114,10 @@ class Study:
         if self.part.kind == "main":
             needs = [self.name(method, "test") for method in self.alone]
             jobs.append(Job(self.name("oracles"), self.oracles, needs))
+            if gated := [method for method in FORMS if method in self.part.methods]:
+                needs = [name for method in gated for name in self.tested(method)]
+                reads = [self.name(method, trial) for method in gated for trial in self.trials(method)]
+                jobs.append(Job(self.name("gates"), partial(self.gates, gated), [*self.combined, *needs], reads))
         return jobs
 
     def prompt_jobs(self) -> list[Job]:
@@ -240,6 +247,14 @@ class Study:
             for oracle, best in choices.items():
                 found[oracle][name] = {"nats": [round(float(sum_), 3) for sum_ in sequences.sums(best)]}
         return {"tests": found}
+
+    def gates(self, methods: list[str]) -> dict[str, Any]:
+        """Whom our forms listen to: on validation text of each domain, and where test documents switch domain."""
+        material = self.set.material
+        text = {name.removeprefix("text/"): part for name, part in material.validation.items() if "text/" in name}
+        owners = {"prose": HUB, **{expert: expert for expert in EXPERTS}}
+        switches = material.test[f"mixed/{SWITCHES}"]
+        return {method: measure_gates(self.chosen(method), text, switches, owners) for method in methods}
 
     def four_examples(self, method: str) -> dict[str, Any]:
         tests = self.set.material.prompted

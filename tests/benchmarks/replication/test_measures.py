@@ -1,15 +1,18 @@
 """What is measured on the study's text: losses and oracles, answers, intervals."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 
-from benchmarks.replication.measures import answers, bootstrap, losses, oracles
+from benchmarks.replication.measures import answers, bootstrap, gates, losses, oracles
 from benchmarks.replication.methods.streams import BTMStream, Stream
 from benchmarks.replication.text.documents import Document, Item
 from benchmarks.replication.tokens.sequences import document_sequences, item_sequences
+from peft_bts import StitchConfig, trace_gates
 
 
 def predictor(model):
@@ -54,29 +57,6 @@ def test_bits_per_byte_is_what_its_name_says(tokenizer):
     assert losses.bits_per_byte(nats, sequences, "french") == pytest.approx(more * bits / 9, rel=1e-5)
 
 
-def test_losses_are_kept_and_guarded(tmp_path, models, sequences, tokenizer):
-    path = tmp_path / "model" / "text.npz"
-    first = losses.stored(path, sequences, lambda: losses.score(predictor(models[0]), sequences, "test"))
-    again = losses.stored(path, sequences, lambda: pytest.fail("computed twice"))
-    assert np.array_equal(first.nats, again.nats)
-    assert np.array_equal(first.hits, again.hits)
-    other = document_sequences(tokenizer, [Document((("prose", "something else"),))])
-    with pytest.raises(ValueError, match=r"text.npz holds losses of .* other tokens .* Delete the folder"):
-        losses.stored(path, other, lambda: pytest.fail("computed"))
-
-
-def test_btm_from_kept_losses_is_bayes_rule(nats, sequences):
-    mixed = sequences.of(oracles.btm(nats, sequences))
-    for row, each in enumerate(sequences.of(nats)):
-        p = np.exp(-each.astype(np.float64))
-        for place in range(1, p.shape[1]):
-            weights = p[:, :place].prod(1)
-            if weights.sum() < 1e-200:  # too unlikely for plain numbers
-                break
-            expected = (weights / weights.sum()) @ p[:, place]
-            assert mixed[row][place] == pytest.approx(-math.log(expected), rel=1e-4, abs=1e-6)
-
-
 def test_oracles_are_ordered_and_brute_force_agrees(nats, sequences):
     token, document = oracles.best_per_token(nats), oracles.best_per_document(nats, sequences)
     bits = [losses.bits_per_byte(values, sequences) for values in (token, document, *nats)]
@@ -85,15 +65,55 @@ def test_oracles_are_ordered_and_brute_force_agrees(nats, sequences):
         assert found[scored].sum() == pytest.approx(min(model[scored].sum() for model in each), rel=1e-6)
 
 
-def test_the_likeliest_model_looks_at_the_prompt_only(nats, sequences):
-    before = oracles.likeliest_by_prompt(nats, sequences)
-    behind = np.concatenate([np.arange(n) >= p for n, p in zip(np.diff(sequences.starts), sequences.prompt)])
-    changed = nats + np.where(behind, np.array([[0], [9], [99]]), 0)
-    assert np.array_equal(oracles.likeliest_by_prompt(changed, sequences), before)
-    best = int(before[0])
-    worse = nats.copy()
-    worse[best, 1 : sequences.prompt[0]] += 99
-    assert oracles.likeliest_by_prompt(worse, sequences)[0] != best
+# --- Gates ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gated(models):
+    """Output gates that say something."""
+    torch.manual_seed(0)
+    config = StitchConfig(task_type="CAUSAL_LM", num_stitches=0, output="mixture")
+    model = get_peft_model(copy.deepcopy(models[0]), config)
+    model.attach_expert("python", copy.deepcopy(models[1]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def mixed(tokenizer):
+    """Two changes of domain, in documents of different lengths; nobody owns English."""
+    documents = [
+        Document((("prose", "Some words come first. "), ("python", "def f(x):\n    return x\n"))),
+        Document((("python", "import os\n"), ("prose", "The end."))),
+        Document((("prose", "Nothing changes here, however long it takes to say so."),)),
+        Document((("english", "Hello "), ("python", "x = 1\n"))),
+    ]
+    return document_sequences(tokenizer, documents)
+
+
+def test_gates_are_those_of_sequences_alone(gated, mixed):
+    names, found = gates.gates_of(gated, mixed, batch=3)
+    assert names == ["hub", "python"]
+    for tokens, mine in zip(mixed.of(mixed.tokens), found):
+        with torch.no_grad(), trace_gates(gated) as trace:
+            gated(input_ids=torch.from_numpy(tokens)[None])
+        np.testing.assert_allclose(mine, trace.sequences[0].gates[-1].numpy(), atol=1e-5)
+
+
+def test_gates_around_changes_of_domain(gated, mixed):
+    owners = {"prose": "hub", "python": "python"}
+    (first, place, *both), second = gates.changes(mixed, owners)
+    assert (first, both, second[0], second[2:]) == (0, ["hub", "python"], 1, ("python", "hub"))
+    assert mixed.names[mixed.of(mixed.kinds)[0][place]] == "python"
+    found = gates.measure_gates(gated, {"all": mixed}, mixed, owners)
+    _, by_token = gates.gates_of(gated, mixed)
+    assert found["mean"]["all"]["hub"] == pytest.approx(np.concatenate(by_token)[:, 0].mean(), abs=1e-6)
+    here = found["turn"]["tokens"].index(0)  # where the new domain's first token is predicted
+    expected = [by_token[0][place - 1][0], by_token[1][second[1] - 1][1]]
+    assert found["turn"]["old"][here] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert found["changes"] == 2
 
 
 # --- Answers --------------------------------------------------------------------------------------------------------

@@ -58,7 +58,11 @@ def test_the_study_runs_and_reports(plan, results):
     assert {(row["on"], row["figure"]) for row in found["paired"]} == {
         ("average", "bits_per_byte"), ("mixed", "bits_per_byte"), ("tasks", "exact")
     }  # fmt: skip
-    assert {claim["id"] for claim in found["claims"]} >= {"bts_over_seed", "bts_over_btm", "keeps_math"}
+    ids = {claim["id"] for claim in found["claims"]}
+    assert ids >= {"bts_over_seed", "bts_over_btm", "keeps_math", "cross_needs_data", "gates_fit"}
+    assert found["gates"]["bts"]["sets"] == 2
+    assert {len(row) for row in found["gates"]["bts"]["mean"].values()} == {6}  # models
+    assert "gates around a change of domain" in page
     assert len(found["targets"]) == 4
     assert page.startswith("# Which way of combining experts to use")
     assert page.index("## In one page") < page.index("## All methods") < page.index("## Cross capability")
