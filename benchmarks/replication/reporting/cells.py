@@ -1,6 +1,9 @@
-"""How figures and their differences are written into cells of tables."""
+"""How figures and their differences are written into cells of tables; and a table that several pages have."""
 
 from typing import Any
+
+from ...reporting import table
+from ..methods.registry import TITLES
 
 
 Results = dict[str, Any]
@@ -29,3 +32,12 @@ def outcome(row: dict[str, Any]) -> str:
 def interval(row: dict[str, Any], digits: int = 3) -> str:
     low, high = (f"{row[bound]:+.{digits}f}" for bound in ("low", "high"))
     return f"{row['difference']:+.{digits}f} ({low} to {high})"
+
+
+def cross_table(results: Results, items: str) -> str:
+    """The cross task with so many training items: right answers in percent, and bits per byte of the answers."""
+    rows = [
+        [TITLES[name], weights(row), figure(row["average"], 1), figure(row["bits_per_byte"]), row["average"]["n"]]
+        for name, row in results["cross"][items].items()
+    ]
+    return table(["method", "trained weights", "right, %", "bits per byte", "sets"], rows)

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from .advice import advice, small_table
-from .cells import Results
+from .cells import Results, cross_table
 
 
-QUOTES = {"advice": advice, "table": small_table}
+QUOTES = {"advice": advice, "table": small_table, "cross": lambda results: cross_table(results, "2000")}
 RESULTS = Path(__file__).parents[2] / "results" / "replicate.json"
 
 _MARKED = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- /study -->)", re.S)

@@ -11,7 +11,7 @@ from ..text.corpora import DOMAINS, MIXED
 from ..text.tasks import CROSS, TASKS
 from ..work.presets import FORMS, SHARES, SIMPLE
 from .advice import summary
-from .cells import GOALS, Results, figure, interval, outcome, weights
+from .cells import GOALS, Results, cross_table, figure, interval, outcome, weights
 from .plots import draw_all
 
 
@@ -135,14 +135,10 @@ def tasks(results: Results) -> str:
 
 
 def cross(results: Results, items: str) -> str:
-    rows = [
-        [TITLES[name], weights(row), figure(row["average"], 1), figure(row["bits_per_byte"]), row["average"]["n"]]
-        for name, row in results["cross"][items].items()
-    ]
     return (
         f"## Cross capability: word problems in French, {items} training items\n\nFrench and maths experts. Answers "
         "right to the letter, in percent, and bits per byte of the answers. Seed, experts, soup and BTM are not "
-        "trained on them.\n\n" + table(["method", "trained weights", "right, %", "bits per byte", "sets"], rows)
+        f"trained on them.\n\n{cross_table(results, items)}"
     )
 
 

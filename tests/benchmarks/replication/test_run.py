@@ -207,3 +207,11 @@ def test_pages_quote_the_results(results):
         quote(page.replace("table", "nothing"), found)
     with pytest.raises(ValueError, match="no place for figures"):
         quote("Text.", found)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing-options.md"])
+def test_pages_are_up_to_date(page):
+    """After new results: `python -m benchmarks.replication.reporting.quote README.md docs/choosing-options.md`."""
+    root = Path(__file__).parents[3]
+    text = (root / page).read_text()
+    assert quote(text, json.loads((root / "benchmarks/results/replicate.json").read_text())) == text
