@@ -179,7 +179,7 @@ def cross_method(table: Table, name: str) -> dict[str, Any]:
 
 def gates(table: Table) -> dict[str, Any]:
     """By form: mean gates by domain, and around changes of domain (`measures/gates.py`), averaged over sets."""
-    names = [study.name("gates") for study in table.studies]
+    names = [study.name("gates") for study in table.studies if study.set.number in table.whole]
     pieces = [table.plan.store.read(name) for name in names if table.plan.store.has(name)]
     found = {}
     for method in FORMS if pieces else ():

@@ -42,9 +42,24 @@ class Table:
             self._read[key] = {**found, "tests": found["tests"][method]} if oracle else found
         return self._read.get(key)
 
+    @cached_property
+    def whole(self) -> list[int]:
+        """The sets on which all methods of the first part that fills this table are tested; if there are none, all.
+
+        Only these are reported: means over different sets are not to be compared.
+        """
+        parts = (
+            part for part in self.plan.preset.parts if (part.size, part.table) == (self.part.size, self.part.table)
+        )
+        methods = next(parts).methods
+        numbers = [study.set.number for study in self.studies]
+        tested = lambda study: all(self.piece(study, name) for name in (*study.alone, *methods))  # noqa: E731
+        return [study.set.number for study in self.studies if tested(study)] or numbers
+
     def sets(self, method: str, what: str = "test") -> list[int]:
-        """The sets on which a piece of a method is done."""
-        return [study.set.number for study in self.studies if self.piece(study, method, what)]
+        """The sets on which a piece of a method is done, of those that are reported."""
+        done = [study.set.number for study in self.studies if self.piece(study, method, what)]
+        return [number for number in done if number in self.whole]
 
     @property
     def methods(self) -> list[str]:

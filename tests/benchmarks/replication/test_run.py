@@ -154,6 +154,20 @@ def test_what_is_reported_is_what_the_pieces_say(plan, results):
     assert reported["mean"] == pytest.approx(np.mean(values), rel=1e-4)
 
 
+def test_a_set_that_is_not_whole_is_not_reported(plan, results):
+    """Or means over different sets would stand side by side."""
+    path = plan.store.path("smoke/set1/main/btm/test")
+    kept = path.read_bytes()
+    path.unlink()
+    try:
+        methods = summarize(plan, "smoke")["methods"]
+    finally:
+        path.write_bytes(kept)
+    for name in ("seed", "btm", "bts"):
+        values = results[0]["methods"][name]["bits_per_byte"]["average"]["values"]
+        assert methods[name]["bits_per_byte"]["average"]["values"] == pytest.approx(values[:1], rel=1e-4)
+
+
 def test_later_sets_take_the_rate_that_did_best_on_the_first(plan):
     def read(*parts):
         return plan.store.read("/".join(parts))
