@@ -23,12 +23,8 @@ def gates_of(model: nn.Module, sequences: Sequences, batch: int = 16) -> tuple[l
     lengths = np.diff(sequences.starts)
     found: dict[int, np.ndarray] = {}
     models: list[str] = []
-    for rows in np.array_split(lengths.argsort(kind="stable"), -(-len(lengths) // batch)):
-        tokens = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for place, row in enumerate(rows):
-            here = sequences.tokens[sequences.starts[row] : sequences.starts[row + 1]]
-            tokens[place, : len(here)], mask[place, : len(here)] = torch.from_numpy(here), 1
+    for rows, tokens in sequences.batches(batch):
+        mask = (torch.arange(tokens.shape[1]) < torch.from_numpy(lengths[rows])[:, None]).long()
         device = next(model.parameters()).device
         with torch.no_grad(), trace_gates(model) as trace:
             model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)

@@ -31,14 +31,7 @@ def score(predict: Predictor, sequences: Sequences, desc: str, batch: int = 64) 
     """The losses of anything that predicts tokens. Sequences of like lengths go together, padded on the right."""
     nats, hits = np.zeros(len(sequences.tokens), np.float32), np.zeros(len(sequences.tokens), bool)
     lengths = np.diff(sequences.starts)
-    for rows in tqdm(
-        np.array_split(lengths.argsort(kind="stable"), -(-len(lengths) // batch)), desc=desc, leave=False
-    ):
-        tokens = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
-        for place, row in enumerate(rows):
-            tokens[place, : lengths[row]] = torch.from_numpy(
-                sequences.tokens[sequences.starts[row] : sequences.starts[row + 1]]
-            )
+    for rows, tokens in tqdm(sequences.batches(batch), desc=desc, total=-(-len(lengths) // batch), leave=False):
         logits = predict(tokens, torch.from_numpy(sequences.prompt[rows]))[:, :-1].float()
         targets = tokens[:, 1:].to(logits.device)
         loss = logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

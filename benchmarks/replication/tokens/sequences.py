@@ -1,10 +1,11 @@
 """Sequences to be scored: documents, and items behind their examples, in flat arrays."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..text.documents import GIVEN, Document, Item
@@ -35,6 +36,15 @@ class Sequences:
     @property
     def scored(self) -> np.ndarray:
         return self.kinds >= 0
+
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """All sequences, those of like lengths together: their numbers (B,), and tokens (B, T), zeros behind them."""
+        lengths = np.diff(self.starts)
+        for rows in np.array_split(lengths.argsort(kind="stable"), -(-len(lengths) // size)):
+            tokens = torch.zeros(len(rows), int(lengths[rows].max()), dtype=torch.long)
+            for place, row in enumerate(rows):
+                tokens[place, : lengths[row]] = torch.from_numpy(self.tokens[self.starts[row] : self.starts[row + 1]])
+            yield rows, tokens
 
     def of(self, values: np.ndarray) -> list[np.ndarray]:
         """Values (..., total) in pieces, one for each sequence."""
