@@ -43,6 +43,10 @@ class StitchConfig(PeftConfig):
             them, `"projected"` replaces them by their projections (eq. 3 to the letter; needs equal widths).
         output (`str`): `"hub"` (the paper): the hub's head speaks alone. `"mixture"`: the logits are log probabilities
             of a mixture of all models' distributions, each by its own head, with one gate per token and model.
+        evidence (`float`, *optional*): With `output="mixture"`: the output gates also see how well each model has
+            predicted the tokens so far. This is the forgetting factor, above 0 and up to 1: what a token told counts
+            so much less with each further token. 0.9 suits text that changes its domain; 1 never forgets. `None`:
+            the gates see the hub's state alone.
         gate (`str`): `"channel"` (the paper): one gate value per channel. `"token"`: one per token and model.
         gate_bias (`bool`): Whether the gates have a bias, which starts at zero.
         gate_dropout (`float`): Dropout on the gate logits in training (eq. 3).
@@ -72,6 +76,13 @@ class StitchConfig(PeftConfig):
     output: Literal["hub", "mixture"] = field(
         default="hub",
         metadata={"help": "Whether the hub's head speaks alone, or all models' distributions are mixed."},
+    )
+    evidence: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Have output gates see how well each model has predicted the tokens so far: the forgetting factor "
+            "per token, such as 0.9. None: they see the hub's state alone."
+        },
     )
     gate: Literal["channel", "token"] = field(
         default="channel", metadata={"help": "One gate value per channel, or one per token."}
@@ -117,6 +128,14 @@ class StitchConfig(PeftConfig):
             raise ValueError(f"r must be None or a whole number of at least 1, got {self.r!r}.")
         if not _is_number(self.gate_dropout) or not 0.0 <= self.gate_dropout < 1.0:
             raise ValueError(f"gate_dropout must be a number in [0, 1), got {self.gate_dropout!r}.")
+        if self.evidence is not None:
+            if not _is_number(self.evidence) or not 0.0 < self.evidence <= 1.0:
+                raise ValueError(f"evidence must be None or a number above 0 and up to 1, got {self.evidence!r}.")
+            if self.output != "mixture":
+                raise ValueError(
+                    f"evidence={self.evidence!r} is for output gates, which there are with output='mixture' only, and "
+                    f"output is {self.output!r}."
+                )
         for option in ("gate_bias", "init_weights"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option} must be True or False, got {getattr(self, option)!r}.")

@@ -1,8 +1,9 @@
 """Between a model's tensors and those of an adapter file.
 
 The file's keys are a contract: `...stitch_layer.gate.<model>.weight`, `...stitch_layer.proj.<expert>.weight` (and
-`.bias`, `.down.weight`, `.up.weight`), `...stitch_output.gate.<model>.weight` (and `.bias`). In memory the adapter's
-name stands behind `stitch_layer` and `stitch_output`, and `for_` before the model's.
+`.bias`, `.down.weight`, `.up.weight`), `...stitch_output.gate.<model>.weight` (and `.bias`), and with evidence
+`...stitch_output.evidence_weight`. In memory the adapter's name stands behind `stitch_layer` and `stitch_output`, and
+`for_` before the model's.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from .stitch import PerModel
 
 
 _MODEL_KEY = re.compile(
-    r"^(?P<layer>.*\.stitch_(?:layer|output))\.(?P<adapter>[^.]+)\.(?P<role>gate|proj)\."
-    + PerModel.PREFIX
-    + r"(?P<rest>.+)$"
+    r"^(?P<layer>.*\.stitch_(?:layer|output))\.(?P<adapter>[^.]+)\."
+    rf"(?:(?P<role>(?:gate|proj)\.){PerModel.PREFIX}(?P<rest>.+)|(?P<whole>evidence_weight))$"
 )
 _SHOWN = 10  # problems listed in an error
 _ABOUT_EMBEDDINGS = (
@@ -48,7 +48,7 @@ def file_key(key: str, adapter: str) -> Optional[str]:
     match = _MODEL_KEY.match(key)
     if match is None or match["adapter"] != adapter:
         return None
-    return f"{match['layer']}.{match['role']}.{match['rest']}"
+    return f"{match['layer']}.{match['whole'] or match['role'] + match['rest']}"
 
 
 def fit_to_model(

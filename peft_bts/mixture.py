@@ -2,9 +2,13 @@
 
         p(x)  = sum over models of g_m p_m(x)
         g     = softmax over models of (W h_0 + b)
+        g     = softmax over models of (W h_0 + b + a e)            with evidence
+        e_t   = f e_(t-1) + log p_m(x_t | the tokens before it)
 
 h_0 is the hub's state that its own head reads. The paper (arXiv 2502.00075) mixes hidden states and lets the hub's
-head speak alone; this mixes distributions, and goes with stitches or without.
+head speak alone; this mixes distributions, and goes with stitches or without. Evidence e is how well a model has
+predicted the tokens so far, with a forgetting factor f and a weight a, which starts at 1: with gates that are not
+trained yet this is Bayesian model averaging with forgetting.
 
 Shapes: N tokens, D the hub's width, M models (the hub first, then the experts by name), V the hub's vocabulary.
 Names end in them.
@@ -25,11 +29,13 @@ class OutputMixture(nn.Module):
     """Gates over the models' distributions: one value per token and model.
 
     Weights: `gate` of the hub and of every expert, (1, D), with a bias (1). They start at zero: all models alike.
+    With evidence `evidence_weight` (1), which starts at one.
 
     Args:
         d_hub: Width D of the hub.
         experts: The experts' names.
-        init_weights: `True`: zero. `False`: random (tests).
+        forgetting: The forgetting factor of evidence, above 0 and up to 1; `None` for gates without evidence.
+        init_weights: `True`: as above. `False`: random (tests).
         device, dtype: Of the weights.
     """
 
@@ -38,15 +44,20 @@ class OutputMixture(nn.Module):
         d_hub: int,
         experts: list[str],
         *,
+        forgetting: Optional[float] = None,
         init_weights: bool = True,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        self.d_hub, self.init_weights = d_hub, init_weights
+        self.d_hub, self.init_weights, self.forgetting = d_hub, init_weights, forgetting
         self.gate: PerModel[nn.Linear] = PerModel()
         for name in [HUB, *sorted(experts)]:
             self.gate.set(name, self._new_gate(device, dtype))
+        if forgetting is not None:
+            self.evidence_weight = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+            if not init_weights:
+                nn.init.uniform_(self.evidence_weight, 0.5, 1.5)
 
     @property
     def experts(self) -> list[str]:
@@ -87,6 +98,10 @@ class OutputMixture(nn.Module):
             logits_NM = logits_NM.masked_fill(~present_NM, -torch.inf)
         return logits_NM.log_softmax(dim=-1)
 
+    def with_evidence(self, log_gates_NM: Tensor, evidence_NM: Tensor) -> Tensor:
+        """Logarithms of the gates from those without evidence, and the evidence for each model, both (..., N, M)."""
+        return (log_gates_NM + self.evidence_weight * evidence_NM.to(log_gates_NM.dtype)).log_softmax(dim=-1)
+
     def _new_gate(self, device: Optional[torch.device], dtype: Optional[torch.dtype]) -> nn.Linear:
         gate = nn.Linear(self.d_hub, 1, device=device, dtype=dtype)
         if self.init_weights:
@@ -120,3 +135,33 @@ def mix(log_gates_NM: Tensor, logps: list[Tensor]) -> Tensor:
         mixed_NV = term_NV if mixed_NV is None else torch.logaddexp(mixed_NV, term_NV)
     assert mixed_NV is not None
     return mixed_NV
+
+
+_LEAST = -100.0  # of a token's log likelihood in evidence: one that a model cannot say must not count for ever
+_BLOCK = 128  # tokens that are summed up by one product of matrices
+
+
+def evidence(
+    log_likelihoods_BTM: Tensor, first_BT: Tensor, forgetting: float, before_BM: Optional[Tensor] = None
+) -> Tensor:
+    """What the tokens up to each one tell of the models: e_t = f e_(t-1) + log p_m(x_t), (B, T, M).
+
+    Args:
+        log_likelihoods_BTM: Of every token under every model, given the tokens before it; zero where nothing is told.
+        first_BT: Where a text begins, boolean: nothing from before counts there.
+        forgetting: The factor f.
+        before_BM: The evidence up to the token before the first one; `None`: there was none.
+    """
+    values_BTM = log_likelihoods_BTM.clamp(min=_LEAST)
+    last_BM = values_BTM.new_zeros(values_BTM[:, 0].shape) if before_BM is None else before_BM.to(values_BTM)
+    blocks = []
+    for values_BtM, first_Bt in zip(values_BTM.split(_BLOCK, dim=1), first_BT.split(_BLOCK, dim=1)):
+        t = torch.arange(values_BtM.shape[1], device=values_BTM.device, dtype=values_BTM.dtype)
+        age_tt = t[:, None] - t[None, :]
+        decay_tt = torch.where(age_tt >= 0, forgetting ** age_tt.clamp(min=0), 0.0)
+        text_Bt = first_Bt.cumsum(dim=1)
+        decay_Btt = decay_tt * (text_Bt[:, :, None] == text_Bt[:, None, :])
+        goes_on_Bt = forgetting ** (t + 1) * (text_Bt == 0)
+        blocks.append(decay_Btt @ values_BtM + goes_on_Bt[:, :, None] * last_BM[:, None])
+        last_BM = blocks[-1][:, -1]
+    return torch.cat(blocks, dim=1)

@@ -114,9 +114,9 @@ class StitchTuner(BaseTuner):
             experts = {name: expert for name, (expert, _) in made.items()}
             references = {name: reference for name, (_, reference) in made.items()}
         hub_config, projected = text_config(self.model), config.expert_streams == "projected"
-        mixture = config.output == "mixture"
+        mixture, evidence = config.output == "mixture", config.evidence is not None
         expert_set = ExpertSet(
-            adapter_name, schedule, len(self._decoder.layers), hub_config, projected, mixture, experts
+            adapter_name, schedule, len(self._decoder.layers), hub_config, projected, mixture, evidence, experts
         )
         self.experts[adapter_name] = expert_set.modules
         self._expert_sets[adapter_name] = expert_set
@@ -145,6 +145,7 @@ class StitchTuner(BaseTuner):
         gates = OutputMixture(
             text_config(self.model).hidden_size,
             list(self._expert_sets[adapter_name]),
+            forgetting=config.evidence,
             init_weights=config.init_weights,
             device=device,
             dtype=dtype,
@@ -155,7 +156,7 @@ class StitchTuner(BaseTuner):
 
     def _check_adapter_name(self, name: str) -> None:
         # PEFT drops every key with `.<name of another adapter>.` in it when it saves an adapter.
-        parts = {"base_model", "stitch_layer", "stitch_output", "gate", "proj", "up", "down"}
+        parts = {"base_model", "stitch_layer", "stitch_output", "gate", "proj", "up", "down", "evidence_weight"}
         for path, _ in self.model.named_parameters():
             parts.update(path.split("."))
         if hasattr(nn.ModuleDict(), name):

@@ -30,6 +30,7 @@ class ExpertSet:
         hub_config: The hub's text config.
         projected: Whether Experts-into-Hub replaces the experts' states.
         mixture: Whether the models' distributions are mixed.
+        evidence: Whether their gates see how well each model has predicted the tokens so far.
         experts: The experts by name.
 
     Attributes:
@@ -45,12 +46,13 @@ class ExpertSet:
         hub_config: Any,
         projected: bool,
         mixture: bool,
+        evidence: bool,
         experts: Mapping[str, Expert],
     ) -> None:
         self.adapter, self.schedule = adapter, schedule
         self.modules: NamedModules[Expert] = NamedModules(experts)
         self._hub_layers, self._hub_config = hub_layers, hub_config
-        self._projected, self._mixture = projected, mixture
+        self._projected, self._mixture, self._evidence = projected, mixture, evidence
         self._left_out: frozenset[str] = frozenset()
         self._compose()
 
@@ -101,6 +103,7 @@ class ExpertSet:
             self._projected,
             self.adapter,
             self._mixture,
+            self._evidence,
         )
 
 

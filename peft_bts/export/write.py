@@ -75,8 +75,13 @@ def export_composition(
         **kwargs: For `PreTrainedModel.save_pretrained`, such as `max_shard_size`.
 
     Raises:
-        ValueError: If a model is quantised.
+        ValueError: If a model is quantised, or the output gates go by evidence.
     """
+    if composition.evidence:
+        raise ValueError(
+            "A stitched model whose output gates go by evidence cannot be exported: what they go on from has no place "
+            "in the cache of an exported model. Serve it with transformers, or train one without `evidence`."
+        )
     models = {HUB: share_weights(hub, adapter), **{name: _plain(expert.model) for name, expert in experts.items()}}
     for name, model in models.items():
         if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:

@@ -7,7 +7,7 @@ that layer does to the experts' caches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -21,6 +21,7 @@ from .thread_local import ThreadLocal
 
 if TYPE_CHECKING:
     from .composition import StitchableExpert
+    from .evidence import Memory
 
 
 class ExpertCaches:
@@ -35,6 +36,7 @@ class ExpertCaches:
             made, is one of the hub's.
         catch_up: If experts may be dropped, the record of which tokens each expert has seen (inference/dropping.py).
             The experts' caches are then held there, and `by_name` is empty.
+        memory: What output gates with evidence go on from; `None` without such, or before the first token.
     """
 
     supports_early_init = False
@@ -45,6 +47,7 @@ class ExpertCaches:
         self.by_name, self.made_for = by_name, made_for
         self.is_sliding = is_sliding
         self.catch_up: Any = None
+        self.memory: Optional[Memory] = None
 
     @property
     def layers(self) -> list[Any]:
@@ -57,7 +60,7 @@ class ExpertCaches:
 
     @property
     def is_croppable(self) -> bool:
-        return all(cache.is_croppable for cache in self.by_name.values())
+        return self.memory is None and all(cache.is_croppable for cache in self.by_name.values())
 
     @property
     def record_past(self) -> bool:
@@ -83,24 +86,33 @@ class ExpertCaches:
         """The experts' caches see to that themselves."""
 
     def reset(self) -> None:
+        self.memory = None
         for cache in self.by_name.values():
             cache.reset()
 
     def crop(self, *args: Any) -> None:
+        self.memory = None  # what was expected behind the tokens that stay is not known any more
         for cache in self.by_name.values():
             cache.crop(*args)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._change_memory(lambda of_rows: of_rows.index_select(0, beam_idx.to(of_rows.device)))
         for cache in self.by_name.values():
             cache.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change_memory(lambda of_rows: of_rows.repeat_interleave(repeats, dim=0))
         for cache in self.by_name.values():
             cache.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self._change_memory(lambda of_rows: of_rows[indices.to(of_rows.device)])
         for cache in self.by_name.values():
             cache.batch_select_indices(indices)
+
+    def _change_memory(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.memory is not None:
+            self.memory.change_rows(change)
 
 
 def held_expert_caches(cache: Optional[Cache]) -> Optional[ExpertCaches]:
@@ -136,10 +148,11 @@ def caches_roll_back() -> Iterator[None]:
         _ROLLS_BACK.set(before)
 
 
-def check_cache(cache: Cache, experts: Mapping[str, StitchableExpert]) -> None:
+def check_cache(cache: Cache, experts: Mapping[str, StitchableExpert], evidence: bool = False) -> None:
     """Raise `ValueError` if what the cache holds cannot be continued with these experts.
 
-    Called before anything is computed, so that a refused cache is left as it was.
+    Called before anything is computed, so that a refused cache is left as it was. `evidence`: whether output gates
+    need to know what the models said of all tokens.
     """
     held, theirs = cached_tokens(cache), held_expert_caches(cache)
     if theirs is None:
@@ -161,6 +174,11 @@ def check_cache(cache: Cache, experts: Mapping[str, StitchableExpert]) -> None:
                 f"The cache holds {held} tokens of the hub but {seen} of expert {name!r}: it was used while the "
                 "adapter was disabled. Start with an empty cache."
             )
+    if evidence and held and (theirs.memory is None or int(theirs.memory.seen_B[0]) != held):
+        raise ValueError(
+            f"The output gates go by evidence, and there is none of all {held} tokens in the cache: it was cropped, "
+            "or used under an adapter without evidence. Start with an empty cache."
+        )
 
 
 def expert_caches(cache: Cache, hub_layers: int, experts: Mapping[str, StitchableExpert]) -> ExpertCaches:

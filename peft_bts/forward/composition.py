@@ -56,6 +56,7 @@ class Composition:
         projected: Whether Experts-into-Hub replaces the experts' states (`expert_streams="projected"`).
         adapter: The adapter's name.
         mixture: Whether the models' distributions are mixed (`output="mixture"`).
+        evidence: Whether their gates see how well each model has predicted the tokens so far.
     """
 
     schedule: Mapping[int, StitchKind]
@@ -65,6 +66,7 @@ class Composition:
     projected: bool
     adapter: str = ""
     mixture: bool = False
+    evidence: bool = False
 
     def next_stitch(self, layer: int) -> Optional[int]:
         """The first stitched hub layer behind `layer`; `None` behind the last one."""

@@ -19,9 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..mixture import OutputMixture, log_probs, mix
+from ..mixture import OutputMixture, evidence, log_probs, mix
 from ..stitch import HUB
+from .cache import held_expert_caches
 from .composition import StitchableExpert
+from .evidence import Memory, follow
 from .head import ModelHead
 from .hooks import Body, ForwardRunner, InstanceForward
 
@@ -49,6 +51,7 @@ class _Ready(NamedTuple):
         vocab: The hub's vocabulary.
         share: How processes share what their models say.
         spread: Whether there are several.
+        last_BMV: With evidence and a cache: what each model says of the token that comes next.
     """
 
     states: list[Tensor]
@@ -57,6 +60,7 @@ class _Ready(NamedTuple):
     vocab: int
     share: Share
     spread: bool
+    last_BMV: Optional[Tensor] = None
 
 
 class MixedHead(InstanceForward):
@@ -96,7 +100,9 @@ class MixedHead(InstanceForward):
         batch, tokens = ready.log_gates_BTM[:, positions].shape[:2]
         loss = None
         logits_NV: Optional[Tensor]
-        if labels is None:
+        if labels is None and ready.last_BMV is not None and tokens == 1 and isinstance(keep, int):
+            logits_NV = mix(select(ready.log_gates_BTM), list(ready.last_BMV.unbind(1)))  # said already
+        elif labels is None:
             (logits_NV,) = self._in_chunks(ready, select, None, _mixture)
         else:
             loss_arguments = {name: call[name] for name in call if name not in self.__signature__.parameters}
@@ -167,13 +173,50 @@ class MixedHead(InstanceForward):
         names = sorted(body.experts.by_name)
         body.state.see_output(body.hub_BTD, gates)
         log_gates_BTM = gates.log_gates(body.hub_BTD, names, _present_tokens(body))
-        body.state.note_output_gates(names, log_gates_BTM.detach())
-        body.state.finish()
         states = [body.hub_BTD, *(body.experts.by_name[name] for name in names)]
         experts = [body.state.composition.experts[name] for name in names]
         executor = body.state.executor
         share = partial(executor.share, [HUB, *names])
-        return out, _Ready(states, experts, log_gates_BTM, out.logits.shape[-1], share, executor.spread)
+        ready = _Ready(states, experts, log_gates_BTM, out.logits.shape[-1], share, executor.spread)
+        if gates.forgetting is not None:
+            ready = self._with_evidence(ready, call, gates, gates.forgetting, body)
+        body.state.note_output_gates(names, ready.log_gates_BTM.detach())
+        body.state.finish()
+        return out, ready
+
+    def _with_evidence(
+        self, ready: _Ready, call: dict[str, Any], gates: OutputMixture, forgetting: float, body: Body
+    ) -> _Ready:
+        """Have the gates see what the tokens up to each one tell of the models, and the cache keep it.
+
+        All heads read all tokens for that. Evidence is taken as it is: no gradient goes back through it.
+        """
+        tokens_BT, held = call["input_ids"], held_expert_caches(body.state.cache)
+        memory = None if held is None else held.memory
+        following = follow(call, memory)
+        with torch.no_grad():
+            of_first_BM = torch.zeros_like(ready.log_gates_BTM[:, 0])
+            if memory is not None:
+                places = tokens_BT[:, :1, None].expand(-1, memory.expected_BMV.shape[1], -1)
+                of_first_BM = memory.expected_BMV.gather(2, places.to(memory.expected_BMV.device))[..., 0]
+            told_BTM = of_first_BM[:, None]
+            if tokens_BT.shape[1] > 1:
+                (of_others,) = self._in_chunks(
+                    ready, lambda of_tokens: of_tokens[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten(), _targets
+                )
+                of_others_BTM = of_others.unflatten(0, (len(tokens_BT), -1))
+                told_BTM = torch.cat([told_BTM.to(of_others_BTM), of_others_BTM], dim=1)
+            real, told = (part.to(told_BTM.device) for part in following)
+            told_BTM = torch.where(told[..., None], told_BTM, 0.0)
+            before_BM = None if memory is None else memory.evidence_BM
+            evidence_BTM = evidence(told_BTM, real & ~told, forgetting, before_BM)
+            if held is not None:
+                (last_BMV,) = self._in_chunks(ready, lambda of_tokens: of_tokens[:, -1], None, _each)
+                seen_B = torch.full_like(tokens_BT[:, 0], tokens_BT.shape[1])
+                seen_B = seen_B if memory is None else memory.seen_B + seen_B
+                held.memory = Memory(evidence_BTM[:, -1].contiguous(), last_BMV, real[:, -1].contiguous(), seen_B)
+                ready = ready._replace(last_BMV=last_BMV)
+        return ready._replace(log_gates_BTM=gates.with_evidence(ready.log_gates_BTM, evidence_BTM))
 
     def _nothing_trained(self, call: dict[str, Any]) -> bool:
         """Return whether the gates alone are trained: what the models compute then needs no gradient."""
@@ -235,6 +278,11 @@ def _targets(
     """Each model's log probabilities of the targets, (N, M)."""
     assert targets_N is not None
     return (torch.cat(share([logp_NV.gather(1, targets_N[:, None]) for logp_NV in logps]), dim=1),)
+
+
+def _each(log_gates_NM: Tensor, logps: list[Tensor], targets_N: Optional[Tensor], share: Share) -> tuple[Tensor, ...]:
+    """Each model's log probabilities, (N, M, V)."""
+    return (torch.stack(share(logps), dim=1),)
 
 
 def _mixture_and_targets(

@@ -85,7 +85,7 @@ class ForwardState:
         """Raise `ValueError` for inputs that the experts cannot take, before anything is computed."""
         check_call(self.composition, self.call)
         if self.cache is not None:
-            check_cache(self.cache, self.composition.experts)
+            check_cache(self.cache, self.composition.experts, self.composition.evidence)
 
     def start(self) -> None:
         """Begin the experts' forwards: they have embedded their inputs, and know what their layers are called with."""
@@ -208,6 +208,11 @@ def check_call(composition: Composition, call: dict[str, Any]) -> None:
     embeds = call.get("inputs_embeds")
     if embeds is None and call.get("input_ids") is None:
         raise ValueError("Neither input_ids nor inputs_embeds were given; pass one of them.")
+    if composition.evidence and call.get("input_ids") is None:
+        raise ValueError(
+            "The output gates go by evidence, how well each model predicts the tokens, and inputs_embeds do not say "
+            "which tokens they are. Pass `input_ids`."
+        )
     for name, expert in composition.experts.items():
         check_mask(call.get("attention_mask"), composition.hub_config, expert.config, name)
         if embeds is not None and call.get("input_ids") is None and expert.embedding_width != embeds.shape[-1]:

@@ -253,6 +253,11 @@ class DroppingForwardState(ForwardState):
         self.present: dict[str, Tensor] = {}  # which sequences every expert takes part in, (B,) and boolean
 
     def check(self) -> None:
+        if self.composition.evidence:
+            raise ValueError(
+                "Experts cannot be left out where output gates go by evidence: an expert that does not run tells "
+                "nothing. Run all experts, or leave some out of whole texts (`set_active_experts`)."
+            )
         cache, mask, places = (self.call.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
         if self.past is None:
             raise ValueError("Experts cannot be dropped beside a hub whose cache does not count its tokens.")

@@ -102,6 +102,11 @@ def _drafting_hub(hub: Any, adapter: str, asked_for: Callable[[str], Any]) -> An
 
 
 def _check_drafts(composition: Composition) -> None:
+    if composition.evidence:
+        raise ValueError(
+            "Drafts have to be taken back where they were wrong, and output gates with evidence cannot do that. "
+            "Generate without `draft`, `assistant_model` and `prompt_lookup_num_tokens`."
+        )
     for name, expert in composition.experts.items():
         if expert.is_stateful:
             raise ValueError(

@@ -17,7 +17,11 @@ IDS = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(0))
 LEFT = torch.ones_like(IDS).masked_fill(torch.arange(8) < torch.tensor([[0], [3]]), 0)
 OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in ("gpt2", "gemma3_text", "qwen3")]
 
-MIXTURES = [{"output": "mixture"}, {"output": "mixture", "num_stitches": 0}]
+MIXTURES = [
+    {"output": "mixture"},
+    {"output": "mixture", "num_stitches": 0},
+    {"output": "mixture", "num_stitches": 0, "evidence": 0.8},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +85,9 @@ def test_gradients(arch):
     assert all(gradient.any() for gradient in expected)
 
 
-@pytest.mark.parametrize("options", [MIXTURES[0], pytest.param(MIXTURES[1], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "options", [MIXTURES[0], *(pytest.param(other, marks=pytest.mark.slow) for other in MIXTURES[1:])], ids=str
+)
 def test_output_mixture(options):
     """All models' heads, in the same graph: the logits, and the gradients of the gates."""
     model = make("llama", **options)

@@ -47,9 +47,11 @@ def experts_into_hub(h_hub, h, gate, proj, present=None, watch=None):
     return new_hub, p
 
 
-def softmax_gates(h_hub, gate, present=None, watch=None):
+def softmax_gates(h_hub, gate, present=None, watch=None, told=None):
     """The gates by model, {model: (..., rows of its gate)}; they add up to 1. Arguments as for `experts_into_hub`."""
     logits = {name: linear(h_hub, weight, bias) for name, (weight, bias) in gate.items()}
+    for name in told or ():
+        logits[name] = logits[name] + told[name][..., None]
     largest = reduce(torch.maximum, logits.values()).detach()  # cancels in the softmax; keeps exp in range
     scores = {name: torch.exp(logit - largest) for name, logit in logits.items()}
     if watch is not None:
@@ -70,14 +72,45 @@ def hub_into_experts(h_hub, h, gate, proj):
     return new
 
 
-def output_mixture(h_hub, logits, gate, present=None, watch=None):
+def evidence(logits, input_ids, forgetting, attention_mask=None, position_ids=None):
+    """How well each model has predicted the tokens up to each one, {model: (B, T)} in float64, one after the other.
+
+    Padding tells nothing and is not predicted. A position that does not follow the one before begins another text.
+    """
+    vocabulary = logits["hub"].shape[-1]
+    told = {}
+    for name, of_model in logits.items():
+        logp = torch.log_softmax(of_model[..., :vocabulary].double(), dim=-1)
+        rows = []
+        for b in range(input_ids.shape[0]):
+            e, row = torch.zeros((), dtype=torch.float64), []
+            for t in range(input_ids.shape[1]):
+                real = attention_mask is None or bool(attention_mask[b, t])
+                follows = t > 0 and (attention_mask is None or bool(attention_mask[b, t - 1]))
+                if follows and position_ids is not None:
+                    follows = bool(position_ids[b, t] == position_ids[b, t - 1] + 1)
+                if not real:
+                    e = forgetting * e
+                elif follows:
+                    e = forgetting * e + logp[b, t - 1, input_ids[b, t]]
+                else:
+                    e = torch.zeros((), dtype=torch.float64)
+                row.append(e)
+            rows.append(torch.stack(row))
+        told[name] = torch.stack(rows)
+    return told
+
+
+def output_mixture(h_hub, logits, gate, present=None, watch=None, told=None):
     """log of the sum over models of g_m p_m(x), in float64: the output mixture, (..., V) of the hub's vocabulary.
 
+    told: {model: (B, T)} to be added to the gates' logits, the weighed evidence.
     h_hub (..., d_hub): what the hub's own head reads; logits {model: (..., V_m)}, each by the model's own head; gate
     {model: (weight (1, d_hub), bias (1,))}; present, watch: as for `experts_into_hub`. Models know no token beyond the
     hub's vocabulary, and give no probability to tokens that they have no logit for.
     """
-    g = softmax_gates(h_hub.double(), {n: (w.double(), b.double()) for n, (w, b) in gate.items()}, present, watch)
+    gate = {n: (w.double(), b.double()) for n, (w, b) in gate.items()}
+    g = softmax_gates(h_hub.double(), gate, present, watch, told)
     vocabulary = logits["hub"].shape[-1]
     probability = torch.zeros_like(logits["hub"], dtype=torch.float64)
     for name, of_model in logits.items():
@@ -141,7 +174,7 @@ class Stitch:
 
 
 def make_stitches(hub, experts, config, take):
-    """All stitches, in order, and the gates of the output mixture, or `None`.
+    """All stitches, in order, the gates of the output mixture, or `None`, and the weight of evidence, or `None`.
 
     `take(key, shape)` supplies each tensor of the file: this is the format's definition.
     """
@@ -178,12 +211,13 @@ def make_stitches(hub, experts, config, take):
         stitches.append(Stitch(into_hub, boundary, gate, proj, projected))
 
     if config.get("output", "hub") == "hub":
-        return stitches, None
-    prefix = "base_model.model.stitch_output.gate"
-    return stitches, {
-        name: (take(f"{prefix}.{name}.weight", (1, dim["hub"])), take(f"{prefix}.{name}.bias", (1,)))
+        return stitches, None, None
+    prefix = "base_model.model.stitch_output"
+    gates = {
+        name: (take(f"{prefix}.gate.{name}.weight", (1, dim["hub"])), take(f"{prefix}.gate.{name}.bias", (1,)))
         for name in ["hub", *experts]
     }
+    return stitches, gates, None if config.get("evidence") is None else take(f"{prefix}.evidence_weight", (1,))
 
 
 def read_stitches(hub, experts, config, tensors):
@@ -209,7 +243,7 @@ def random_stitch_tensors(hub, experts, config, seed=0, dtype=torch.float32):
 
     def take(key, shape):
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        if key.endswith("bias"):
+        if key.endswith(("bias", "evidence_weight")):
             tensor = noise
         elif ".gate." in key or ".down." in key:
             tensor = noise / shape[1] ** 0.5
@@ -285,7 +319,7 @@ def reference_forward(
     to a stitch. Gradients reach `tensors` (and the models) if grad mode is on.
     """
     models = {"hub": hub, **experts}
-    stitches, output_gate = read_stitches(hub, experts, config, tensors)
+    stitches, output_gate, evidence_weight = read_stitches(hub, experts, config, tensors)
     for stitch in stitches:
         stitch.present = present
     if stitches:
@@ -327,4 +361,8 @@ def reference_forward(
     logits = {name: run.result() for name, run in runs.items()}
     if output_gate is None:
         return logits["hub"]
-    return output_mixture(read_by_head["hub"], logits, output_gate, present, watch)
+    told = None
+    if evidence_weight is not None:
+        told = evidence(logits, input_ids, config["evidence"], attention_mask, kwargs.get("position_ids"))
+        told = {name: evidence_weight.double() * e.detach() for name, e in told.items()}
+    return output_mixture(read_by_head["hub"], logits, output_gate, present, watch, told)

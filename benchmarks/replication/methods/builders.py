@@ -32,8 +32,8 @@ def soup(models: Models, experts: list[str]) -> nn.Module:
     return average_weights(models.load_all(experts)).to(models.device).requires_grad_(False)
 
 
-def btm(models: Models, experts: list[str]) -> BTM:
-    return BTM(models.load_all(experts))
+def btm(forgetting: float = 1.0) -> Build:
+    return lambda models, experts: BTM(models.load_all(experts), forgetting)
 
 
 def routing(models: Models, experts: list[str]) -> Routing:

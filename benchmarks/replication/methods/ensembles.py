@@ -16,30 +16,38 @@ def log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def posterior(log_p_next: Tensor) -> Tensor:
+def posterior(log_p_next: Tensor, forgetting: float = 1.0) -> Tensor:
     """log p(model | prefix) by Bayes' rule from a uniform prior: (M, B, T-1) -> (M, B, T).
 
     Args:
         log_p_next: Every model's log probability of the token that did come next.
+        forgetting: By which factor a token counts less with every further one; 1 is Bayes' rule.
 
     Returns:
         At place t, the posterior after the tokens up to and including t; uniform at place 0, since no model
         predicts the first token.
     """
-    evidence = F.pad(log_p_next.cumsum(-1), (1, 0))
-    return evidence.log_softmax(0)
+    evidence = [torch.zeros_like(log_p_next[..., 0])]
+    for told in log_p_next.unbind(-1):
+        evidence.append(forgetting * evidence[-1] + told)
+    return torch.stack(evidence, dim=-1).log_softmax(0)
 
 
 class BTM:
-    """Branch-Train-Merge: the models' distributions, weighted by the posterior over models given the prefix."""
+    """Branch-Train-Merge: the models' distributions, weighted by the posterior over models given the prefix.
 
-    def __init__(self, models: list[nn.Module]) -> None:
-        self.models = models
+    Args:
+        models: The models.
+        forgetting: See `posterior`.
+    """
+
+    def __init__(self, models: list[nn.Module], forgetting: float = 1.0) -> None:
+        self.models, self.forgetting = models, forgetting
 
     def __call__(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         log_p = torch.stack([log_probabilities(model, tokens) for model in self.models])  # M, B, T, V
         next_tokens = tokens[:, 1:].to(log_p.device).expand(len(log_p), -1, -1).unsqueeze(-1)
-        weights = posterior(log_p[:, :, :-1].gather(-1, next_tokens).squeeze(-1))
+        weights = posterior(log_p[:, :, :-1].gather(-1, next_tokens).squeeze(-1), self.forgetting)
         return (log_p + weights.unsqueeze(-1)).logsumexp(0)
 
 

@@ -25,10 +25,10 @@ class Stream:
 
 
 class BTMStream:
-    """Several of them, each weighted by its posterior given all tokens so far; the prior is uniform."""
+    """Several of them, each weighted by its posterior given all tokens so far, see `posterior`."""
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        self.streams = [Stream(model) for model in models]
+    def __init__(self, models: Sequence[nn.Module], forgetting: float = 1.0) -> None:
+        self.streams, self.forgetting = [Stream(model) for model in models], forgetting
         self.evidence = self.last = None  # log p of the tokens so far, (M, B, 1), and of what follows, (M, B, V)
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -38,8 +38,10 @@ class BTMStream:
             log_p[:, :, :-1] if self.last is None else torch.cat([self.last.unsqueeze(2), log_p[:, :, :-1]], dim=2)
         )
         seen = tokens[:, tokens.shape[1] - before.shape[2] :].expand(len(log_p), -1, -1).unsqueeze(-1)
-        news = before.gather(-1, seen).squeeze(-1).sum(-1, keepdim=True)
-        self.evidence = news if self.evidence is None else self.evidence + news
+        evidence = torch.zeros_like(log_p[:, :, -1, :1]) if self.evidence is None else self.evidence
+        for told in before.gather(-1, seen).unbind(2):
+            evidence = self.forgetting * evidence + told
+        self.evidence = evidence
         self.last = log_p[:, :, -1]
         return (self.evidence.log_softmax(0) + self.last).logsumexp(0)
 
@@ -64,5 +66,5 @@ class RoutedStream:
 def stream_of(method: nn.Module | BTM | Routing) -> Callable[[Tensor], Tensor]:
     """A new stream of what a method predicts."""
     if isinstance(method, BTM):
-        return BTMStream(method.models)
+        return BTMStream(method.models, method.forgetting)
     return RoutedStream(method) if isinstance(method, Routing) else Stream(method)

@@ -19,19 +19,21 @@ RATES = (1e-3, 3e-3, 1e-2)
 GATE_RATES = (3e-3, 1e-2, 3e-2)
 WHOLE_RATES = (3e-4, 1e-3, 3e-3)
 OWN_RATES = {
-    **dict.fromkeys(("outputs", "token_router", "routing", "outputs_switches"), GATE_RATES),
+    **dict.fromkeys(("outputs", "outputs_evidence", "token_router", "routing", "outputs_switches"), GATE_RATES),
     **dict.fromkeys(("dense", "dense_maths", "btx_soft", "btx_sample"), WHOLE_RATES),
 }
 SHARES = (0.25, 0.5, 1.0)  # of the steps, after which methods are looked at
 
-FORMS = ("outputs", "bts", "bts_outputs", "bts_token_r8_outputs")  # ours that the verdict is about
-SIMPLE = ("soup", "btm", "routing", "token_router", "dense")  # and what they have to beat
+# Ours that the verdict is about, and what they have to beat.
+FORMS = ("outputs", "bts", "bts_outputs", "bts_token_r8_outputs", "outputs_evidence", "bts_outputs_evidence")
+SIMPLE = ("soup", "btm", "btm_forgetting", "routing", "token_router", "dense")
 MAIN = (*SIMPLE, *FORMS)
 VARIANTS = ("btx_soft", "btx_sample", "bam_adapters", "lora", "bts_token", "bts_token_r8", "bts_experts_into_hub",
             "bts_projected", "bts_k1", "bts_k2", "bts_kL", "bts_hub_maths", "bts_init_torch", "bts_init_near_seed",
             "bts_outputs_k1", "bts_outputs_experts_into_hub", "bts_outputs_init_near_seed",
             "outputs_switches", "bts_outputs_switches")  # fmt: skip
-CROSS = ("routing", "token_router", "dense", *FORMS)
+CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # text that is asked knows no other domain
+CROSS = ("routing", "token_router", "dense", *CROSS_FORMS)
 MORE_CROSS = ("soup", "btm", "dense_maths", "bts_experts_into_hub", "btx_soft", "bam_adapters")
 TREND = ("btm", "routing", "outputs", "bts", "bts_outputs")
 
@@ -114,7 +116,7 @@ FULL = Preset(
         Part("variants", "main", VARIANTS, sets=2),
         Part("more_cross", "cross", MORE_CROSS, sets=2),
         Part("lora", "main", TREND, sets=2, lora=True),
-        Part("cross200", "cross", ("dense", "dense_maths", *FORMS), sets=2, items=200),
+        Part("cross200", "cross", ("dense", "dense_maths", *CROSS_FORMS), sets=2, items=200),
         Part("size2.4M", "main", TREND, sets=2, size="2.4M"),
         Part("size5.5M", "main", TREND, sets=2, size="5.5M"),
     )
