@@ -99,7 +99,8 @@ def _results(model: PeftModel) -> dict[str, dict[str, Any]]:
 def _holds(config: StitchConfig) -> str:
     if config.output != "mixture":
         return "the stitches"
-    gates = "output gates (its logits are log probabilities of a mixture of what all models say)"
+    also = "" if config.evidence is None else "; they also see how well each has predicted the tokens so far"
+    gates = f"output gates (its logits are log probabilities of a mixture of what all models say{also})"
     return gates if config.num_stitches == 0 and not config.layers_to_stitch else f"the stitches and {gates}"
 
 

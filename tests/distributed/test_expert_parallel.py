@@ -161,9 +161,11 @@ def test_two_processes(folder):
 
 @pytest.mark.slow
 def test_mixture(folder):
-    """The output mixture, with stitches and without."""
-    script.save_adapter(folder, "gates_alone", experts=("deeper", "other"), output="mixture", num_stitches=0)
-    Started(folder, 2, "mixture", "gates_alone").check()
+    """The output mixture, with stitches, without, and with gates that go by evidence."""
+    gates = {"experts": ("deeper", "other"), "output": "mixture", "num_stitches": 0}
+    script.save_adapter(folder, "gates_alone", **gates)
+    script.save_adapter(folder, "evidence", **gates, evidence=0.8)
+    Started(folder, 2, "mixture", "gates_alone", "evidence").check()
 
 
 @pytest.mark.slow

@@ -246,7 +246,9 @@ def mixture(folder, adapter):
     found = backward(model, attention_mask=LEFT)
     with torch.no_grad():
         found["logits"] = model.eval()(input_ids=IDS, labels=IDS).logits
-    found |= {"steps": decode(model), "tokens": generate(model), "dropped": generate(model, max_active_experts=1)}
+    found |= {"steps": decode(model), "tokens": generate(model), "beams": generate(model, num_beams=3)}
+    if model.peft_config["default"].evidence is None:  # else all experts are needed
+        found["dropped"] = generate(model, max_active_experts=1)
     return found
 
 
@@ -404,6 +406,7 @@ SCENARIOS = {
     "low_precision": low_precision,
     "mixture": lambda folder: mixture(folder, "mixture"),
     "gates_alone": lambda folder: mixture(folder, "gates_alone"),
+    "evidence": lambda folder: mixture(folder, "evidence"),
     "refusals": refusals,
     "trainer": trainer,
     "trainer_and_data": lambda folder: trainer(folder, mesh=True),

@@ -163,6 +163,7 @@ def test_beside_a_full_expert(tmp_path, joint_forwards):
         {"num_stitches": 1},
         {"output": "mixture"},
         {"output": "mixture", "num_stitches": 0},
+        {"output": "mixture", "num_stitches": 0, "evidence": 0.8},
     ],
 )
 def test_patterns(config, tmp_path, joint_forwards):

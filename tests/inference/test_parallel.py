@@ -37,6 +37,7 @@ def test_the_same_to_the_bit(arch, threads):
         {"expert_streams": "projected"},
         {"output": "mixture"},
         {"output": "mixture", "num_stitches": 0},
+        {"output": "mixture", "num_stitches": 0, "evidence": 0.8},
     ],
     ids=str,
 )

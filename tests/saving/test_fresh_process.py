@@ -95,6 +95,7 @@ def fresh(root, tmp_path_factory):
     models["mine"] = make(root, adapter_name="mine", pattern="experts_into_hub")
     models["mixture"] = make(root, "code math lora", output="mixture")
     models["gates"] = make(root, "code law", output="mixture", num_stitches=0)
+    models["evidence"] = make(root, "code law", output="mixture", evidence=0.8)
     expected = {}
     for name, model in models.items():
         model.save_pretrained(folder / name)
@@ -118,7 +119,7 @@ def fresh(root, tmp_path_factory):
     return expected, torch.load(folder / "out"), folder
 
 
-@pytest.mark.parametrize("name", ["trainer", "order", "lora", "mine", "mixture", "gates", "pickled"])
+@pytest.mark.parametrize("name", ["trainer", "order", "lora", "mine", "mixture", "gates", "evidence", "pickled"])
 def test_a_fresh_process_gives_the_same_model(fresh, name):
     """Trained here, loaded elsewhere: logits bitwise equal, whatever the order in which experts were attached."""
     expected, actual, _ = fresh

@@ -127,7 +127,11 @@ def test_sft_packed(root, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(reference_loss(trainer.model, sequences), rel=1e-4)
 
 
-MIXTURES = {"alone": {"num_stitches": 0}, "stitched": {"num_stitches": 2, "gate": "token", "r": 4}}
+MIXTURES = {
+    "alone": {"num_stitches": 0},
+    "stitched": {"num_stitches": 2, "gate": "token", "r": 4},
+    "evidence": {"num_stitches": 0, "evidence": 0.8},
+}
 
 
 @pytest.mark.parametrize("options", MIXTURES)
