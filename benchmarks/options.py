@@ -3,11 +3,12 @@
     python -m benchmarks.options
 
 Takes the seed and the experts of `peft_bts.toy` (from the quickstart's cache; they are trained if they are not there),
-trains stitches with one option changed at a time, and writes `benchmarks/results/options.json` and a table. Scores are
-averages over the four domains of the accuracy on *validation* data: next tokens for docstrings and code, exact match
-for arithmetic and translation. "One removed" is the average score of the other domains after an expert is left out,
-without any training, over the choices of that expert. The time of a training step is a ratio to that of the default
-options, both measured in turns. One set of models and one seed each: differences of a point or two are noise.
+trains stitches of the paper's form (`output="hub"`) with one option changed at a time, and writes
+`benchmarks/results/options.json` and a table. Scores are averages over the four domains of the accuracy on validation
+data: next tokens for docstrings and code, exact match for arithmetic and translation. "One removed" is the average
+score of the other domains after an expert is left out, without any training, over the choices of that expert. The time
+of a training step is a ratio to that of the paper's form, both measured in turns. One set of models and one seed each:
+differences of a point or two are noise.
 """
 
 import math
@@ -55,7 +56,7 @@ class Arguments:
 
 
 def stitch(models: toy.Toy, options: dict) -> PeftModel:
-    config = StitchConfig(task_type="CAUSAL_LM", experts=models.experts, **options)
+    config = StitchConfig(task_type="CAUSAL_LM", experts=models.experts, output="hub", **options)
     return get_peft_model(AutoModelForCausalLM.from_pretrained(models.folder("seed")), config)
 
 

@@ -41,8 +41,8 @@ class StitchConfig(PeftConfig):
             turns. `"experts_into_hub"`: every stitch is of that kind; the experts then run without any gradient.
         expert_streams (`str`): What an Experts-into-Hub stitch does to the experts' own states: `"intact"` leaves
             them, `"projected"` replaces them by their projections (eq. 3 to the letter; needs equal widths).
-        output (`str`): `"hub"` (the paper): the hub's head speaks alone. `"mixture"`: the logits are log probabilities
-            of a mixture of all models' distributions, each by its own head, with one gate per token and model.
+        output (`str`): `"mixture"`: the logits are log probabilities of a mixture of all models' distributions, each
+            by its own head, with one gate per token and model. `"hub"` (the paper): the hub's head speaks alone.
         evidence (`float`, *optional*): With `output="mixture"`: the output gates also see how well each model has
             predicted the tokens so far. This is the forgetting factor, above 0 and up to 1: what a token told counts
             so much less with each further token. 0.9 suits text that changes its domain; 1 never forgets. `None`:
@@ -74,8 +74,8 @@ class StitchConfig(PeftConfig):
         default="intact", metadata={"help": "Whether Experts-into-Hub leaves the experts' states or projects them."}
     )
     output: Literal["hub", "mixture"] = field(
-        default="hub",
-        metadata={"help": "Whether the hub's head speaks alone, or all models' distributions are mixed."},
+        default="mixture",
+        metadata={"help": "Whether all models' distributions are mixed, or the hub's head speaks alone (the paper)."},
     )
     evidence: Optional[float] = field(
         default=None,
@@ -176,8 +176,9 @@ class StitchConfig(PeftConfig):
         """The config as it is saved: without the experts' places on this machine."""
         values = super().to_dict()
         values["experts"] = {name: without_placement(ref) for name, ref in values["experts"].items()}
-        if not self.save_embedding_layers:
-            del values["save_embedding_layers"]
+        for option in ("evidence", "save_embedding_layers"):  # rare ones, which older releases do not know
+            if not values[option]:
+                del values[option]
         return values if self._folder is None else to_file(values, self._folder)
 
 

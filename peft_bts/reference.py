@@ -156,6 +156,7 @@ def check_config_file(values: dict[str, Any], path: Union[str, os.PathLike[str]]
     """
     downloaded = extract_commit_hash(os.fspath(path), None) is not None
     values = without_mark(values) if downloaded else from_file(values, os.path.dirname(path))
+    values = {"output": "hub", **values}  # files from before the option are of the paper's form
     experts = values.get("experts")
     if not isinstance(experts, dict):
         return values

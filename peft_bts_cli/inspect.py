@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 _KEY = re.compile(r".*\.(?P<layer>\d+)\.stitch_layer\.(?P<role>gate|proj)\.(?P<model>\w+)\.(?P<rest>.+)")
 _OUTPUT_KEY = re.compile(r".*\.stitch_output\.(?P<role>gate)\.(?P<model>\w+)\.(?P<rest>.+)")
-_OPTIONS = ("output", "pattern", "expert_streams", "gate", "gate_bias", "gate_dropout", "r", "modules_to_save")
+_EVIDENCE_KEY = ".stitch_output.evidence_weight"
+_OPTIONS = (
+    *("output", "evidence", "pattern", "expert_streams"),
+    *("gate", "gate_bias", "gate_dropout", "r", "modules_to_save"),
+)
 
 
 def inspect(adapter: Adapter) -> Result:
@@ -27,6 +31,7 @@ def inspect(adapter: Adapter) -> Result:
     weights = others = 0
     stitches: dict[int, dict[str, dict[str, Tensor]]] = {}  # by layer, model, and place in the model
     output: dict[str, dict[str, Tensor]] = {}  # of an output mixture: by model, and place in the model
+    evidence = None  # the weight that its gates give to evidence
     with safe_open(cached_file(adapter, SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
         keys: list[str] = file.keys()
         for key in keys:
@@ -36,6 +41,9 @@ def inspect(adapter: Adapter) -> Result:
                 model = stitches.setdefault(int(match["layer"]), {}).setdefault(match["model"], {})
             elif of_output is not None:
                 match, model = of_output, output.setdefault(of_output["model"], {})
+            elif key.endswith(_EVIDENCE_KEY):
+                evidence = tensor.item()
+                continue
             else:
                 others += tensor.numel()
                 continue
@@ -51,6 +59,7 @@ def inspect(adapter: Adapter) -> Result:
         "weights_outside_of_stitches": others,
         "stitches": layers,
         "output_gates": {name: _moved(tensors) for name, tensors in sorted(output.items())},
+        "evidence_weight": evidence,
     }
     return Result(_tables(data), data)
 
@@ -125,6 +134,7 @@ def _tables(data: dict[str, Any]) -> list[Any]:
         f"{and_gates}.",
         f"Hub: {hub}" + (f" at {revision}" if revision else ""),
         f"Options: {options}",
+        *([] if data["evidence_weight"] is None else [f"Weight of the evidence: {data['evidence_weight']:.3g}"]),
         table("Experts", ["expert", "model", "", "revision", "layers x width"], experts, left=5),
         table(f"Stitches{and_gates}", columns, [*stitches, *gates], left=3),
         "layer: of the hub, from 0. gate, bias: root mean square. projection: relative distance from the identity.",

@@ -26,8 +26,11 @@ def plan(
         typer.Option(help="Whether Experts-into-Hub leaves experts' states or projects them."),
     ] = "intact",
     output: Annotated[
-        Literal["hub", "mixture"], typer.Option(help="Whether the hub's head speaks alone, or all heads are mixed.")
-    ] = "hub",
+        Literal["hub", "mixture"], typer.Option(help="Whether all heads are mixed, or the hub's speaks alone.")
+    ] = "mixture",
+    evidence: Annotated[
+        Optional[float], typer.Option(help="Forgetting factor of the evidence that output gates see. Default: none.")
+    ] = None,
     gate: Annotated[
         Literal["channel", "token"], typer.Option(help="One gate value per channel, or per token.")
     ] = "channel",
@@ -59,6 +62,7 @@ def plan(
         pattern=pattern,
         expert_streams=expert_streams,
         output=output,
+        evidence=evidence,
         gate=gate,
         gate_bias=gate_bias,
         gate_dropout=gate_dropout,

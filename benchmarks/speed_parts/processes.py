@@ -122,7 +122,7 @@ def on_the_wire() -> int:
 
 def spread_of(case: Case, ask: Callable[[str], list]) -> traffic.Spread:
     """A case over the processes that can be asked."""
-    config = StitchConfig(num_stitches=case.stitches)
+    config = StitchConfig(num_stitches=case.stitches, output="hub")
     return traffic.Spread(
         width=case.width,
         schedule=[*stitch_schedule(config, case.layers).values()],

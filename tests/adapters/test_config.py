@@ -13,8 +13,9 @@ from tests.helpers.models import fresh
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"num_stitches": 0}, r"num_stitches.*at least 1.*0"),
-        ({"num_stitches": -2}, r"num_stitches.*at least 1.*-2"),
+        ({"num_stitches": 0, "output": "hub"}, r"num_stitches.*at least 1.*0"),
+        ({"num_stitches": -2, "output": "hub"}, r"num_stitches.*at least 1.*-2"),
+        ({"num_stitches": -2}, r"num_stitches.*at least 0.*-2"),
         ({"num_stitches": 2.0}, r"num_stitches.*whole number.*2\.0"),
         ({"num_stitches": True}, r"num_stitches.*whole number.*True"),
         ({"num_stitches": "4"}, r"num_stitches.*whole number.*'4'"),

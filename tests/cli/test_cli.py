@@ -41,7 +41,7 @@ def adapter(tmp_path):
 
     def make(**options):
         hub = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
-        config = StitchConfig(task_type="CAUSAL_LM", experts=experts, **{"num_stitches": 2} | options)
+        config = StitchConfig(task_type="CAUSAL_LM", experts=experts, **{"num_stitches": 2, "output": "hub"} | options)
         model = get_peft_model(hub, config)
         randomize(model).eval().save_pretrained(tmp_path / "adapter")
         return str(tmp_path / "adapter"), model
@@ -126,7 +126,7 @@ def test_inspect(adapter):
         assert word in text
 
 
-@pytest.mark.parametrize("options", [{}, {"num_stitches": 0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_stitches": 0}, {"evidence": 0.8}], ids=str)
 def test_inspect_output_gates(adapter, options):
     folder, model = adapter(output="mixture", **options)
     data = json.loads(call("inspect", folder, "--json").stdout)
@@ -136,7 +136,10 @@ def test_inspect_output_gates(adapter, options):
     for name, found in data["output_gates"].items():
         expected = gates.of(name).weight.pow(2).mean().sqrt().item()
         assert found["gate_weight_rms"] == pytest.approx(expected, rel=1e-5)
-    assert "stitches and output gates" in call("inspect", folder).stdout
+    weight = model.base_model.model.stitch_output["default"].evidence_weight.item() if "evidence" in options else None
+    assert data["evidence_weight"] == weight and data["options"]["evidence"] == options.get("evidence")
+    text = call("inspect", folder).stdout
+    assert "stitches and output gates" in text and ("Weight of the evidence" in text) == ("evidence" in options)
     assert "mixture of what all models say" in Path(folder, "README.md").read_text()
 
 

@@ -39,7 +39,7 @@ def stitched(arch, config=None, **experts):
     hub = tiny_model(arch)
     # Reloaded models choose their MoE kernel anew; so does the model that they are compared with.
     hub.config._experts_implementation = None
-    model = get_peft_model(hub, config or StitchConfig(task_type="CAUSAL_LM", init_weights=False))
+    model = get_peft_model(hub, config or StitchConfig(task_type="CAUSAL_LM", output="hub", init_weights=False))
     for name, expert in (experts or {"b": tiny_model("mistral", seed=2, layers=6, width=48)}).items():
         model.attach_expert(name, expert)
     return model.eval()
@@ -106,7 +106,9 @@ def test_the_card(tmp_path):
 )
 def test_equals_the_adapter_model_with_every_option(options, tmp_path):
     model = stitched(
-        "llama", StitchConfig(task_type="CAUSAL_LM", init_weights=False, **options), code=tiny_model("llama", seed=1)
+        "llama",
+        StitchConfig(task_type="CAUSAL_LM", output="hub", init_weights=False, **options),
+        code=tiny_model("llama", seed=1),
     )
     # Products with one-row weights depend on the weights' alignment in memory, which a loaded file decides.
     assert_same(model, exported(model, tmp_path), exact=options.get("gate") != "token")
@@ -117,7 +119,7 @@ def test_half_precision_keeps_the_stitches_in_theirs(tmp_path):
     for seed, name in enumerate(("hub", "code")):
         tiny_model("llama", seed=seed, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
     hub = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.bfloat16)
-    model = get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM", init_weights=False)).eval()
+    model = get_peft_model(hub, StitchConfig(task_type="CAUSAL_LM", output="hub", init_weights=False)).eval()
     model.attach_expert("code", str(tmp_path / "code"))
     alone = exported(model, tmp_path / "alone")
     assert alone.dtype == torch.bfloat16
@@ -169,7 +171,7 @@ def test_trained_modules_and_tokenizer_come_along(tmp_path):
     )
     hub = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
     model = get_peft_model(
-        hub, StitchConfig(task_type="CAUSAL_LM", init_weights=False, modules_to_save=["lm_head"])
+        hub, StitchConfig(task_type="CAUSAL_LM", output="hub", init_weights=False, modules_to_save=["lm_head"])
     ).eval()
     model.attach_expert("code", tiny_model("llama", seed=1))
     with torch.no_grad():

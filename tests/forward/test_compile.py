@@ -35,7 +35,7 @@ def fresh_dynamo():
 def make(arch, **options):
     """Two layers with a stitch of either kind (compiling takes time), an expert of the hub's kind and of another."""
     torch.manual_seed(0)
-    options = {"num_stitches": 2, "init_weights": False, "task_type": "CAUSAL_LM"} | options
+    options = {"num_stitches": 2, "init_weights": False, "task_type": "CAUSAL_LM", "output": "hub"} | options
     model = get_peft_model(tiny_model(arch, layers=2), StitchConfig(**options))
     model.attach_expert("same", tiny_model(arch, seed=1, layers=2, width=48))
     model.attach_expert("other", tiny_model("llama", seed=2, layers=1))

@@ -45,7 +45,7 @@ def load(root, name, **kwargs):
 
 def config(root=None, experts="code math", **options):
     """Two stitches of random weights: Hub-into-Experts behind layer 1, Experts-into-Hub behind layer 3."""
-    options = {"num_stitches": 2, "init_weights": False, "task_type": "CAUSAL_LM"} | options
+    options = {"num_stitches": 2, "init_weights": False, "task_type": "CAUSAL_LM", "output": "hub"} | options
     return StitchConfig(experts={name: str(root / name) for name in experts.split()}, **options)
 
 
@@ -71,7 +71,7 @@ def make(
 
 def stitched(seed, experts, **options):
     """A seed, by path or id, with references to experts; its stitches are random, and reach every logit."""
-    config = StitchConfig(task_type="CAUSAL_LM", num_stitches=2, experts=experts, **options)
+    config = StitchConfig(task_type="CAUSAL_LM", num_stitches=2, experts=experts, **{"output": "hub"} | options)
     return randomize(get_peft_model(AutoModelForCausalLM.from_pretrained(seed), config)).eval()
 
 

@@ -57,6 +57,7 @@ def save_models(folder, architectures=()):
 
 def save_adapter(folder, name, hub="llama", experts=EXPERTS, dtype=torch.float64, **config):
     """An adapter with random stitches."""
+    config = {"output": "hub"} | config
     config = StitchConfig(task_type="CAUSAL_LM", experts={x: f"{folder}/models/{x}" for x in experts}, **config)
     hub = AutoModelForCausalLM.from_pretrained(f"{folder}/models/{hub}", dtype=dtype)
     randomize(get_peft_model(hub, config)).save_pretrained(f"{folder}/{name}")

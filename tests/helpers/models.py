@@ -50,8 +50,11 @@ def randomize(model, seed=0):
 
 
 def stitch(hub, attach, *, autocast_adapter_dtype=True, **config):
-    """A stitched model in eval mode, with random stitches, made the way users make it."""
-    config = StitchConfig(task_type="CAUSAL_LM", **config)
+    """A stitched model in eval mode, of the paper's form unless told otherwise, made the way users make it.
+
+    Its stitches are random.
+    """
+    config = StitchConfig(task_type="CAUSAL_LM", **{"output": "hub"} | config)
     model = get_peft_model(hub, config, autocast_adapter_dtype=autocast_adapter_dtype)
     for name, expert in attach.items():
         model.attach_expert(name, expert)

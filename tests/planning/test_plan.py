@@ -28,7 +28,7 @@ SOME = ["gemma2", "gpt2", "deepseek_v3", "mixtral", "qwen3_next", "bamba", "opt"
 
 
 def config(**options):
-    return StitchConfig(task_type="CAUSAL_LM", **options)
+    return StitchConfig(task_type="CAUSAL_LM", **{"output": "hub"} | options)
 
 
 def cache_bytes(model, *inputs):

@@ -103,7 +103,7 @@ def test_help(capsys):
         ("experts: {a.b: org/code}", "'a.b=org/code' is not of the form NAME=VALUE"),
         ("datasets: {code: {source: x, wieght: 3}}", "takes the keys source and weight"),
         ("datasets: {code: {source: x, weight: -1}}", "a weight of at least 0"),
-        ("num_stitches: 0", "num_stitches must be a whole number of at least 1"),
+        ("num_stitches: -1", "num_stitches must be a whole number of at least 0"),
         ("held_out: -1", "held_out must be at least 0"),
         ("- hub", "holds no keys"),
         ("a: [", "is no YAML"),

@@ -123,6 +123,8 @@ def test_the_config_to_the_letter(root):
         "lora": {"adapter": "../lora", "config": seed},
     }
     assert "trust_remote_code" not in json.dumps(saved)
+    gates = make(root, "math", output="mixture", evidence=0.5)
+    assert gates.peft_config["default"].to_dict().keys() - saved.keys() == {"evidence"}
 
 
 def test_a_config_file_cannot_ask_for_trust(root, tmp_path):

@@ -61,12 +61,15 @@ def lora(models: Models, experts: list[str]) -> nn.Module:
 
 
 def stitched(hub: str = "seed", init: str = "identity", **options: Any) -> Build:
-    """Branch-Train-Stitch. `init`: "identity" (StitchConfig's), "torch" (random), "near_seed" (gates shut)."""
+    """Branch-Train-Stitch, in the paper's form where no option says otherwise.
+
+    `init`: "identity" (StitchConfig's), "torch" (random), "near_seed" (gates shut).
+    """
 
     def build(models: Models, experts: list[str]) -> nn.Module:
         beside = {name: str(models.folders[name]) for name in ["seed", *experts] if name != hub}
         model = models.load(hub)
-        chosen = dict(options)
+        chosen = {"output": "hub", **options}
         if chosen.get("num_stitches") == "L":
             chosen["num_stitches"] = model.config.num_hidden_layers
         config = StitchConfig(task_type="CAUSAL_LM", experts=beside, init_weights=init != "torch", **chosen)

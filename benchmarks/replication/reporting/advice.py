@@ -8,6 +8,15 @@ from ..work.presets import FORMS, SIMPLE
 from .cells import GOALS, Results, figure, interval, outcome, weights
 
 
+# What a part of a form adds: the form, and the same without it.
+STITCHES = [
+    ("bts_outputs", "outputs"),
+    ("bts_token_r8_outputs", "outputs"),
+    ("bts_outputs_evidence", "outputs_evidence"),
+]
+EVIDENCE = [("outputs_evidence", "outputs"), ("bts_outputs_evidence", "bts_outputs")]
+
+
 def bits(results: Results, name: str, on: str) -> float:
     return results["methods"][name]["bits_per_byte"][on]["mean"]
 
@@ -47,17 +56,18 @@ def advice(results: Results) -> str:
             f"simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference {interval(row)}. "
             f"{weights(results['methods'][ours])} weights are trained{time(results, ours)}."
         )
-    for on, what in GOALS.items():
-        rows = [between(results, name, "outputs", on) for name in FORMS if name != "outputs"]
-        rows = [row for row in rows if row]
-        if rows:
-            best = min(rows, key=lambda row: row["difference"])
-            lines.append(
-                f"- What stitches add to output gates alone, on {what}: {TITLES[best['ours']]} is "
-                f"{outcome(best).replace('apart', 'apart from them')}, {interval(best)} bits per byte."
-            )
+    for part, pairs in {"stitches add": STITCHES, "evidence adds": EVIDENCE}.items():
+        for on, what in GOALS.items():
+            rows = [row for pair in pairs if (row := between(results, *pair, on))]
+            if rows:
+                lines.append(f"- What {part} on {what}, in bits per byte: {'; '.join(map(added, rows))}.")
     lines.append(f"- Where a simple way wins against a form of ours: {simple_wins(results)}.")
     return "\n".join(lines)
+
+
+def added(row: dict[str, Any]) -> str:
+    """A paired difference in words."""
+    return f"{TITLES[row['ours']]} against {TITLES[row['baseline']]} {interval(row)}, {outcome(row)}"
 
 
 def simple_wins(results: Results) -> str:

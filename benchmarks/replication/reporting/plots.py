@@ -55,9 +55,14 @@ def curves(results: dict[str, Any]) -> Figure:
 
 
 def gates(found: dict[str, Any]) -> Figure:
-    """Mean gates of each form: a row for each domain, a column for each model."""
-    figure = Figure(figsize=(3.4 * len(found) + 1, 3.6), layout="constrained")
-    for axes, (name, row) in zip(figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items()):
+    """Mean gates of each form, three beside each other: a row for each domain, a column for each model."""
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(3.4 * columns + 1, 3.6 * rows), layout="constrained")
+    places = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for axes in places[len(found) :]:
+        axes.set_visible(False)
+    for axes, (name, row) in zip(places, found.items()):
         table = [[row["mean"][domain][model] for model in row["models"]] for domain in row["mean"]]
         axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         axes.set_xticks(range(len(row["models"])), row["models"], rotation=45, ha="right", fontsize=8)

@@ -37,9 +37,12 @@ def test_targets_are_met_or_not_by_intervals():
     effort = targets.half_the_effort(results_with())
     assert (effort["met"], effort["by"]) == (True, "outputs")
     right = ("bts", "dense", "cross", "exact", 5.0, 2.0, 8.0)
-    assert targets.beats_dense(results_with(right))["by"] == "bts"
-    assert targets.beats_dense(results_with((*right[:4], 5.0, -2.0, 8.0)))["met"] is False
-    assert targets.beats_dense(results_with())["met"] is None
+    assert targets.beats_dense(results_with(right), "exact", "")["by"] == "bts"
+    assert targets.beats_dense(results_with((*right[:4], 5.0, -2.0, 8.0)), "exact", "")["met"] is False
+    assert targets.beats_dense(results_with(right), "bits_per_byte", "")["met"] is None
+    fewer = ("outputs", "dense", "cross", "bits_per_byte", -0.2, -0.3, -0.1)
+    assert targets.beats_dense(results_with(right, fewer), "bits_per_byte", "")["by"] == "outputs"
+    assert targets.beats_dense(results_with(), "exact", "")["met"] is None
 
 
 def test_the_page_says_where_a_simple_way_wins():
