@@ -25,14 +25,13 @@ OWN_RATES = {
 SHARES = (0.25, 0.5, 1.0)  # of the steps, after which methods are looked at
 
 # Ours that the verdict is about, and what they have to beat.
-FORMS = ("outputs", "bts", "bts_outputs", "bts_token_r8_outputs", "outputs_evidence", "bts_outputs_evidence")
+FORMS = ("outputs", "bts", "bts_outputs", "bts_token_r8_outputs", "outputs_evidence")
 SIMPLE = ("soup", "btm", "btm_forgetting", "routing", "token_router", "dense")
 MAIN = (*SIMPLE, *FORMS)
 VARIANTS = ("btx_soft", "btx_sample", "bam_adapters", "lora", "bts_token", "bts_token_r8", "bts_experts_into_hub",
             "bts_projected", "bts_k1", "bts_k2", "bts_kL", "bts_hub_maths", "bts_init_torch", "bts_init_near_seed",
-            "bts_outputs_k1", "bts_outputs_experts_into_hub", "bts_outputs_init_near_seed",
-            "outputs_switches", "bts_outputs_switches")  # fmt: skip
-CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # text that is asked knows no other domain
+            "bts_outputs_k1", "bts_outputs_experts_into_hub", "bts_outputs_init_near_seed")  # fmt: skip
+CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # its questions know no other domain
 CROSS = ("routing", "token_router", "dense", *CROSS_FORMS)
 MORE_CROSS = ("soup", "btm", "dense_maths", "bts_experts_into_hub", "btx_soft", "bam_adapters")
 TREND = ("btm", "routing", "outputs", "bts", "bts_outputs")
@@ -112,6 +111,8 @@ FULL = Preset(
         # What the verdict hangs on comes first.
         Part("main", "main", MAIN, sets=5),
         Part("cross", "cross", CROSS, sets=5),
+        Part("evidence", "main", ("bts_outputs_evidence",), sets=2),
+        Part("switches", "main", ("outputs_switches", "bts_outputs_switches"), sets=2),
         Part("prompts", "prompts", MAIN, sets=2),
         Part("variants", "main", VARIANTS, sets=2),
         Part("more_cross", "cross", MORE_CROSS, sets=2),
