@@ -91,7 +91,7 @@ def test_sft_from_a_path(root, tmp_path):
     sequences = [(tokens[:1], tokens[1:]) for tokens in (ids(f"{text} <end>") for text in DOCUMENTS)]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(reference_loss(trainer.model, sequences), rel=1e-4)
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert trainable == {name for name, _ in trainer.model.named_parameters() if ".stitch_layer." in name}
+    assert trainable == {name for name, _ in trainer.model.named_parameters() if ".stitch_" in name}
     trainer.save_model()
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded.eval()), logits(trainer.model.eval()))
