@@ -344,7 +344,7 @@ def test_parameter_count_of_the_papers_model():
     with torch.device("meta"):
         hub = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=20, **size))
     total = sum(p.numel() for p in hub.parameters())
-    model = get_peft_model(hub, StitchConfig(gate_bias=False), low_cpu_mem_usage=True)
+    model = get_peft_model(hub, StitchConfig(gate_bias=False, output="hub"), low_cpu_mem_usage=True)
     expert = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1, **size), dtype=torch.bfloat16)
     for name in "abc":
         model.attach_expert(name, expert)
