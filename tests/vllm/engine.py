@@ -60,7 +60,7 @@ def stitched(hub, experts, dtype=torch.float32, **options):
         dtype: Of all models.
         **options: For `StitchConfig`.
     """
-    model = get_peft_model(hub.to(dtype), StitchConfig(task_type="CAUSAL_LM", **options))
+    model = get_peft_model(hub.to(dtype), StitchConfig(task_type="CAUSAL_LM", **{"output": "hub"} | options))
     for name, expert in experts.items():
         model.attach_expert(name, expert.to(dtype))
     return randomize(model).eval()
