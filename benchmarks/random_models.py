@@ -68,9 +68,12 @@ def llamas(case: Case) -> list[LlamaForCausalLM]:
 
 
 def stitched(case: Case, hub, experts, pattern: str = "alternating", **options) -> PeftModel:
-    """A stitched model of these very models, with random stitches; `options` are those of `StitchConfig`."""
-    options = {"num_stitches": case.stitches, "pattern": pattern, "init_weights": False} | options
-    config = StitchConfig(task_type="CAUSAL_LM", **options)
+    """A stitched model of these very models, with random stitches, in the paper's form unless `options` say otherwise.
+
+    They are those of `StitchConfig`.
+    """
+    paper = {"num_stitches": case.stitches, "pattern": pattern, "output": "hub"}
+    config = StitchConfig(task_type="CAUSAL_LM", init_weights=False, **paper | options)
     model = get_peft_model(hub, config, autocast_adapter_dtype=case.stitch_dtype == "float32")
     for number, expert in enumerate(experts):
         model.attach_expert(f"e{number}", expert)

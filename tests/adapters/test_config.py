@@ -88,7 +88,19 @@ def test_config_that_does_not_fit_the_hub(options, match):
     model.add_adapter("second", config())
 
 
-KEY_PARTS = ["stitch_layer", "stitch_output", "evidence_weight", "gate", "proj", "up", "down", "base_model", "model", "layers", "for_a"]
+KEY_PARTS = [
+    "stitch_layer",
+    "stitch_output",
+    "evidence_weight",
+    "gate",
+    "proj",
+    "up",
+    "down",
+    "base_model",
+    "model",
+    "layers",
+    "for_a",
+]
 
 
 @pytest.mark.parametrize("name", KEY_PARTS)
