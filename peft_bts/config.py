@@ -44,9 +44,9 @@ class StitchConfig(PeftConfig):
         output (`str`): `"mixture"`: the logits are log probabilities of a mixture of all models' distributions, each
             by its own head, with one gate per token and model. `"hub"` (the paper): the hub's head speaks alone.
         evidence (`float`, *optional*): With `output="mixture"`: the output gates also see how well each model has
-            predicted the tokens so far. This is the forgetting factor, above 0 and up to 1: what a token told counts
-            so much less with each further token. 0.9 suits text that changes its domain; 1 never forgets. `None`:
-            the gates see the hub's state alone.
+            predicted the tokens so far. The value, above 0 and up to 1, is the forgetting factor: with every further
+            token, what an earlier one has shown is multiplied by it. 0.8 did best where text changes its domain; 1
+            never forgets. `None`: the gates see the hub's state alone.
         gate (`str`): `"channel"` (the paper): one gate value per channel. `"token"`: one per token and model.
         gate_bias (`bool`): Whether the gates have a bias, which starts at zero.
         gate_dropout (`float`): Dropout on the gate logits in training (eq. 3).
@@ -81,7 +81,7 @@ class StitchConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Have output gates see how well each model has predicted the tokens so far: the forgetting factor "
-            "per token, such as 0.9. None: they see the hub's state alone."
+            "per token, such as 0.8. None: they see the hub's state alone."
         },
     )
     gate: Literal["channel", "token"] = field(

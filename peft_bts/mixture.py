@@ -100,7 +100,9 @@ class OutputMixture(nn.Module):
 
     def with_evidence(self, log_gates_NM: Tensor, evidence_NM: Tensor) -> Tensor:
         """Logarithms of the gates from those without evidence, and the evidence for each model, both (..., N, M)."""
-        return (log_gates_NM + self.evidence_weight * evidence_NM.to(log_gates_NM.dtype)).log_softmax(dim=-1)
+        wide = torch.promote_types(log_gates_NM.dtype, torch.float32)  # sums grow too large for half precision
+        weighed_NM = self.evidence_weight.to(wide) * evidence_NM.to(wide)
+        return (log_gates_NM.to(wide) + weighed_NM).log_softmax(dim=-1)
 
     def _new_gate(self, device: Optional[torch.device], dtype: Optional[torch.dtype]) -> nn.Linear:
         gate = nn.Linear(self.d_hub, 1, device=device, dtype=dtype)
@@ -142,26 +144,44 @@ _BLOCK = 128  # tokens that are summed up by one product of matrices
 
 
 def evidence(
-    log_likelihoods_BTM: Tensor, first_BT: Tensor, forgetting: float, before_BM: Optional[Tensor] = None
+    log_likelihoods_BTM: Tensor,
+    text_BT: Tensor,
+    first_BT: Tensor,
+    forgetting: float,
+    before_BM: Optional[Tensor] = None,
 ) -> Tensor:
     """What the tokens up to each one tell of the models: e_t = f e_(t-1) + log p_m(x_t), (B, T, M).
 
     Args:
         log_likelihoods_BTM: Of every token under every model, given the tokens before it; zero where nothing is told.
+        text_BT: Which tokens are no padding, boolean: padding tells nothing, and nothing is forgotten over it.
         first_BT: Where a text begins, boolean: nothing from before counts there.
         forgetting: The factor f.
         before_BM: The evidence up to the token before the first one; `None`: there was none.
+
+    Returns:
+        In float32, or in the dtype of the log likelihoods if that is wider.
     """
-    values_BTM = log_likelihoods_BTM.clamp(min=_LEAST)
+    values_BTM = log_likelihoods_BTM.to(torch.promote_types(log_likelihoods_BTM.dtype, torch.float32))
+    values_BTM = values_BTM.clamp(min=_LEAST)
     last_BM = values_BTM.new_zeros(values_BTM[:, 0].shape) if before_BM is None else before_BM.to(values_BTM)
-    blocks = []
-    for values_BtM, first_Bt in zip(values_BTM.split(_BLOCK, dim=1), first_BT.split(_BLOCK, dim=1)):
-        t = torch.arange(values_BtM.shape[1], device=values_BTM.device, dtype=values_BTM.dtype)
-        age_tt = t[:, None] - t[None, :]
-        decay_tt = torch.where(age_tt >= 0, forgetting ** age_tt.clamp(min=0), 0.0)
-        text_Bt = first_Bt.cumsum(dim=1)
-        decay_Btt = decay_tt * (text_Bt[:, :, None] == text_Bt[:, None, :])
-        goes_on_Bt = forgetting ** (t + 1) * (text_Bt == 0)
-        blocks.append(decay_Btt @ values_BtM + goes_on_Bt[:, :, None] * last_BM[:, None])
-        last_BM = blocks[-1][:, -1]
+    with torch.autocast(values_BTM.device.type, enabled=False):
+        if values_BTM.shape[1] <= _BLOCK:  # no loop: compiled, it would make a graph for every number of tokens
+            return _block_evidence(values_BTM, text_BT, first_BT, forgetting, last_BM)
+        blocks = []
+        for block in zip(*(part.split(_BLOCK, dim=1) for part in (values_BTM, text_BT, first_BT))):
+            blocks.append(_block_evidence(*block, forgetting, last_BM))
+            last_BM = blocks[-1][:, -1]
     return torch.cat(blocks, dim=1)
+
+
+def _block_evidence(
+    values_BtM: Tensor, text_Bt: Tensor, first_Bt: Tensor, forgetting: float, last_BM: Tensor
+) -> Tensor:
+    t = torch.arange(values_BtM.shape[1], device=values_BtM.device)
+    count_Bt = text_Bt.cumsum(dim=1).to(values_BtM.dtype)
+    age_Btt = (count_Bt[:, :, None] - count_Bt[:, None, :]).clamp(min=0)
+    number_Bt = first_Bt.cumsum(dim=1)  # of the text that a token belongs to
+    told_Btt = (number_Bt[:, :, None] == number_Bt[:, None, :]) & (t[:, None] >= t)
+    goes_on_Bt = forgetting**count_Bt * (number_Bt == 0)
+    return (forgetting**age_Btt * told_Btt) @ values_BtM + goes_on_Bt[:, :, None] * last_BM[:, None]

@@ -114,15 +114,14 @@ class StitchTuner(BaseTuner):
             experts = {name: expert for name, (expert, _) in made.items()}
             references = {name: reference for name, (_, reference) in made.items()}
         hub_config, projected = text_config(self.model), config.expert_streams == "projected"
-        mixture, evidence = config.output == "mixture", config.evidence is not None
-        expert_set = ExpertSet(
-            adapter_name, schedule, len(self._decoder.layers), hub_config, projected, mixture, evidence, experts
-        )
+        sizes = (len(self._decoder.layers), hub_config)
+        outputs = (config.output == "mixture", config.evidence)
+        expert_set = ExpertSet(adapter_name, schedule, *sizes, projected, *outputs, experts)
         self.experts[adapter_name] = expert_set.modules
         self._expert_sets[adapter_name] = expert_set
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if mixture:
+            if config.output == "mixture":
                 self._add_mixture(adapter_name, config)
         except BaseException:
             drop_trained_copies(self.model, adapter_name, self.active_adapters)

@@ -30,7 +30,7 @@ class ExpertSet:
         hub_config: The hub's text config.
         projected: Whether Experts-into-Hub replaces the experts' states.
         mixture: Whether the models' distributions are mixed.
-        evidence: Whether their gates see how well each model has predicted the tokens so far.
+        forgetting: If their gates see how well each model has predicted the tokens so far, the forgetting factor.
         experts: The experts by name.
 
     Attributes:
@@ -46,13 +46,13 @@ class ExpertSet:
         hub_config: Any,
         projected: bool,
         mixture: bool,
-        evidence: bool,
+        forgetting: Optional[float],
         experts: Mapping[str, Expert],
     ) -> None:
         self.adapter, self.schedule = adapter, schedule
         self.modules: NamedModules[Expert] = NamedModules(experts)
         self._hub_layers, self._hub_config = hub_layers, hub_config
-        self._projected, self._mixture, self._evidence = projected, mixture, evidence
+        self._projected, self._mixture, self._forgetting = projected, mixture, forgetting
         self._left_out: frozenset[str] = frozenset()
         self._compose()
 
@@ -103,7 +103,7 @@ class ExpertSet:
             self._projected,
             self.adapter,
             self._mixture,
-            self._evidence,
+            self._forgetting,
         )
 
 

@@ -77,7 +77,7 @@ def export_composition(
     Raises:
         ValueError: If a model is quantised, or the output gates go by evidence.
     """
-    if composition.evidence:
+    if composition.forgetting is not None:
         raise ValueError(
             "A stitched model whose output gates go by evidence cannot be exported: what they go on from has no place "
             "in the cache of an exported model. Serve it with transformers, or train one without `evidence`."

@@ -112,7 +112,7 @@ class ExpertCaches:
 
     def _change_memory(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.memory is not None:
-            self.memory.change_rows(change)
+            self.memory = self.memory.of_rows(change)
 
 
 def held_expert_caches(cache: Optional[Cache]) -> Optional[ExpertCaches]:
@@ -148,11 +148,15 @@ def caches_roll_back() -> Iterator[None]:
         _ROLLS_BACK.set(before)
 
 
-def check_cache(cache: Cache, experts: Mapping[str, StitchableExpert], evidence: bool = False) -> None:
+def check_cache(cache: Cache, experts: Mapping[str, StitchableExpert], forgetting: Optional[float] = None) -> None:
     """Raise `ValueError` if what the cache holds cannot be continued with these experts.
 
-    Called before anything is computed, so that a refused cache is left as it was. `evidence`: whether output gates
-    need to know what the models said of all tokens.
+    Called before anything is computed, so that a refused cache is left as it was.
+
+    Args:
+        cache: The hub's.
+        experts: The experts to run, by name.
+        forgetting: The forgetting factor of output gates with evidence; `None` without such.
     """
     held, theirs = cached_tokens(cache), held_expert_caches(cache)
     if theirs is None:
@@ -174,10 +178,11 @@ def check_cache(cache: Cache, experts: Mapping[str, StitchableExpert], evidence:
                 f"The cache holds {held} tokens of the hub but {seen} of expert {name!r}: it was used while the "
                 "adapter was disabled. Start with an empty cache."
             )
-    if evidence and held and (theirs.memory is None or int(theirs.memory.seen_B[0]) != held):
+    if forgetting is not None and held and (theirs.memory is None or theirs.memory.forgetting != forgetting):
         raise ValueError(
-            f"The output gates go by evidence, and there is none of all {held} tokens in the cache: it was cropped, "
-            "or used under an adapter without evidence. Start with an empty cache."
+            "The output gates go by evidence, how well each model has predicted all tokens so far, and the cache does "
+            "not hold that: it was cropped, or used under an adapter without evidence or with another forgetting "
+            "factor. Start with an empty cache."
         )
 
 

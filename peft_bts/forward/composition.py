@@ -56,7 +56,7 @@ class Composition:
         projected: Whether Experts-into-Hub replaces the experts' states (`expert_streams="projected"`).
         adapter: The adapter's name.
         mixture: Whether the models' distributions are mixed (`output="mixture"`).
-        evidence: Whether their gates see how well each model has predicted the tokens so far.
+        forgetting: If their gates see how well each model has predicted the tokens so far, the forgetting factor.
     """
 
     schedule: Mapping[int, StitchKind]
@@ -66,7 +66,7 @@ class Composition:
     projected: bool
     adapter: str = ""
     mixture: bool = False
-    evidence: bool = False
+    forgetting: Optional[float] = None
 
     def next_stitch(self, layer: int) -> Optional[int]:
         """The first stitched hub layer behind `layer`; `None` behind the last one."""

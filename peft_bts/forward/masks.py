@@ -23,7 +23,7 @@ _MASK_OF_ALL_KEYS = ("bloom",)
 
 def check_mask(mask: Mask, hub: Any, expert: Any, name: str) -> None:
     """Raise `ValueError` if expert `name` cannot be given a mask that was made for the hub. Arguments are configs."""
-    if not _is_prepared(mask) or view_of(hub) == view_of(expert):
+    if not is_prepared(mask) or view_of(hub) == view_of(expert):
         return
     models = f"the hub ({hub.model_type}), and expert {name!r} ({expert.model_type})"
     if not _has_full_attention(mask, hub):
@@ -31,7 +31,7 @@ def check_mask(mask: Mask, hub: Any, expert: Any, name: str) -> None:
             f"The attention mask was prepared for {models} cannot tell from it what it may see: all layers of the hub "
             "have a sliding window. This happens with static caches; use a dynamic one, and a 2D mask."
         )
-    if not torch.compiler.is_compiling() and not _is_causal_with_padding(mask):
+    if not torch.compiler.is_compiling() and not is_causal_with_padding(mask):
         raise ValueError(
             f"The attention mask was prepared for {models}, whose layers see differently, could only be given the "
             "padding in it; but it masks more than the future and padding on the left (padding on the right cannot be "
@@ -48,7 +48,7 @@ def expert_mask(mask: Mask, hub: Any, expert: Any, past: Optional[int], queries:
         past: Tokens in the expert's cache; `None` if that cannot be known (while compiling with a static cache).
         queries: Tokens in this call.
     """
-    if mask is None or (_is_prepared(mask) and view_of(hub) == view_of(expert)):
+    if mask is None or (is_prepared(mask) and view_of(hub) == view_of(expert)):
         return mask
     if _is_padding(mask):
         padding = mask
@@ -87,7 +87,8 @@ def _is_padding(mask: Mask) -> TypeGuard[Tensor]:
     return isinstance(mask, Tensor) and mask.dim() != 4
 
 
-def _is_prepared(mask: Mask) -> bool:
+def is_prepared(mask: Mask) -> bool:
+    """Return whether generate(), or a user, has made it in advance: 4D, or one of each kind of layers."""
     return mask is not None and not _is_padding(mask)
 
 
@@ -106,7 +107,7 @@ def _visible(full: Tensor) -> Tensor:
     return full[:, 0] if full.dtype == torch.bool else full[:, 0] >= 0
 
 
-def _is_causal_with_padding(mask: Mask) -> bool:
+def is_causal_with_padding(mask: Mask) -> bool:
     """Return whether every query sees just the keys up to itself that the last query sees too."""
     full = _full(mask)
     if full is None or full.shape[-2] == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Optional, Union
 
@@ -21,9 +22,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..mixture import OutputMixture, evidence, log_probs, mix
 from ..stitch import HUB
-from .cache import held_expert_caches
+from .cache import cached_tokens, held_expert_caches
 from .composition import StitchableExpert
-from .evidence import Memory, follow
+from .decoder import text_config
+from .evidence import Following, Memory, follow
 from .head import ModelHead
 from .hooks import Body, ForwardRunner, InstanceForward
 
@@ -51,7 +53,7 @@ class _Ready(NamedTuple):
         vocab: The hub's vocabulary.
         share: How processes share what their models say.
         spread: Whether there are several.
-        last_BMV: With evidence and a cache: what each model says of the token that comes next.
+        last_BMV: With evidence and a cache, and without gradients: what each model says of the token that comes next.
     """
 
     states: list[Tensor]
@@ -100,7 +102,7 @@ class MixedHead(InstanceForward):
         batch, tokens = ready.log_gates_BTM[:, positions].shape[:2]
         loss = None
         logits_NV: Optional[Tensor]
-        if labels is None and ready.last_BMV is not None and tokens == 1 and isinstance(keep, int):
+        if labels is None and ready.last_BMV is not None and ready.log_gates_BTM.shape[1] == 1 and tokens == 1:
             logits_NV = mix(select(ready.log_gates_BTM), list(ready.last_BMV.unbind(1)))  # said already
         elif labels is None:
             (logits_NV,) = self._in_chunks(ready, select, None, _mixture)
@@ -168,6 +170,7 @@ class MixedHead(InstanceForward):
         # The hub's logits are made later, in chunks; here its own head has as little to do as possible.
         little = {"logits_to_keep": 1} if "logits_to_keep" in self.__signature__.parameters else {}
         alone = torch.is_grad_enabled() and not stitched and self._nothing_trained(call)
+        following = self._follow(call, gates)
         with torch.no_grad() if alone else nullcontext():
             out, body = self._runner.await_body(partial(self._forward, **call | little | {"return_dict": True}))
         names = sorted(body.experts.by_name)
@@ -178,44 +181,61 @@ class MixedHead(InstanceForward):
         executor = body.state.executor
         share = partial(executor.share, [HUB, *names])
         ready = _Ready(states, experts, log_gates_BTM, out.logits.shape[-1], share, executor.spread)
-        if gates.forgetting is not None:
-            ready = self._with_evidence(ready, call, gates, gates.forgetting, body)
+        if following is not None:
+            ready = self._with_evidence(ready, call["input_ids"], gates, following, body)
         body.state.note_output_gates(names, ready.log_gates_BTM.detach())
         body.state.finish()
         return out, ready
 
+    def _follow(self, call: dict[str, Any], gates: OutputMixture) -> Optional[Following]:
+        """How the tokens of a call follow each other, where the gates need to know; see `follow` for errors."""
+        if gates.forgetting is None or call.get("input_ids") is None:  # the latter is refused later
+            return None
+        cache = call.get("past_key_values")
+        held = held_expert_caches(cache)
+        memory = None if held is None else held.memory
+        return follow(call, text_config(self._hub), cached_tokens(cache), memory)
+
     def _with_evidence(
-        self, ready: _Ready, call: dict[str, Any], gates: OutputMixture, forgetting: float, body: Body
+        self, ready: _Ready, tokens_BT: Tensor, gates: OutputMixture, at: Following, body: Body
     ) -> _Ready:
         """Have the gates see what the tokens up to each one tell of the models, and the cache keep it.
 
         All heads read all tokens for that. Evidence is taken as it is: no gradient goes back through it.
         """
-        tokens_BT, held = call["input_ids"], held_expert_caches(body.state.cache)
+        assert gates.forgetting is not None
+        held = held_expert_caches(body.state.cache)
         memory = None if held is None else held.memory
-        following = follow(call, memory)
+        grad, device = torch.is_grad_enabled(), ready.log_gates_BTM.device
+        at = Following(*(part.to(device) for part in at))
+        tokens_BT, batch = tokens_BT.to(device), torch.arange(len(tokens_BT), device=device)
         with torch.no_grad():
-            of_first_BM = torch.zeros_like(ready.log_gates_BTM[:, 0])
-            if memory is not None:
-                places = tokens_BT[:, :1, None].expand(-1, memory.expected_BMV.shape[1], -1)
-                of_first_BM = memory.expected_BMV.gather(2, places.to(memory.expected_BMV.device))[..., 0]
-            told_BTM = of_first_BM[:, None]
+            wide = torch.promote_types(ready.log_gates_BTM.dtype, torch.float32)
+            told_BTM = torch.zeros_like(ready.log_gates_BTM, dtype=wide)
+            if memory is not None:  # of the first token that is no padding
+                first_B1 = at.text_BT.long().argmax(dim=1, keepdim=True)
+                index_BM1 = tokens_BT.gather(1, first_B1)[:, None].expand(*memory.expected_BMV.shape[:2], 1)
+                told_BTM = told_BTM + memory.expected_BMV.gather(2, index_BM1)[:, None, :, 0]
             if tokens_BT.shape[1] > 1:
-                (of_others,) = self._in_chunks(
-                    ready, lambda of_tokens: of_tokens[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten(), _targets
-                )
-                of_others_BTM = of_others.unflatten(0, (len(tokens_BT), -1))
-                told_BTM = torch.cat([told_BTM.to(of_others_BTM), of_others_BTM], dim=1)
-            real, told = (part.to(told_BTM.device) for part in following)
-            told_BTM = torch.where(told[..., None], told_BTM, 0.0)
+                targets_N = tokens_BT.gather(1, at.next_BT)[:, :-1].flatten()
+                (found_NM,) = self._in_chunks(ready, lambda values: values[:, :-1].flatten(0, 1), targets_N, _targets)
+                before_BT1 = at.before_BT.clamp(min=0)[..., None]
+                found_BTM = found_NM.unflatten(0, (len(batch), -1))
+                found_BTM = found_BTM.gather(1, before_BT1.expand(-1, -1, found_BTM.shape[2]))
+                told_BTM = torch.where(at.before_BT[..., None] >= 0, found_BTM.to(told_BTM.dtype), told_BTM)
+            told_BTM = torch.where(at.told_BT[..., None], told_BTM, 0.0)
             before_BM = None if memory is None else memory.evidence_BM
-            evidence_BTM = evidence(told_BTM, real & ~told, forgetting, before_BM)
+            first_BT = at.text_BT & ~at.told_BT
+            evidence_BTM = evidence(told_BTM, at.text_BT, first_BT, gates.forgetting, before_BM)
             if held is not None:
-                (last_BMV,) = self._in_chunks(ready, lambda of_tokens: of_tokens[:, -1], None, _each)
-                seen_B = torch.full_like(tokens_BT[:, 0], tokens_BT.shape[1])
-                seen_B = seen_B if memory is None else memory.seen_B + seen_B
-                held.memory = Memory(evidence_BTM[:, -1].contiguous(), last_BMV, real[:, -1].contiguous(), seen_B)
-                ready = ready._replace(last_BMV=last_BMV)
+                last_B = at.last_B.clamp(min=0)
+                (last_BMV,) = self._in_chunks(ready, lambda values: values[batch, last_B], None, _each)
+                any_B = at.last_B >= 0
+                held.memory = Memory(evidence_BTM[:, -1].contiguous(), last_BMV, any_B, gates.forgetting)
+                if memory is not None:  # rows of nothing but padding keep what they had
+                    expected_BMV = torch.where(any_B[:, None, None], last_BMV, memory.expected_BMV)
+                    held.memory = replace(held.memory, expected_BMV=expected_BMV, begun_B=memory.begun_B | any_B)
+                ready = ready if grad else ready._replace(last_BMV=last_BMV)
         return ready._replace(log_gates_BTM=gates.with_evidence(ready.log_gates_BTM, evidence_BTM))
 
     def _nothing_trained(self, call: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from transformers import Cache
 from ..config import EXPERTS_INTO_HUB
 from ..mixture import OutputMixture
 from ..stitch import HUB, Stitch
-from .cache import check_cache, expert_caches
+from .cache import check_cache, expert_caches, held_expert_caches
 from .composition import Composition
 from .executor import Executor, SequentialExecutor
 from .masks import check_mask
@@ -85,11 +85,14 @@ class ForwardState:
         """Raise `ValueError` for inputs that the experts cannot take, before anything is computed."""
         check_call(self.composition, self.call)
         if self.cache is not None:
-            check_cache(self.cache, self.composition.experts, self.composition.evidence)
+            check_cache(self.cache, self.composition.experts, self.composition.forgetting)
 
     def start(self) -> None:
         """Begin the experts' forwards: they have embedded their inputs, and know what their layers are called with."""
         self.caches = self._expert_caches()
+        held = held_expert_caches(self.cache)
+        if held is not None and self.composition.forgetting is None:
+            held.memory = None  # of these tokens there will be no evidence
         self.executor = self._make_executor(self)
         first = self.composition.next_stitch(-1)
         last_layer = self.composition.hub_layers - 1
@@ -208,7 +211,7 @@ def check_call(composition: Composition, call: dict[str, Any]) -> None:
     embeds = call.get("inputs_embeds")
     if embeds is None and call.get("input_ids") is None:
         raise ValueError("Neither input_ids nor inputs_embeds were given; pass one of them.")
-    if composition.evidence and call.get("input_ids") is None:
+    if composition.forgetting is not None and call.get("input_ids") is None:
         raise ValueError(
             "The output gates go by evidence, how well each model predicts the tokens, and inputs_embeds do not say "
             "which tokens they are. Pass `input_ids`."

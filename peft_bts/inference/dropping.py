@@ -253,7 +253,7 @@ class DroppingForwardState(ForwardState):
         self.present: dict[str, Tensor] = {}  # which sequences every expert takes part in, (B,) and boolean
 
     def check(self) -> None:
-        if self.composition.evidence:
+        if self.composition.forgetting is not None:
             raise ValueError(
                 "Experts cannot be left out where output gates go by evidence: an expert that does not run tells "
                 "nothing. Run all experts, or leave some out of whole texts (`set_active_experts`)."

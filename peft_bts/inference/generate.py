@@ -13,6 +13,7 @@ from ..forward.observers import Observer, observed_generation
 
 
 DRAFT_TOKENS = 2  # that the hub drafts, unless `num_assistant_tokens` is given: the best of benchmarks/drafts.py
+_OWN_DRAFTS = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")  # that need no other model
 _DRAFT_OPTIONS = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
 
 
@@ -44,8 +45,8 @@ def generate(
         given = [kwargs.get(option), *(getattr(config, option, None) for config in configs)]
         return next((value for value in given if value is not None), None)
 
-    drafts = kwargs.get("assistant_model") is not None or asked_for("prompt_lookup_num_tokens")
-    _check_draft(draft, bool(drafts))
+    others_draft = kwargs.get("assistant_model") is not None or any(map(asked_for, _OWN_DRAFTS))
+    _check_draft(draft, others_draft)
     if draft is not None and composition is None:
         draft = None  # the hub would draft for itself
     cached = kwargs.get("past_key_values")
@@ -54,9 +55,14 @@ def generate(
             "draft='hub' starts with an empty cache: with that of earlier turns, transformers gives wrong tokens. "
             "Leave out `draft`, or `past_key_values`."
         )
-    drafts = drafts or draft
+    drafts = others_draft or draft
     if composition is not None and drafts:
         _check_drafts(composition)
+    if composition is not None and composition.forgetting is not None and asked_for("is_assistant"):
+        raise ValueError(
+            "A model whose output gates go by evidence cannot draft for another one: its drafts have to be taken back "
+            "where they were wrong. Take the hub alone as the assistant, or an adapter without `evidence`."
+        )
     if composition is not None and dropping:
         refused = {
             "num_beams": asked_for("num_beams") not in (None, 1),
@@ -102,10 +108,10 @@ def _drafting_hub(hub: Any, adapter: str, asked_for: Callable[[str], Any]) -> An
 
 
 def _check_drafts(composition: Composition) -> None:
-    if composition.evidence:
+    if composition.forgetting is not None:
         raise ValueError(
             "Drafts have to be taken back where they were wrong, and output gates with evidence cannot do that. "
-            "Generate without `draft`, `assistant_model` and `prompt_lookup_num_tokens`."
+            f"Generate without `draft`, `assistant_model` and `{'`, `'.join(_OWN_DRAFTS)}`."
         )
     for name, expert in composition.experts.items():
         if expert.is_stateful:

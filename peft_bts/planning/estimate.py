@@ -54,8 +54,8 @@ class Memory:
 
     Attributes:
         weights: Of all models and the stitches (those are float32 beside models in half precision).
-        weights_read: Of these, what one decoding step reads, whatever the number of sequences: all but embeddings and
-            the experts' heads. Weights that a LoRA expert shares with the hub count once if it runs with the hub as
+        weights_read: Of these, what one decoding step reads, whatever the number of sequences: all but embeddings and,
+            with `output="hub"`, the experts' heads. Weights that a LoRA expert shares with the hub count once if it runs with the hub as
             one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts, where it
             depends on the tokens, and for quantised weights, which are not counted here.
         cache: What a `DynamicCache` holds of `batch_size` sequences of `sequence_length` tokens, for all models.
@@ -340,7 +340,9 @@ def _cache_bytes(cache: Cache) -> tuple[int, int]:
             states = getattr(layer, kind, None)
             for state in states.values() if isinstance(states, dict) else [states]:
                 held[kind] += 0 if state is None else state.nbytes
-    return sum(held.values()), held["conv_states"] + held["recurrent_states"]
+    memory = 0 if experts is None or experts.memory is None else experts.memory.nbytes  # of gates with evidence
+    constant = held["conv_states"] + held["recurrent_states"] + memory
+    return sum(held.values()) + memory, constant
 
 
 def _activations(model: PeftModel, tokens: Tensor, weights: list[Tensor], checkpointing: bool) -> Optional[int]:

@@ -131,6 +131,19 @@ def test_static_cache_decodes_without_recompiling(arch, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, *MIXTURES], ids=str)
 @torch.no_grad()
+def test_a_step_with_a_dynamic_cache(options):
+    """In one graph, too."""
+    model = make("llama", **options)
+    fast, expected = compiled(model), model(input_ids=IDS).logits
+    cache = model(input_ids=IDS[:, :6], use_cache=True).past_key_values
+    for place in (6, 7):
+        step = fast(input_ids=IDS[:, place : place + 1], past_key_values=cache, use_cache=True).logits
+        close(step[:, 0], expected[:, place])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, *MIXTURES], ids=str)
+@torch.no_grad()
 def test_other_lengths_do_not_recompile_forever(options):
     """Lengths are dynamic after the second one, as in any compiled language model."""
     model = make("llama", **options)

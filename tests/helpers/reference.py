@@ -75,7 +75,8 @@ def hub_into_experts(h_hub, h, gate, proj):
 def evidence(logits, input_ids, forgetting, attention_mask=None, position_ids=None):
     """How well each model has predicted the tokens up to each one, {model: (B, T)} in float64, one after the other.
 
-    Padding tells nothing and is not predicted. A position that does not follow the one before begins another text.
+    Padding tells nothing: it is as if it were not there. A position that does not follow that of the token before
+    begins another text.
     """
     vocabulary = logits["hub"].shape[-1]
     told = {}
@@ -83,18 +84,14 @@ def evidence(logits, input_ids, forgetting, attention_mask=None, position_ids=No
         logp = torch.log_softmax(of_model[..., :vocabulary].double(), dim=-1)
         rows = []
         for b in range(input_ids.shape[0]):
-            e, row = torch.zeros((), dtype=torch.float64), []
+            e, row, last = torch.zeros((), dtype=torch.float64), [], None
             for t in range(input_ids.shape[1]):
-                real = attention_mask is None or bool(attention_mask[b, t])
-                follows = t > 0 and (attention_mask is None or bool(attention_mask[b, t - 1]))
-                if follows and position_ids is not None:
-                    follows = bool(position_ids[b, t] == position_ids[b, t - 1] + 1)
-                if not real:
-                    e = forgetting * e
-                elif follows:
-                    e = forgetting * e + logp[b, t - 1, input_ids[b, t]]
-                else:
-                    e = torch.zeros((), dtype=torch.float64)
+                if attention_mask is None or attention_mask[b, t]:
+                    if last is None or (position_ids is not None and position_ids[b, t] != position_ids[b, last] + 1):
+                        e = torch.zeros((), dtype=torch.float64)
+                    else:
+                        e = forgetting * e + logp[b, last, input_ids[b, t]]
+                    last = t
                 row.append(e)
             rows.append(torch.stack(row))
         told[name] = torch.stack(rows)

@@ -51,31 +51,52 @@ def pair(arch="llama", options=None, *, dtype=torch.float32, **changes):
 @pytest.mark.parametrize("tokens", [1, 5, 128, 300])
 @pytest.mark.parametrize("forgetting", [0.5, 0.95, 1.0])
 def test_sums(forgetting, tokens):
-    """One token after the other, with texts that begin anywhere, and as two calls."""
+    """One token after the other, with padding and texts that begin anywhere, and as two calls."""
     generator = torch.Generator().manual_seed(tokens)
+    text = torch.rand(3, tokens, generator=generator) < 0.9
+    first = text & (torch.rand(3, tokens, generator=generator) < 0.02)
     told = torch.randn(3, tokens, 4, generator=generator, dtype=torch.float64).abs().neg()
-    first = torch.rand(3, tokens, generator=generator) < 0.02
-    told[first] = 0
+    told[first | ~text] = 0
     before = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     expected, e = [], before
     for t in range(tokens):
-        e = torch.where(first[:, t, None], 0.0, forgetting * e) + told[:, t]
+        new = torch.where(first[:, t, None], 0.0, forgetting * e) + told[:, t]
+        e = torch.where(text[:, t, None], new, e)
         expected.append(e)
     expected = torch.stack(expected, 1)
-    torch.testing.assert_close(mixture.evidence(told, first, forgetting, before), expected)
+    torch.testing.assert_close(mixture.evidence(told, text, first, forgetting, before), expected)
     cut = tokens // 2
     if cut:
-        one = mixture.evidence(told[:, :cut], first[:, :cut], forgetting, before)
-        two = mixture.evidence(told[:, cut:], first[:, cut:], forgetting, one[:, -1])
+        one = mixture.evidence(told[:, :cut], text[:, :cut], first[:, :cut], forgetting, before)
+        two = mixture.evidence(told[:, cut:], text[:, cut:], first[:, cut:], forgetting, one[:, -1])
         torch.testing.assert_close(torch.cat([one, two], 1), expected)
+
+
+def sums(told, forgetting):
+    """Of one text without padding."""
+    text = torch.ones(told.shape[:2], dtype=torch.bool)
+    return mixture.evidence(told, text, torch.zeros_like(text), forgetting)
 
 
 def test_what_a_model_cannot_say_does_not_count_for_ever():
     told = torch.zeros(1, 400, 2)
     told[:, 3, 1] = -torch.inf
-    found = mixture.evidence(told, torch.zeros(1, 400, dtype=torch.bool), 0.9)
+    found = sums(told, 0.9)
     assert found.isfinite().all() and found[0, 3, 1] == -100
     assert found[0, -1].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("forgetting", [0.8, 1.0])
+def test_low_precision(forgetting):
+    """Sums of hundreds of tokens stay in float32, under autocast and with gates in half precision."""
+    told = -6 * torch.rand(1, 400, 3, generator=torch.Generator().manual_seed(0))
+    exact = sums(told.double(), forgetting)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sums(told, forgetting)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+    gates = mixture.OutputMixture(8, ["a", "b"], forgetting=forgetting, dtype=torch.bfloat16)
+    even = torch.full((1, 400, 3), 1 / 3, dtype=torch.bfloat16).log()
+    torch.testing.assert_close(gates.with_evidence(even, found).double().exp(), exact.softmax(-1), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -127,6 +148,27 @@ def test_starts_there():
     assert not hasattr(mixture.OutputMixture(8, ["a"]), "evidence_weight")
 
 
+def test_padding_in_the_middle(options):
+    """As in a later turn, behind an answer that ended early: it is as if the padding were not there."""
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1, 1]])
+    model, hub, experts = pair(options=options)
+    call = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    found = logits(model, **call)
+    assert_near(found[mask.bool()], expected_logits(model, hub, experts, **call)[mask.bool()], 2e-4)
+    for row, text in enumerate(mask.bool()):
+        assert_near(found[row, text], logits(model, IDS[row, text][None])[0], 2e-4)
+    for sizes in ([5, 1, 1, 5], [1] * 12, [6, 6]):
+        actual = steps(model, DynamicCache(config=model.config), sizes, **call)
+        assert_near(actual[mask.bool()], found[mask.bool()], 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype, options):
+    model, hub, experts = pair(options=options, dtype=dtype)
+    expected = expected_logits(model, hub, experts)
+    assert_near(logits(model), expected, 0.1 if dtype == torch.bfloat16 else 0.0125)
+
+
 @pytest.mark.parametrize("active", [["a"], ["b"]])
 def test_active_experts(active, options):
     model, hub, experts = pair(options=options)
@@ -143,8 +185,9 @@ def test_active_experts(active, options):
 # ------------------------------------------------------------------------------------------------------------- caches
 
 
-def steps(model, cache, sizes, mask=None, position_ids=None):
+def steps(model, cache, sizes, attention_mask=None, position_ids=None):
     """The logits of the prompts, read in steps of these sizes."""
+    mask = attention_mask
     found, start = [], 0
     for size in sizes:
         part = {} if mask is None else {"attention_mask": mask[:, : start + size]}
@@ -214,6 +257,34 @@ def test_generate(arch, how, options):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("arch", ["llama", "bloom", "gpt_neox", "opt"])
+def test_static_cache_in_generate(arch, options):
+    """Its masks are made in advance, and as long as the cache: padding is found in them."""
+    model, _, _ = pair(arch, options)
+    call = {"input_ids": IDS, "attention_mask": LEFT, "max_new_tokens": 6, "do_sample": False}
+    found = model.generate(**call, cache_implementation="static", disable_compile=True)
+    assert torch.equal(found, model.generate(**call, use_cache=False))
+
+
+def test_masks_as_long_as_the_cache(options):
+    model, _, _ = pair(options=options)
+    for mask in (LEFT, torch.ones_like(LEFT)):
+        longer = torch.cat([mask, torch.zeros_like(mask[:, :8])], dim=1)
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        found = logits(model, attention_mask=longer, past_key_values=cache)
+        assert_near(found[mask.bool()], logits(model, attention_mask=mask)[mask.bool()], 2e-4)
+
+
+def test_masks_that_do_not_tell(options):
+    """Four dimensions are fine as long as they mask the future and padding on the left alone."""
+    model, _, _ = pair(options=options)
+    visible = torch.ones(12, 12, dtype=torch.bool).tril() & LEFT[:, None, None].bool()
+    found = logits(model, attention_mask=visible)
+    assert_near(found[LEFT.bool()], logits(model, attention_mask=LEFT)[LEFT.bool()], 2e-4)
+    blocks = torch.block_diag(torch.ones(6, 6), torch.ones(6, 6)).bool().tril().expand(2, 1, 12, 12)
+    refuses(model, "does not tell which tokens are padding", lambda: model(input_ids=IDS, attention_mask=blocks))
+
+
 def test_rows_of_a_cache(options):
     """What is done to the sequences of a cache is done to their evidence."""
     model, _, _ = pair(options=options)
@@ -254,6 +325,21 @@ def test_gradients(options):
         assert_near(found[key], tensor.grad, 1e-6)
 
 
+@pytest.mark.parametrize("call", [{"logits_to_keep": 1}, {"input_ids": IDS[:, :1]}], ids=["last", "one"])
+def test_gradients_do_not_depend_on_the_cache(call, options):
+    model, _, _ = pair(options=options)
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(use_cache):
+        out = model(**{"input_ids": IDS} | call, use_cache=use_cache)
+        return torch.autograd.grad(out.logits[..., 5].sum(), weights, allow_unused=True)
+
+    for with_cache, without in zip(gradients(True), gradients(False)):
+        assert (with_cache is None) == (without is None)
+        if without is not None:
+            torch.testing.assert_close(with_cache, without, rtol=1e-4, atol=1e-5)
+
+
 def test_trained_saved_loaded(root, tmp_path, options):
     """The file has one tensor more, of one number, which training changes; a fresh model says the same."""
     from peft import PeftModel
@@ -286,7 +372,7 @@ def test_values(value):
 
 def test_needs_output_gates():
     with pytest.raises(ValueError, match=r"evidence=0.9 is for output gates.*output is 'hub'"):
-        StitchConfig(evidence=0.9)
+        StitchConfig(output="hub", evidence=0.9)
 
 
 def test_refused(options, tmp_path):
@@ -295,8 +381,11 @@ def test_refused(options, tmp_path):
     refuses(model, "inputs_embeds do not say which tokens", lambda: model(inputs_embeds=embeds))
     prompt = {"input_ids": IDS, "max_new_tokens": 3}
     refuses(model, "Experts cannot be left out where", lambda: model.generate(**prompt, max_active_experts=1))
-    for drafts in ({"draft": "hub"}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": pristine("llama")}):
+    kinds = [{"draft": "hub"}, {"prompt_lookup_num_tokens": 2}, {"assistant_model": pristine("llama")}]
+    for drafts in [*kinds, {"assistant_early_exit": 2}]:
         refuses(model, "Drafts have to be taken back", lambda drafts=drafts: model.generate(**prompt, **drafts))
+    helped = pristine("llama")
+    refuses(model, "cannot draft for another", lambda: helped.generate(IDS[:1], assistant_model=model))
     refuses(model, "cannot be exported", lambda: model.export(tmp_path / "exported"))
     assert not (tmp_path / "exported").exists()
 
@@ -311,7 +400,7 @@ def test_caches_without_evidence(options):
     cache = DynamicCache(config=model.config)
     steps(model, cache, [4])
     model.set_adapter("default")
-    with nothing_computed(model), pytest.raises(ValueError, match="there is none of all 4 tokens in the cache"):
+    with nothing_computed(model), pytest.raises(ValueError, match="the cache does not hold that"):
         model(input_ids=IDS[:, 4:], past_key_values=cache)
     cache = DynamicCache(config=model.config)
     steps(model, cache, [4])
@@ -319,13 +408,30 @@ def test_caches_without_evidence(options):
     with torch.no_grad():
         model(input_ids=IDS[:, 4:6], past_key_values=cache)
     model.set_adapter("default")
-    with nothing_computed(model), pytest.raises(ValueError, match="there is none of all 6 tokens in the cache"):
+    with nothing_computed(model), pytest.raises(ValueError, match="the cache does not hold that"):
         model(input_ids=IDS[:, 6:], past_key_values=cache)
     cache = DynamicCache(config=model.config)
     steps(model, cache, [4])
     cache.crop(-2)
-    with nothing_computed(model), pytest.raises(ValueError, match="there is none of all 2 tokens in the cache"):
+    with nothing_computed(model), pytest.raises(ValueError, match="the cache does not hold that"):
         model(input_ids=IDS[:, 2:], past_key_values=cache)
+
+
+def test_another_forgetting_factor(options):
+    model, _, _ = pair(options=options)
+    model.add_adapter("other", StitchConfig(**options | {"evidence": 1.0}))
+    model.set_adapter("other")
+    for name in "ab":
+        model.attach_expert(name, model.base_model.experts["default"][name].model)
+    cache = DynamicCache(config=model.config)
+    steps(model, cache, [4])
+    model.set_adapter("default")
+    with nothing_computed(model), pytest.raises(ValueError, match="with another forgetting factor"):
+        model(input_ids=IDS[:, 4:], past_key_values=cache)
+    model.set_adapter("other")
+    expected = logits(model)
+    with torch.no_grad():
+        assert_near(model(input_ids=IDS[:, 4:], past_key_values=cache).logits, expected[:, 4:], 2e-4)
 
 
 def test_experts_come_and_go(options):

@@ -42,6 +42,8 @@ def cache_bytes(model, *inputs):
         for kind in ("keys", "values", "conv_states", "recurrent_states"):
             held = getattr(layer, kind, None)
             states += list(held.values()) if isinstance(held, dict) else [held]
+    memory = getattr(cache.layers[-1], "memory", None)  # of output gates with evidence
+    states += [] if memory is None else [value for value in vars(memory).values() if isinstance(value, torch.Tensor)]
     return sum(state.numel() * state.element_size() for state in states if state is not None)
 
 
@@ -189,6 +191,7 @@ def test_every_architecture(arch, tmp_path):
         {"modules_to_save": ["lm_head"]},
         {"output": "mixture"},
         {"output": "mixture", "num_stitches": 0},
+        {"output": "mixture", "evidence": 0.8},
     ],
     ids=str,
 )
