@@ -304,7 +304,7 @@ def test_no_expert():
 @pytest.mark.parametrize("num_stitches", [0, -1, 1.5])
 def test_no_stitches_need_a_mixture(num_stitches):
     with pytest.raises(ValueError, match=r"num_stitches must be .* at least 1 \(0 goes with output='mixture'"):
-        StitchConfig(num_stitches=num_stitches)
+        StitchConfig(num_stitches=num_stitches, output="hub")
     with pytest.raises(ValueError, match="output must be one of hub, mixture, got 'all'"):
         StitchConfig(output="all")
     assert num_stitches != 0 or StitchConfig(num_stitches=0, output="mixture").num_stitches == 0
