@@ -55,9 +55,9 @@ class Memory:
     Attributes:
         weights: Of all models and the stitches (those are float32 beside models in half precision).
         weights_read: Of these, what one decoding step reads, whatever the number of sequences: all but embeddings and,
-            with `output="hub"`, the experts' heads. Weights that a LoRA expert shares with the hub count once if it runs with the hub as
-            one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of experts, where it
-            depends on the tokens, and for quantised weights, which are not counted here.
+            with `output="hub"`, the experts' heads. Weights that a LoRA expert shares with the hub count once if it
+            runs with the hub as one batch (`StitchModel.describe_execution`), else once more. `None` for mixtures of
+            experts, where it depends on the tokens, and for quantised weights, which are not counted here.
         cache: What a `DynamicCache` holds of `batch_size` sequences of `sequence_length` tokens, for all models.
         cache_per_token: By how much that grows with every further token of one sequence.
         recurrent: The part of `cache` that never grows: states of convolutions and linear attention.
