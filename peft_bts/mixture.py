@@ -169,8 +169,9 @@ def evidence(
         if values_BTM.shape[1] <= _BLOCK:  # no loop: compiled, it would make a graph for every number of tokens
             return _block_evidence(values_BTM, text_BT, first_BT, forgetting, last_BM)
         blocks = []
-        for block in zip(*(part.split(_BLOCK, dim=1) for part in (values_BTM, text_BT, first_BT))):
-            blocks.append(_block_evidence(*block, forgetting, last_BM))
+        parts = (part.split(_BLOCK, dim=1) for part in (values_BTM, text_BT, first_BT))
+        for values_BtM, text_Bt, first_Bt in zip(*parts):
+            blocks.append(_block_evidence(values_BtM, text_Bt, first_Bt, forgetting, last_BM))
             last_BM = blocks[-1][:, -1]
     return torch.cat(blocks, dim=1)
 

@@ -104,8 +104,8 @@ class ForwardRunner:
             raise ValueError(
                 "The hub's backbone was called without its head, as losses and servers do that compute the head's "
                 "product themselves; they would get the hub's own distribution, not the mixture "
-                "(output='mixture', the default). Call the whole model: it returns the mixture's logits, its loss, and "
-                "hidden states if asked for; or use an adapter that was made with StitchConfig(output='hub')."
+                "(output='mixture', the default). Call the whole model: it returns the mixture's logits, its loss, "
+                "and hidden states if asked for; or use an adapter that was made with StitchConfig(output='hub')."
             )
         observers = self.settings.observers
         observation = Observation(composition, call, cache, observers) if observers else None
