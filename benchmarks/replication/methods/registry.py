@@ -70,7 +70,7 @@ TITLES = {
     "outputs": "output gates alone",
     "bts": "BTS, the paper's form",
     "bts_outputs": "BTS with output gates",
-    "outputs_evidence": "output gates with evidence, alone",
+    "outputs_evidence": "output gates with evidence",
     "bts_outputs_evidence": "BTS with output gates and evidence",
     "bts_token": "BTS, token gate",
     "bts_token_r8": "BTS, token gate, rank 8",

@@ -52,7 +52,7 @@ def advice(results: Results) -> str:
             "not told apart": f"**{TITLES[ours]}** and {TITLES[simple]} cannot be told apart: take the cheaper one",
         }[outcome(row)]
         lines.append(
-            f"- For {what}: {verdict}. {TITLES[ours]} takes {bits(results, ours, on):.3f} bits per byte, the best "
+            f"- For {what}: {verdict}. {sentence(TITLES[ours])} takes {bits(results, ours, on):.3f} bits per byte, the best "
             f"simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference {interval(row)}. "
             f"{weights(results['methods'][ours])} weights are trained{time(results, ours)}."
         )
@@ -63,6 +63,11 @@ def advice(results: Results) -> str:
                 lines.append(f"- What {part} on {what}, in bits per byte: {'; '.join(map(added, rows))}.")
     lines.append(f"- Where a simple way wins against a form of ours: {simple_wins(results)}.")
     return "\n".join(lines)
+
+
+def sentence(title: str) -> str:
+    """A title where a sentence begins."""
+    return title[0].upper() + title[1:]
 
 
 def added(row: dict[str, Any]) -> str:
