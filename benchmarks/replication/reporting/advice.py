@@ -52,8 +52,8 @@ def advice(results: Results) -> str:
             "not told apart": f"**{TITLES[ours]}** and {TITLES[simple]} cannot be told apart: take the cheaper one",
         }[outcome(row)]
         lines.append(
-            f"- For {what}: {verdict}. {sentence(TITLES[ours])} takes {bits(results, ours, on):.3f} bits per byte, the "
-            f"best simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference {interval(row)}. "
+            f"- For {what}: {verdict}. {sentence(TITLES[ours])} takes {bits(results, ours, on):.3f} bits per byte, "
+            f"the best simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference {interval(row)}. "
             f"{weights(results['methods'][ours])} weights are trained{time(results, ours)}."
         )
     for part, pairs in {"stitches add": STITCHES, "evidence adds": EVIDENCE}.items():
