@@ -390,13 +390,18 @@ def test_refused(options, tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
+def add_adapter(model, name, **options):
+    """Make another adapter with the same experts, and switch to it."""
+    model.add_adapter(name, StitchConfig(**options))
+    model.set_adapter(name)
+    for expert in "ab":
+        model.attach_expert(expert, model.base_model.experts["default"][expert].model)
+
+
 def test_caches_without_evidence(options):
     """What another adapter has filled tells nothing, and of a cropped cache nothing is known of the next token."""
     model, _, _ = pair(options=options)
-    model.add_adapter("plain", StitchConfig(num_stitches=0, output="mixture"))
-    for name in "ab":
-        model.set_adapter("plain")
-        model.attach_expert(name, model.base_model.experts["default"][name].model)
+    add_adapter(model, "plain", num_stitches=0, output="mixture")
     cache = DynamicCache(config=model.config)
     steps(model, cache, [4])
     model.set_adapter("default")
@@ -419,10 +424,7 @@ def test_caches_without_evidence(options):
 
 def test_another_forgetting_factor(options):
     model, _, _ = pair(options=options)
-    model.add_adapter("other", StitchConfig(**options | {"evidence": 1.0}))
-    model.set_adapter("other")
-    for name in "ab":
-        model.attach_expert(name, model.base_model.experts["default"][name].model)
+    add_adapter(model, "other", **options | {"evidence": 1.0})
     cache = DynamicCache(config=model.config)
     steps(model, cache, [4])
     model.set_adapter("default")

@@ -46,17 +46,30 @@ def zoo(tmp_path):
 # --- Ensembles ------------------------------------------------------------------------------------------------------
 
 
-def test_btm_is_bayes_rule():
-    """Against the rule spelled out, in plain probabilities, token by token."""
+@pytest.mark.parametrize("forgetting", [1.0, 0.7])
+def test_btm_is_bayes_rule(forgetting):
+    """Against the rule spelled out, in plain probabilities, token by token; also where older tokens count less."""
     parts = [llama(seed) for seed in range(3)]
-    actual = ensembles.BTM(parts)(TOKENS, PROMPT).exp()
+    actual = ensembles.BTM(parts, forgetting)(TOKENS, PROMPT).exp()
     p = [model(input_ids=TOKENS).logits.double().softmax(-1) for model in parts]
     for row, place in itertools.product(range(len(TOKENS)), range(TOKENS.shape[1])):
         likelihood = [
-            math.prod(p[m][row, t, TOKENS[row, t + 1]].item() for t in range(place)) for m in range(len(parts))
+            math.prod(p[m][row, t, TOKENS[row, t + 1]].item() ** forgetting ** (place - 1 - t) for t in range(place))
+            for m in range(len(parts))
         ]
         expected = sum(p[m][row, place] * likelihood[m] / sum(likelihood) for m in range(len(parts)))
         torch.testing.assert_close(actual[row, place].double(), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(10,), (4, 1, 1, 4)], ids=str)
+@pytest.mark.parametrize("forgetting", [1.0, 0.7])
+@torch.no_grad()
+def test_btm_in_steps_is_btm_at_once(forgetting, sizes):
+    predict = ensembles.BTM([llama(0), llama(1)], forgetting)
+    stream, whole, end = stream_of(predict), predict(TOKENS, PROMPT), 0
+    for size in sizes:
+        end += size
+        torch.testing.assert_close(stream(TOKENS[:, end - size : end]), whole[:, end - 1], rtol=1e-4, atol=1e-4)
 
 
 def test_btm_does_not_look_ahead():
