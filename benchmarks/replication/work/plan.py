@@ -65,7 +65,11 @@ class Plan:
 
     def jobs(self) -> list[Job]:
         """Every piece once, in the order of the preset; what a piece needs comes before it."""
-        first = self.preset.parts[: self.preset.together]
-        rounds = [(part, [number]) for number in range(max(part.sets for part in first)) for part in first]
-        rounds += [(part, None) for part in self.preset.parts[self.preset.together :]]
-        return list({job.name: job for part, numbers in rounds for job in self.jobs_of(part, numbers)}.values())
+        first, rest = self.preset.parts[: self.preset.together], self.preset.parts[self.preset.together :]
+        rounds = [
+            (part, number)
+            for parts in (first, rest)
+            for number in range(max((part.sets for part in parts), default=0))
+            for part in parts
+        ]
+        return list({job.name: job for part, number in rounds for job in self.jobs_of(part, [number])}.values())

@@ -28,13 +28,14 @@ SHARES = (0.25, 0.5, 1.0)  # of the steps, after which methods are looked at
 FORMS = ("outputs", "bts", "bts_outputs", "bts_token_r8_outputs", "outputs_evidence")
 SIMPLE = ("soup", "btm", "btm_forgetting", "routing", "token_router", "dense")
 MAIN = (*SIMPLE, *FORMS)
-VARIANTS = ("btx_soft", "btx_sample", "bam_adapters", "lora", "bts_token", "bts_token_r8", "bts_experts_into_hub",
-            "bts_projected", "bts_k1", "bts_k2", "bts_kL", "bts_hub_maths", "bts_init_torch", "bts_init_near_seed",
-            "bts_outputs_k1", "bts_outputs_experts_into_hub", "bts_outputs_init_near_seed")  # fmt: skip
+RIVALS = ("btx_soft", "btx_sample", "bam_adapters", "lora")  # of the paper, besides the simple ways
+VARIANTS = ("bts_token", "bts_token_r8", "bts_experts_into_hub", "bts_projected", "bts_k1", "bts_k2", "bts_kL",
+            "bts_hub_maths", "bts_init_torch", "bts_init_near_seed", "bts_outputs_k1", "bts_outputs_experts_into_hub",
+            "bts_outputs_init_near_seed")  # fmt: skip
 CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # its questions know no other domain
 CROSS = ("routing", "token_router", "dense", *CROSS_FORMS)
 MORE_CROSS = ("soup", "btm", "dense_maths", "bts_experts_into_hub", "btx_soft", "bam_adapters")
-TREND = ("btm", "routing", "outputs", "bts", "bts_outputs")
+TREND = ("btm", "btm_forgetting", "routing", "outputs", "bts", "bts_outputs", "outputs_evidence")
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of one run. `parts` are done in their order, each for all of its sets before the next; but the first
-    `together` of them, which the verdict hangs on, set by set, so that a run that ends early has whole sets.
+    """Sizes of one run. The first `together` parts, which the verdict hangs on, are done set by set, so that a run that
+    ends early has whole sets. Then come the others in their order, on the first set, then on the second, and so on.
 
     Attributes:
         tries: How often an expert is trained at most until it has learned its domain.
@@ -111,15 +112,17 @@ FULL = Preset(
         # What the verdict hangs on comes first.
         Part("main", "main", MAIN, sets=5),
         Part("cross", "cross", CROSS, sets=5),
+        # First sets of all others follow, then second ones.
         Part("evidence", "main", ("bts_outputs_evidence",), sets=2),
         Part("switches", "main", ("outputs_switches", "bts_outputs_switches"), sets=2),
+        Part("rivals", "main", RIVALS, sets=2),
         Part("prompts", "prompts", MAIN, sets=2),
-        Part("variants", "main", VARIANTS, sets=2),
         Part("more_cross", "cross", MORE_CROSS, sets=2),
-        Part("lora", "main", TREND, sets=2, lora=True),
         Part("cross200", "cross", ("dense", "dense_maths", *CROSS_FORMS), sets=2, items=200),
+        Part("lora", "main", TREND, sets=2, lora=True),
+        Part("size0.3M", "main", TREND, sets=2, size="0.3M"),
         Part("size2.4M", "main", TREND, sets=2, size="2.4M"),
-        Part("size5.5M", "main", TREND, sets=2, size="5.5M"),
+        Part("variants", "main", VARIANTS, sets=2),
     )
 )
 QUICK = replace(
