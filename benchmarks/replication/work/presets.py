@@ -63,8 +63,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of one run. The first `together` parts, which the verdict hangs on, are done set by set, so that a run that
-    ends early has whole sets. Then come the others in their order, on the first set, then on the second, and so on.
+    """Sizes of one run. The first `together` parts, which the verdict hangs on, are done set by set, so that a run
+    that ends early has whole sets. Then come the others in their order, on the first set, then on the second.
 
     Attributes:
         tries: How often an expert is trained at most until it has learned its domain.
