@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from sacrebleu.metrics import CHRF
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..tokens.sequences import Sequences
@@ -13,7 +14,7 @@ from ..tokens.sequences import Sequences
 
 @torch.no_grad()
 def greedy(
-    new_stream: Callable[[], Callable[[Tensor], Tensor]],
+    new_stream: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]],
     prompts: list[Tensor],
     end: int,
     desc: str,
@@ -23,23 +24,30 @@ def greedy(
 ) -> list[list[int]]:
     """What follows each prompt (T,), token by token until `end`, which is left out, or `longest` tokens.
 
-    Prompts of one length go together, so that nothing is padded.
+    Prompts of like lengths go together. Nothing is padded: all rows are read as far as the shortest goes; then longer
+    ones are given their own next tokens, and shorter ones what was answered.
+
+    Args:
+        new_stream: Makes a stream for rows of prompts (B, T), zeros behind them, and their lengths (B,).
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    by_length: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(place)
-    groups = [places[i : i + batch] for _, places in sorted(by_length.items()) for i in range(0, len(places), batch)]
+    by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    groups = [by_length[i : i + batch] for i in range(0, len(by_length), batch)]
     for places in tqdm(groups, desc=desc, leave=False):
-        stream, tokens = new_stream(), torch.stack([prompts[place] for place in places]).to(device)
-        open_rows = torch.ones(len(places), dtype=torch.bool, device=device)
-        for _ in range(longest):
+        given = pad_sequence([prompts[place] for place in places], batch_first=True).to(device)
+        lengths = torch.tensor([len(prompts[place]) for place in places], device=device)
+        stream, read = new_stream(given, lengths), int(lengths.min())
+        tokens, is_open = given[:, :read], torch.ones(len(places), dtype=torch.bool, device=device)
+        while is_open.any():
             tokens = stream(tokens).argmax(-1, keepdim=True)
-            open_rows &= tokens.squeeze(1) != end
-            if not open_rows.any():
-                break
-            for row in open_rows.nonzero().squeeze(1).tolist():
+            answering = read >= lengths
+            if not answering.all():
+                tokens = torch.where(answering.unsqueeze(1), tokens, given[:, read : read + 1])
+            is_open &= ~answering | (tokens.squeeze(1) != end)
+            for row in (is_open & answering).nonzero().squeeze(1).tolist():
                 answers[places[row]].append(int(tokens[row]))
+            read += 1
+            is_open &= read < lengths + longest
     return answers
 
 

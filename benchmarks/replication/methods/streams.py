@@ -47,24 +47,23 @@ class BTMStream:
 
 
 class RoutedStream:
-    """Each row by the one model that a router chose for its prompt, which is the first call's tokens."""
+    """Each row by the one model that a router chose for its prompt."""
 
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
-        self.groups: list[tuple[Tensor, Stream]] = []  # rows, and the model that they went to
+    def __init__(self, routing: Routing, prompts: Tensor, lengths: Tensor) -> None:
+        choices = routing.choose(prompts, lengths).argmax(-1)
+        self.groups = [  # rows, and the model that they go to
+            ((choices == number).nonzero().squeeze(1), Stream(routing.models[number]))
+            for number in choices.unique().tolist()
+        ]
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        if not self.groups:
-            choices = self.routing.choose(tokens, torch.full((len(tokens),), tokens.shape[1])).argmax(-1)
-            for number in choices.unique().tolist():
-                self.groups.append(((choices == number).nonzero().squeeze(1), Stream(self.routing.models[number])))
         log_p = [stream(tokens[rows]) for rows, stream in self.groups]
         order = torch.cat([rows for rows, _ in self.groups]).argsort()
         return torch.cat(log_p)[order]
 
 
-def stream_of(method: nn.Module | BTM | Routing) -> Callable[[Tensor], Tensor]:
-    """A new stream of what a method predicts."""
+def stream_of(method: nn.Module | BTM | Routing, prompts: Tensor, lengths: Tensor) -> Callable[[Tensor], Tensor]:
+    """A new stream of what a method predicts, for prompts (B, T) of these lengths (B,), zeros behind them."""
     if isinstance(method, BTM):
         return BTMStream(method.models, method.forgetting)
-    return RoutedStream(method) if isinstance(method, Routing) else Stream(method)
+    return RoutedStream(method, prompts, lengths) if isinstance(method, Routing) else Stream(method)

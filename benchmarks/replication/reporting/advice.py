@@ -80,7 +80,9 @@ def simple_wins(results: Results) -> str:
     beaten: dict[tuple[str, str], list[str]] = {}
     for row in results["paired"]:
         if row["baseline"] in SIMPLE and outcome(row) == "worse":
-            where = row["on"] + (", right answers" if row["figure"] == "exact" else ", bits")
+            where = row["on"].replace("_long", " with more steps") + (
+                ", right answers" if row["figure"] == "exact" else ", bits"
+            )
             beaten.setdefault((row["baseline"], where), []).append(TITLES[row["ours"]])
     parts = [f"{TITLES[name]} ({where}) against {', '.join(forms)}" for (name, where), forms in beaten.items()]
     return "; ".join(parts) or "nowhere, in what was measured"

@@ -32,11 +32,12 @@ def better(found: Interval, figure: str) -> int:
     return 1 if low > 0 else -1 if high < 0 else 0
 
 
-def paired_rows(main: Table, cross: Table | None) -> list[dict[str, Any]]:
-    """Each of our main forms against every baseline and against each other."""
+def paired_rows(main: Table, cross: Table | None, cross_long: Table | None) -> list[dict[str, Any]]:
+    """Each of our main forms against every baseline and against each other; the cross task twice, of few steps and of
+    many."""
     places = [(main, "average", BITS), (main, "mixed", BITS), (main, "tasks", EXACT)]
-    if cross:
-        places += [(cross, "cross", BITS), (cross, "cross", EXACT)]
+    for on, table in {"cross": cross, "cross_long": cross_long}.items():
+        places += [(table, on, figure) for figure in (BITS, EXACT) if table]
     rows = []
     for table, on, figure in places:
         for ours in (name for name in table.methods if name in FORMS):

@@ -9,6 +9,7 @@ from ...reporting import table, write_results
 from ..methods.registry import TITLES
 from ..text.corpora import DOMAINS, MIXED
 from ..text.tasks import CROSS, TASKS
+from ..work.material import PROTOCOLS
 from ..work.presets import FORMS, SHARES, SIMPLE
 from .advice import summary
 from .cells import GOALS, Results, cross_table, figure, interval, outcome, weights
@@ -120,25 +121,23 @@ def tasks(results: Results) -> str:
         found = results["methods"][name]["tasks"]
         cells = []
         for task in (*TASKS, CROSS):
-            if task in TASKS and TASKS[task].metric == "chrf":
-                cells.append(figure(found[task].get("chrf"), 1) or "-")
-            else:
-                four = found[task].get("four")
-                cells.append(f"{found[task]['alone']['mean']:.1f} / {four['mean']:.1f}" if four else
-                             f"{found[task]['alone']['mean']:.1f}")  # fmt: skip
+            scores = found[task].get("chrf", {}) if task in TASKS and TASKS[task].metric == "chrf" else found[task]
+            means = [f"{scores[protocol]['mean']:.1f}" for protocol in PROTOCOLS if protocol in scores]
+            cells.append(" / ".join(means) or "-")
         rows.append([TITLES[name], *cells])
     return (
         "## Tasks\n\nAnswers that are right to the letter, in percent, asked alone / behind four solved examples; "
-        f"French and German: chrF of translations, asked alone. {CROSS}: nobody was trained on them here.\n\n"
+        f"French and German: chrF of translations. {CROSS}: nobody was trained on them here.\n\n"
         + table(["method", *TASKS, CROSS], rows)
     )
 
 
 def cross(results: Results, items: str) -> str:
+    steps = results["settings"]["cross_steps"]
     return (
-        f"## Cross capability: word problems in French, {items} training items\n\nFrench and maths experts. Answers "
+        f"## Cross capability: word problems in French, training items: {items}\n\nFrench and maths experts. Answers "
         "right to the letter, in percent, and bits per byte of the answers. Seed, experts, soup and BTM are not "
-        f"trained on them.\n\n{cross_table(results, items)}"
+        f"trained on them; all others for {steps} steps, if nothing else is said.\n\n{cross_table(results, items)}"
     )
 
 

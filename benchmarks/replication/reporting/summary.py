@@ -12,6 +12,7 @@ from ..branching.models import EXPERTS
 from ..methods.registry import ORACLES, TRAINED
 from ..text.tasks import CROSS, TASKS
 from ..work.jobs import pending
+from ..work.material import PROTOCOLS
 from ..work.plan import Plan
 from ..work.presets import FORMS, SHARES, Part
 from .claims import claims, other_claims
@@ -37,28 +38,31 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
     main = tables[size, "main"]
     if not plan.store.has("tests") or not main.methods:
         raise SystemExit("There is nothing to report yet: no method has been tested.")
-    cross = {
-        str(table.part.items): {name: cross_method(table, name) for name in table.methods}
-        for (of, _), table in tables.items()
-        if of == size and table.part.kind == "cross" and table.methods
-    }
-    first_cross = next((table for (of, _), table in tables.items() if of == size and table.part.kind == "cross"), None)
+    cross = [table for (of, _), table in tables.items() if of == size and table.part.kind == "cross" and table.methods]
+    full = [table for table in cross if table.part.items == max(table.part.items for table in cross)]
+    first, long = next((t for t in full if not t.part.steps), None), next((t for t in full if t.part.steps), None)
     results = {
         "preset": preset_name,
         "sets": len(main.sets("seed")),
         **origin(plan),
         "trained": trainings(plan, main),
         "methods": {name: method_row(main, name) for name in main.methods},
-        "cross": cross,
+        "cross": {
+            cross_name(table.part): {name: cross_method(table, name) for name in table.methods} for table in cross
+        },
         "lora": of_table(tables.get((size, "main_lora"))),
         "sizes": {of: of_table(table) for (of, name), table in tables.items() if name == "main"},
         "cost": read(plan, main.studies[0].name("cost")),
         "gates": gates(main),
     }
-    results["paired"] = paired_rows(main, first_cross)
-    results["claims"] = claims(main, first_cross) + other_claims(results)
+    results["paired"] = paired_rows(main, first, long)
+    results["claims"] = claims(main, long or first) + other_claims(results)
     results["targets"] = targets(results)
     return results
+
+
+def cross_name(part: Part) -> str:
+    return f"{part.items}" + (f" for {part.steps} steps" if part.steps else "")
 
 
 def read(plan: Plan, name: str) -> dict[str, Any]:
@@ -142,15 +146,17 @@ def method_row(table: Table, name: str) -> dict[str, Any]:
 
 
 def task_row(table: Table, name: str, task: str) -> dict[str, Any]:
-    """Right answers in percent, alone and behind four examples; chrF of translations. What is not done is left out."""
-    row = {}
+    """Right answers in percent, and chrF of translations, alone and behind four examples; what is done of it."""
+    row: dict[str, Any] = {}
     if f"alone/{task}" in table.sizes:
         row["alone"] = spread(table.values(name, [f"alone/{task}"], "exact"))
     if table.sets(name, "four"):
         row["four"] = spread(table.values(name, [f"four/{task}"], "exact", "four"))
-    if sets := table.sets(name, f"answers_{task}"):
-        pieces = [table.piece(table.studies[number], name, f"answers_{task}") for number in sets]
-        row["chrf"] = spread(mean(piece["chrf"]) for piece in pieces if piece)
+    for protocol in PROTOCOLS:
+        written = f"answers_{protocol}_{task}"
+        if sets := table.sets(name, written):
+            pieces = [table.piece(table.studies[number], name, written) for number in sets]
+            row.setdefault("chrf", {})[protocol] = spread(mean(piece["chrf"]) for piece in pieces if piece)
     return row
 
 

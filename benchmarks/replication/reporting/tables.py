@@ -17,7 +17,13 @@ from ..work.presets import Part
 TEXT = [f"text/{domain}" for domain in DOMAINS]
 MIXED_TEXT = [f"mixed/{kind}" for kind in MIXED]
 EXACT = [f"alone/{name}" for name, task in TASKS.items() if task.metric == "exact"]
-ON = {"average": TEXT, "mixed": MIXED_TEXT, "tasks": EXACT, "cross": [f"alone/{CROSS}"]}
+ON = {
+    "average": TEXT,
+    "mixed": MIXED_TEXT,
+    "tasks": EXACT,
+    "cross": [f"alone/{CROSS}"],
+    "cross_long": [f"alone/{CROSS}"],
+}
 
 
 class Table:

@@ -4,7 +4,6 @@ A method is a trial for each of its learning rates, rated on validation text at 
 test of the trial that did best. Test data is not looked at otherwise.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from ..text.catalogues import LANGUAGES
 from ..text.tasks import CROSS
 from ..tokens.blocks import LENGTH
 from .jobs import Job
-from .material import SWITCHES, Tests, cross_blocks
+from .material import PROTOCOLS, SWITCHES, Tests, cross_blocks
 from .measuring import by_document, measure, predictor_of
 from .presets import CROSS_EXPERTS, FORMS, SHARES, STITCH_MIX, Part
 from .sets import Set, save
@@ -52,7 +51,7 @@ class Study:
         self.set, self.part, self.preset, self.tuned = of, part, of.preset, tuned
         self.experts = CROSS_EXPERTS if part.kind == "cross" else EXPERTS
         self.models = of.models(part.lora)
-        self.steps = self.preset.cross_steps if part.kind == "cross" else self.preset.steps
+        self.steps = part.steps or (self.preset.cross_steps if part.kind == "cross" else self.preset.steps)
 
     def name(self, *parts: Any) -> str:
         return self.set.name(self.part.table, *parts)
@@ -125,7 +124,11 @@ class Study:
         jobs = []
         for method in self.methods:
             works = {"four": partial(self.four_examples, method)}
-            works |= {f"answers_{language}": partial(self.answers, method, language) for language in LANGUAGES}
+            works |= {
+                f"answers_{protocol}_{language}": partial(self.answers, method, protocol, language)
+                for protocol in PROTOCOLS
+                for language in LANGUAGES
+            }
             needs, reads = [*self.combined, *self.tested(method)], [self.name(method, "test")]
             jobs += [Job(self.name(method, what), work, needs, reads) for what, work in works.items()]
         return jobs
@@ -261,13 +264,12 @@ class Study:
         found = measure(predictor_of(self.chosen(method)), tests)
         return {"tests": {name: by_document(name, losses, tests[name]) for name, losses in found.items()}}
 
-    def answers(self, method: str, language: str) -> dict[str, Any]:
-        """chrF of greedy translations, asked alone, by item."""
+    def answers(self, method: str, protocol: str, language: str) -> dict[str, Any]:
+        """chrF of greedy translations, by item."""
         built, tokenizer = self.chosen(method), self.set.material.tokenizer
-        sequences = self.set.material.translations[f"alone/{language}"]
-        new_stream: Callable = partial(stream_of, built)
-        written = greedy(new_stream, prompts_of(sequences), tokenizer.eos_token_id, self.name(method, language),
-                         self.set.device)  # fmt: skip
+        sequences = self.set.material.translations[f"{protocol}/{language}"]
+        written = greedy(partial(stream_of, built), prompts_of(sequences), tokenizer.eos_token_id,
+                         self.name(method, protocol, language), self.set.device)  # fmt: skip
         right = [
             tokenizer.decode(ids[prompt:], skip_special_tokens=True)
             for ids, prompt in zip(sequences.of(sequences.tokens), sequences.prompt)

@@ -21,6 +21,7 @@ from .presets import Preset
 
 
 SWITCHES = "switches"
+PROTOCOLS = ("alone", "four")  # how questions are asked
 Tests = dict[str, Sequences]
 
 
@@ -80,8 +81,10 @@ class Material:
 
     @cached_property
     def translations(self) -> Tests:
-        """What is to be translated, with one translation of it."""
-        return {f"alone/{task}": self._questions(task) for task in TASKS if TASKS[task].metric == "chrf"}
+        """What is to be translated, with one translation of it, alone and behind four examples."""
+        tasks = [task for task in TASKS if TASKS[task].metric == "chrf"]
+        alone = {f"alone/{task}": self._questions(task) for task in tasks}
+        return alone | {f"four/{task}": self.prompted[f"four/{task}"] for task in tasks}
 
     def _questions(self, task: str) -> Sequences:
         return item_sequences(self.tokenizer, take(self.corpora.items["test"][task], self.preset.asked))

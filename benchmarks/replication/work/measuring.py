@@ -7,10 +7,7 @@ from ..branching.training import autocast, device_of
 from ..measures.losses import Losses, Predictor, exact, score
 from ..methods.parameters import Method
 from ..tokens.sequences import Sequences
-from .material import Tests
-
-
-ANSWERED = ("alone", "four")  # tests whose answers are right or wrong
+from .material import PROTOCOLS, Tests
 
 
 def predictor_of(method: Method) -> Predictor:
@@ -34,7 +31,7 @@ def measure(predict: Predictor, tests: Tests) -> dict[str, Losses]:
 def by_document(name: str, losses: Losses, sequences: Sequences) -> dict[str, object]:
     """What is kept of a test: each document's nats, and, of questions, whether each is right, as "0110..."."""
     kept: dict[str, object] = {"nats": [round(float(nats), 3) for nats in sequences.sums(losses.nats)]}
-    if name.startswith(ANSWERED):
+    if name.startswith(PROTOCOLS):
         kept["right"] = "".join("01"[int(right)] for right in exact(losses.hits, sequences))
     return kept
 

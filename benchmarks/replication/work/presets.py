@@ -33,8 +33,8 @@ VARIANTS = ("bts_token", "bts_token_r8", "bts_experts_into_hub", "bts_projected"
             "bts_hub_maths", "bts_init_torch", "bts_init_near_seed", "bts_outputs_k1", "bts_outputs_experts_into_hub",
             "bts_outputs_init_near_seed")  # fmt: skip
 CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # its questions know no other domain
-CROSS = ("routing", "token_router", "dense", *CROSS_FORMS)
-MORE_CROSS = ("soup", "btm", "dense_maths", "bts_experts_into_hub", "btx_soft", "bam_adapters")
+CROSS = (*SIMPLE, *CROSS_FORMS)
+CROSS_LONG = ("dense", "dense_maths", "btx_soft", "bam_adapters", "bts", "bts_outputs", "bts_experts_into_hub")
 TREND = ("btm", "btm_forgetting", "routing", "outputs", "bts", "bts_outputs", "outputs_evidence")
 
 
@@ -53,12 +53,14 @@ class Part:
     size: str = "0.75M"
     lora: bool = False  # experts trained as LoRAs
     items: int = 2000  # of the cross task, to be trained on
+    steps: int | None = None  # of all methods; `None`: the preset's
 
     @property
     def table(self) -> str:
         """The table that its methods stand in; several parts may fill one."""
         kind = "main" if self.kind == "prompts" else self.kind
-        return kind + ("_lora" if self.lora else "") + (f"{self.items}" if kind == "cross" else "")
+        steps = f"x{self.steps}" if self.steps else ""
+        return kind + ("_lora" if self.lora else "") + (f"{self.items}" if kind == "cross" else "") + steps
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,11 @@ FULL = Preset(
         Part("evidence", "main", ("bts_outputs_evidence",), sets=2),
         Part("switches", "main", ("outputs_switches", "bts_outputs_switches"), sets=2),
         Part("rivals", "main", RIVALS, sets=2),
+        Part("cross_long", "cross", CROSS_LONG, sets=2, steps=1000),
         Part("prompts", "prompts", MAIN, sets=2),
-        Part("more_cross", "cross", MORE_CROSS, sets=2),
-        Part("cross200", "cross", ("dense", "dense_maths", *CROSS_FORMS), sets=2, items=200),
         Part("lora", "main", TREND, sets=2, lora=True),
         Part("size0.3M", "main", TREND, sets=2, size="0.3M"),
+        Part("cross200", "cross", ("dense", "dense_maths", *CROSS_FORMS), sets=2, items=200),
         Part("size2.4M", "main", TREND, sets=2, size="2.4M"),
         Part("variants", "main", VARIANTS, sets=2),
     )
@@ -167,6 +169,7 @@ PRESETS = {
         parts=(
             Part("main", "main", (*MAIN, "bts_hub_maths", "outputs_switches", "btx_sample"), sets=2, size="smoke"),
             Part("cross", "cross", ("btm", "dense_maths", "bts_outputs"), sets=2, size="smoke"),
+            Part("cross_long", "cross", ("dense", "bts_outputs"), sets=1, size="smoke", steps=3),
             Part("prompts", "prompts", ("btm", "routing", "token_router", "outputs"), sets=2, size="smoke"),
             Part("lora", "main", ("btm", "outputs"), sets=1, size="smoke", lora=True),
         ),

@@ -126,7 +126,7 @@ def prompts(tokenizer, corpora):
 
 def test_greedy_answers_are_those_of_generate(models, prompts, tokenizer):
     end = tokenizer.eos_token_id
-    found = answers.greedy(lambda: Stream(models[0]), prompts, end, "test", longest=8)
+    found = answers.greedy(lambda *_: Stream(models[0]), prompts, end, "test", longest=8)
     for answer, prompt in zip(found, prompts):
         made = models[0].generate(prompt.unsqueeze(0), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=8,
                                   do_sample=False, eos_token_id=end, pad_token_id=end)[0, len(prompt):]  # fmt: skip
@@ -135,7 +135,7 @@ def test_greedy_answers_are_those_of_generate(models, prompts, tokenizer):
 
 def test_btm_answers_are_those_of_the_rule_without_caches(models, prompts, tokenizer):
     end = tokenizer.eos_token_id
-    found = answers.greedy(lambda: BTMStream(models), prompts, end, "test", longest=6)
+    found = answers.greedy(lambda *_: BTMStream(models), prompts, end, "test", longest=6)
     for answer, prompt in zip(found, prompts):
         tokens = prompt
         for token in [*answer, *([] if len(answer) == 6 else [end])]:
@@ -150,7 +150,7 @@ def test_exact_from_kept_losses_is_what_greedy_decoding_answers(models, tokenize
     """Items whose answers are the model's own, and some that are not."""
     prompts = [Item(f"{i}+{i}=", "") for i in range(1, 7)]
     asked = answers.prompts_of(item_sequences(tokenizer, prompts))
-    said = answers.greedy(lambda: Stream(models[1]), asked, -1, "test", longest=3)
+    said = answers.greedy(lambda *_: Stream(models[1]), asked, -1, "test", longest=3)
     items = [Item(item.prompt, tokenizer.decode(ids) if i % 2 else "wrong", ends=False)
              for i, (item, ids) in enumerate(zip(prompts, said))]  # fmt: skip
     sequences = item_sequences(tokenizer, items)

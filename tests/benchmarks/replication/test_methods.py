@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_btm_is_bayes_rule(forgetting):
 @torch.no_grad()
 def test_btm_in_steps_is_btm_at_once(forgetting, sizes):
     predict = ensembles.BTM([llama(0), llama(1)], forgetting)
-    stream, whole, end = stream_of(predict), predict(TOKENS, PROMPT), 0
+    stream, whole, end = stream_of(predict, TOKENS, PROMPT), predict(TOKENS, PROMPT), 0
     for size in sizes:
         end += size
         torch.testing.assert_close(stream(TOKENS[:, end - size : end]), whole[:, end - 1], rtol=1e-4, atol=1e-4)
@@ -249,20 +250,22 @@ def test_the_router_by_token_takes_the_likeliest_model_and_expects_the_loss_of_a
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_routers_write_what_they_predict(kind):
-    """Streams with caches, against whole sequences without."""
+    """Streams with caches, of prompts of several lengths, against whole sequences without."""
     router = random_router()
     if kind == "sequence":
         router = ensembles.Routing(list(router.models))
         torch.nn.init.normal_(router.router.weight, std=20.0)
         assert len(router.choose(TOKENS, torch.full((3,), TOKENS.shape[1])).argmax(-1).unique()) > 1
-    said = greedy(lambda: stream_of(router), list(TOKENS), -1, "test", longest=4)
-    for row, answer in enumerate(said):
-        tokens = TOKENS[row]
+    prompts = [row[: len(row) - place] for place, row in enumerate(TOKENS)]
+    said = greedy(partial(stream_of, router), prompts, -1, "test", longest=4)
+    for prompt, answer in zip(prompts, said):
+        tokens = prompt
+        assert len(answer) == 4
         for token in answer:
             if kind == "token":
                 logits = router(input_ids=tokens[None]).logits
             else:
-                logits = router(tokens[None], torch.tensor([TOKENS.shape[1]]))
+                logits = router(tokens[None], torch.tensor([len(prompt)]))
             assert token == logits[0, -1].argmax()
             tokens = torch.cat([tokens, torch.tensor([token])])
 
