@@ -18,7 +18,7 @@ def test_fewer_bits_and_more_right_answers_are_better(figure, low, high, expecte
 
 def results_with(*rows):
     methods = {
-        name: {"bits_per_byte": {"average": {"mean": bits}}, "trained_parameters": count,
+        name: {"bits_per_byte": {on: {"mean": bits} for on in ("average", "mixed")}, "trained_parameters": count,
                "curve": {"0.5": {"mean": half}, "1": {"mean": bits}}}
         for name, bits, half, count in (("bts", 2.0, 2.2, 100), ("outputs", 1.9, 1.95, 10), ("btm", 2.1, 2.1, 0))
     }  # fmt: skip
@@ -37,12 +37,16 @@ def test_targets_are_met_or_not_by_intervals():
     effort = targets.half_the_effort(results_with())
     assert (effort["met"], effort["by"]) == (True, "outputs")
     right = ("bts", "dense", "cross", "exact", 5.0, 2.0, 8.0)
-    assert targets.beats_dense(results_with(right), "exact", "")["by"] == "bts"
-    assert targets.beats_dense(results_with((*right[:4], 5.0, -2.0, 8.0)), "exact", "")["met"] is False
-    assert targets.beats_dense(results_with(right), "bits_per_byte", "")["met"] is None
+    assert targets.beats_dense(results_with(right), "cross", "exact")["by"] == "bts"
+    assert targets.beats_dense(results_with((*right[:4], 5.0, -2.0, 8.0)), "cross", "exact")["met"] is False
+    assert targets.beats_dense(results_with(right), "cross", "bits_per_byte")["met"] is None
+    assert targets.beats_dense(results_with(right), "cross_long", "exact")["met"] is None
     fewer = ("outputs", "dense", "cross", "bits_per_byte", -0.2, -0.3, -0.1)
-    assert targets.beats_dense(results_with(right, fewer), "bits_per_byte", "")["by"] == "outputs"
-    assert targets.beats_dense(results_with(), "exact", "")["met"] is None
+    assert targets.beats_dense(results_with(right, fewer), "cross", "bits_per_byte")["by"] == "outputs"
+    assert targets.beats_dense(results_with(), "cross", "exact")["met"] is None
+    assert len(targets.targets(results_with(right))) == 5
+    later = targets.targets(results_with(right, ("bts", "dense", "cross_long", "exact", 9.0, 8.0, 10.0)))
+    assert [target["met"] for target in later if "with more steps" in target["text"]] == [None, True]
 
 
 def test_the_page_says_where_a_simple_way_wins():

@@ -26,6 +26,7 @@ SMOKE = replace(PRESETS["smoke"], corpora=SIZES)
 SOME = (
     Part("main", "main", ("btm", "routing", "bts"), sets=2, size="smoke"),
     Part("cross", "cross", ("dense",), sets=1, size="smoke"),
+    Part("cross_long", "cross", ("dense", "bts"), sets=1, size="smoke", steps=3),
 )
 
 
@@ -56,8 +57,11 @@ def test_the_study_runs_and_reports(plan, results):
     assert {"seed", "expert_python", "btm", "routing", "bts", "oracle_token"} <= found["methods"].keys()
     assert [*found["methods"]["bts"]["curve"]] == [f"{share:g}" for share in SHARES]
     assert {(row["on"], row["figure"]) for row in found["paired"]} == {
-        ("average", "bits_per_byte"), ("mixed", "bits_per_byte"), ("tasks", "exact")
+        ("average", "bits_per_byte"), ("mixed", "bits_per_byte"), ("tasks", "exact"),
+        ("cross_long", "bits_per_byte"), ("cross_long", "exact"),
     }  # fmt: skip
+    assert [*found["cross"]] == ["2000", "2000 for 3 steps"]
+    assert "cross_over_dense" in {claim["id"] for claim in found["claims"]}  # of BTS with more steps
     ids = {claim["id"] for claim in found["claims"]}
     assert ids >= {"bts_over_seed", "bts_over_btm", "keeps_math", "cross_needs_data", "gates_fit"}
     assert found["gates"]["bts"]["sets"] == 2
@@ -124,6 +128,17 @@ def test_experts_are_left_out_on_the_studys_models(plan, tmp_path, monkeypatch, 
         dropping.main()
 
 
+def test_what_the_verdict_hangs_on_comes_set_by_set_and_then_first_sets_of_the_rest(tmp_path):
+    part = lambda name, lora: Part(name, "main", ("btm",), sets=2, size="smoke", lora=lora)  # noqa: E731
+    preset = replace(SMOKE, parts=(*SOME[:2], part("one", True), replace(part("two", True), methods=("soup",))))
+    names = [job.name for job in Plan(preset, tmp_path).jobs() if "/test" in job.name]
+    places = [names.index(f"smoke/{name}/test") for name in (
+        "set0/main/btm", "set0/cross2000/dense", "set1/main/btm",
+        "set0/main_lora/btm", "set0/main_lora/soup", "set1/main_lora/btm", "set1/main_lora/soup",
+    )]  # fmt: skip
+    assert places == sorted(places)
+
+
 @pytest.mark.slow
 def test_all_of_the_smoke_preset_runs_and_reports(tmp_path):
     plan = done(SMOKE, tmp_path / "study", tmp_path)
@@ -137,7 +152,7 @@ def test_all_of_the_smoke_preset_runs_and_reports(tmp_path):
         assert {"alone", "four"} <= methods[name]["tasks"]["sums"].keys()
         assert {"alone", "four"} == methods[name]["tasks"]["french"]["chrf"].keys()
     assert "btm" in found["lora"]
-    assert {row["on"] for row in found["paired"]} == {"average", "mixed", "tasks", "cross"}
+    assert {row["on"] for row in found["paired"]} == {"average", "mixed", "tasks", "cross", "cross_long"}
     assert "seed_as_hub" in {claim["id"] for claim in found["claims"]}
 
 
