@@ -67,7 +67,7 @@ def test_the_study_runs_and_reports(plan, results):
     assert found["gates"]["bts"]["sets"] == 2
     assert {len(row) for row in found["gates"]["bts"]["mean"].values()} == {6}  # models
     assert "gates around a change of domain" in page
-    assert len(found["targets"]) == 5
+    assert len(found["targets"]) == 7
     assert page.startswith("# Which way of combining experts to use")
     assert page.index("## In one page") < page.index("## All methods") < page.index("## Cross capability")
     assert "learning curves" in page
