@@ -42,7 +42,7 @@ class Arguments:
     preset: str = field(default="quick", metadata={"help": "of the study", "choices": [*PRESETS]})
     set_number: int = field(default=0, metadata={"help": "which of its sets of models"})
     method: str = field(
-        default="bts",
+        default="bts_outputs",
         metadata={"help": "which of its stitched models", "choices": [name for name in TRAINED if is_ours(name)]},
     )
     documents: int = field(default=150, metadata={"help": "at most so many of every kind; short ones are more"})
