@@ -115,7 +115,7 @@ def test_experts_are_left_out_on_the_studys_models(plan, tmp_path, monkeypatch, 
     monkeypatch.setattr(dropping, "PROMPT_TOKENS", 4)  # these documents are short
     monkeypatch.setattr(dropping, "SHORTEST", 6)
     path = tmp_path / "dropping.json"
-    always = ["dropping", "--preset", "smoke", "--documents", "2", "--results", str(path)]
+    always = ["dropping", "--preset", "smoke", "--method", "bts", "--documents", "2", "--results", str(path)]
     monkeypatch.setattr("sys.argv", [*always, "--cache_dir", str(plan.material.cache)])
     dropping.main()
     found = json.loads(path.read_text())
