@@ -3,9 +3,9 @@
 from typing import Any
 
 from ...reporting import table
-from ..methods.registry import TITLES
+from ..methods.registry import TITLES, is_ours
 from ..work.presets import FORMS, SIMPLE
-from .cells import GOALS, Results, figure, interval, outcome, weights
+from .cells import GOALS, Results, cross_name, figure, interval, outcome, weights
 
 
 # What a part of a form adds: the form, and the same without it.
@@ -46,16 +46,12 @@ def advice(results: Results) -> str:
         row = between(results, ours, simple, on) if ours and simple else None
         if not (ours and simple and row):
             continue
-        verdict = {
-            "better": f"use **{TITLES[ours]}**",
-            "worse": f"a simple way wins: use **{TITLES[simple]}**",
-            "not told apart": f"**{TITLES[ours]}** and {TITLES[simple]} cannot be told apart: take the cheaper one",
-        }[outcome(row)]
         lines.append(
-            f"- For {what}: {verdict}. {sentence(TITLES[ours])} takes {bits(results, ours, on):.3f} bits per byte, "
-            f"the best simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference {interval(row)}. "
+            f"- For {what}: {choice(row)}. {sentence(TITLES[ours])} takes {bits(results, ours, on):.3f} bits per "
+            f"byte, the best simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference {interval(row)}. "
             f"{weights(results['methods'][ours])} weights are trained{time(results, ours)}."
         )
+    lines += cross_advice(results)
     for part, pairs in {"stitches add": STITCHES, "evidence adds": EVIDENCE}.items():
         for on, what in GOALS.items():
             rows = [row for pair in pairs if (row := between(results, *pair, on))]
@@ -63,6 +59,37 @@ def advice(results: Results) -> str:
                 lines.append(f"- What {part} on {what}, in bits per byte: {'; '.join(map(added, rows))}.")
     lines.append(f"- Where a simple way wins against a form of ours: {simple_wins(results)}.")
     return "\n".join(lines)
+
+
+def choice(row: dict[str, Any]) -> str:
+    ours, simple = TITLES[row["ours"]], TITLES[row["baseline"]]
+    return {
+        "better": f"use **{ours}**",
+        "worse": f"a simple way wins: use **{simple}**",
+        "not told apart": f"**{ours}** and {simple} cannot be told apart: take the cheaper one",
+    }[outcome(row)]
+
+
+def cross_advice(results: Results) -> list[str]:
+    """Of the cross task: our best form against the best of all others, for few steps and for many."""
+    lines = []
+    for on, part in {"cross": cross_name(results), "cross_long": cross_name(results, long=True)}.items():
+        found = results["cross"].get(part, {})
+        by_bits = sorted(found, key=lambda name: found[name]["bits_per_byte"]["mean"])
+        ours, other = next(filter(is_ours, by_bits), None), next((name for name in by_bits if not is_ours(name)), None)
+        row = between(results, ours, other, on) if ours and other else None
+        if not (ours and other and row):
+            continue
+        both = [
+            f"{found[name]['bits_per_byte']['mean']:.3f} bits per byte and {found[name]['average']['mean']:.1f}% right"
+            for name in (ours, other)
+        ]
+        lines.append(
+            f"- For tasks that need two experts at once (word problems in French, training items: {part}): "
+            f"{choice(row)}. {sentence(TITLES[ours])} has {both[0]}, the best of all others, {TITLES[other]}, "
+            f"{both[1]}; difference in bits {interval(row)}. {weights(found[ours])} weights are trained."
+        )
+    return lines
 
 
 def sentence(title: str) -> str:

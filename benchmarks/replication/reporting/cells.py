@@ -34,6 +34,12 @@ def interval(row: dict[str, Any], digits: int = 3) -> str:
     return f"{row['difference']:+.{digits}f} ({low} to {high})"
 
 
+def cross_name(results: Results, *, long: bool = False) -> str | None:
+    """What the cross task with the most items is called in the results: for the usual steps, or for more."""
+    names = [name for name in results["cross"] if ("for" in name) == long]
+    return max(names, key=lambda name: int(name.split()[0])) if names else None
+
+
 def cross_table(results: Results, items: str) -> str:
     """The cross task with so many training items: right answers in percent, and bits per byte of the answers."""
     rows = [

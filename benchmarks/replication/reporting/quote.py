@@ -15,7 +15,12 @@ from .advice import advice, small_table
 from .cells import Results, cross_table
 
 
-QUOTES = {"advice": advice, "table": small_table, "cross": lambda results: cross_table(results, "2000")}
+QUOTES = {
+    "advice": advice,
+    "table": small_table,
+    "cross": lambda results: cross_table(results, "2000"),
+    "cross_long": lambda results: cross_table(results, "2000 for 1000 steps"),
+}
 RESULTS = Path(__file__).parents[2] / "results" / "replicate.json"
 
 _MARKED = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- /study -->)", re.S)

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.replication.measures.bootstrap import Interval
 from benchmarks.replication.reporting import targets
-from benchmarks.replication.reporting.advice import simple_wins
+from benchmarks.replication.reporting.advice import cross_advice, simple_wins
 from benchmarks.replication.reporting.paired import better
 
 
@@ -47,6 +47,30 @@ def test_targets_are_met_or_not_by_intervals():
     assert len(targets.targets(results_with(right))) == 5
     later = targets.targets(results_with(right, ("bts", "dense", "cross_long", "exact", 9.0, 8.0, 10.0)))
     assert [target["met"] for target in later if "with more steps" in target["text"]] == [None, True]
+
+
+def test_the_page_says_what_to_use_for_tasks_of_two_experts():
+    rows = {
+        name: {"bits_per_byte": {"mean": bits}, "average": {"mean": right}, "trained_parameters": 10}
+        for name, bits, right in (
+            ("bts", 1.2, 4.0),
+            ("bts_outputs", 1.1, 5.0),
+            ("dense", 1.6, 1.0),
+            ("seed", 3.0, 0.0),
+        )
+    }
+    found = results_with(
+        ("bts_outputs", "dense", "cross", "bits_per_byte", -0.5, -0.6, -0.4),
+        ("bts_outputs", "dense", "cross_long", "bits_per_byte", 0.5, 0.4, 0.6),
+    )
+    found["cross"] = {"200": {}, "2000": rows, "2000 for 1000 steps": rows}
+    few, many = cross_advice(found)
+    assert "training items: 2000)" in few
+    assert "use **BTS with output gates**. BTS with output gates has 1.100 bits per byte and 5.0% right" in few
+    assert "the best of all others, seed, all weights trained, 1.600 bits per byte and 1.0% right" in few
+    assert "2000 for 1000 steps" in many
+    assert "a simple way wins: use **seed, all weights trained**" in many
+    assert cross_advice({**found, "cross": {}}) == []
 
 
 def test_the_page_says_where_a_simple_way_wins():
