@@ -48,8 +48,8 @@ def advice(results: Results) -> str:
             continue
         lines.append(
             f"- For {what}: {choice(row)}. {sentence(TITLES[ours])} takes {bits(results, ours, on):.3f} bits per "
-            f"byte, the best simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference {interval(row)}. "
-            f"{weights(results['methods'][ours])} weights are trained{time(results, ours)}."
+            f"byte, the best simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference "
+            f"{interval(row)}. {weights(results['methods'][ours])} weights are trained{time(results, ours)}."
         )
     lines += cross_advice(results)
     for part, pairs in {"stitches add": STITCHES, "evidence adds": EVIDENCE}.items():
