@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import DynamicCache, HfArgumentParser
 
-from peft_bts.inference import dropping
+from peft_bts.inference import catching_up
 
 from .measuring import set_up
 from .replication.methods.registry import TRAINED, is_ours
@@ -64,26 +64,26 @@ PROMPT_TOKENS = 16  # of text without a question
 SHORTEST = 24  # tokens that it must have, to be decoded at all
 
 # Which gates decide.
-LAST = {f"last {tokens}": tokens for tokens in (1, dropping.RECENT, 16)}
+LAST = {f"last {tokens}": tokens for tokens in (1, catching_up.RECENT, 16)}
 OF_PROMPT = "prompt"
 
 
 @contextmanager
 def deciding(gates: str):
     """Have `drop_experts` look at other gates than it does; "prompt": their mean over the prompt, from then on."""
-    recent, note = dropping.RECENT, dropping.CatchUpState.note
+    recent, note = catching_up.RECENT, catching_up.CatchUpState.note
 
     def note_prompt(roster, gates_BTN, text_BT):
         if gates_BTN.shape[1] > 1:
             note(roster, gates_BTN, text_BT)
 
     try:
-        dropping.RECENT = LAST.get(gates, 10**6)
+        catching_up.RECENT = LAST.get(gates, 10**6)
         if gates == OF_PROMPT:
-            dropping.CatchUpState.note = note_prompt
+            catching_up.CatchUpState.note = note_prompt
         yield
     finally:
-        dropping.RECENT, dropping.CatchUpState.note = recent, note
+        catching_up.RECENT, catching_up.CatchUpState.note = recent, note
 
 
 class Work:
@@ -179,7 +179,7 @@ def decode(model, data: Iterable[Batch], work: Work, limits: dict) -> dict:
 
 def settings(experts: int) -> list[tuple[str, dict]]:
     """(which gates decide, limits), the full model first."""
-    ours = f"last {dropping.RECENT}"
+    ours = f"last {catching_up.RECENT}"
     limits = [{"max_active_experts": k} for k in range(experts)] + [{"expert_threshold": t} for t in (0.05, 0.1, 0.2)]
     others = [{"max_active_experts": k} for k in range(1, experts)] + [{"expert_threshold": 0.1}]
     rows = [(ours, {}), *((ours, limit) for limit in limits)]

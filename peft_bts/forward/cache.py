@@ -34,7 +34,7 @@ class ExpertCaches:
         made_for: The `key` of each expert that they were made for.
         is_sliding: The same as for the hub's last layer, so that the first layer of each kind, for which masks are
             made, is one of the hub's.
-        catch_up: If experts may be dropped, the record of which tokens each expert has seen (inference/dropping.py).
+        catch_up: If experts may be dropped, which tokens each expert has seen (inference/catching_up.py).
             The experts' caches are then held there, and `by_name` is empty.
         memory: What output gates with evidence go on from; `None` without such, or before the first token.
     """
