@@ -192,6 +192,11 @@ class InstanceForward:
         return {**dict(zip(self.__signature__.parameters, args)), **kwargs}
 
 
+def _nothing(composition: Optional[Composition]) -> AbstractContextManager[Any]:
+    """Without what is given: dynamo cannot break its graph inside of a `nullcontext` that holds an object."""
+    return nullcontext()
+
+
 class HubForward(InstanceForward, ForwardRunner):
     """Stands in for the `forward` of a hub's backbone.
 
@@ -216,7 +221,7 @@ class HubForward(InstanceForward, ForwardRunner):
         ForwardRunner.__init__(self, make_state)
         self._backbone, self._first_layer, self._active_composition = backbone, first_layer, active_composition
         self._hook: Any = None
-        self.around: Callable[[Optional[Composition]], AbstractContextManager[Any]] = nullcontext
+        self.around: Callable[[Optional[Composition]], AbstractContextManager[Any]] = _nothing
 
     def install(self) -> None:
         super().install()
