@@ -119,10 +119,10 @@ FULL = Preset(
         Part("switches", "main", ("outputs_switches", "bts_outputs_switches"), sets=2),
         Part("rivals", "main", RIVALS, sets=2),
         Part("cross_long", "cross", CROSS_LONG, sets=2, steps=1000),
+        Part("cross200", "cross", ("dense", "dense_maths", *CROSS_FORMS), sets=2, items=200),
         Part("prompts", "prompts", MAIN, sets=2),
         Part("lora", "main", TREND, sets=2, lora=True),
         Part("size0.3M", "main", TREND, sets=2, size="0.3M"),
-        Part("cross200", "cross", ("dense", "dense_maths", *CROSS_FORMS), sets=2, items=200),
         Part("size2.4M", "main", TREND, sets=2, size="2.4M"),
         Part("variants", "main", VARIANTS, sets=2),
     )
