@@ -41,6 +41,7 @@ TRAINED: dict[str, Build] = {
     "bts_k2": stitched(num_stitches=2),
     "bts_kL": stitched(num_stitches="L"),
     "bts_hub_maths": stitched(hub="maths"),
+    "bts_outputs_hub_maths": stitched(hub="maths", output="mixture"),
     "bts_init_torch": stitched(init="torch"),
     "bts_init_near_seed": stitched(init="near_seed"),
     # If stitches do not beat output gates alone: is it where they sit, or how they start?
@@ -81,6 +82,7 @@ TITLES = {
     "bts_k2": "BTS, K = 2",
     "bts_kL": "BTS, K = L",
     "bts_hub_maths": "BTS, maths expert as hub",
+    "bts_outputs_hub_maths": "BTS with output gates, maths expert as hub",
     "bts_init_torch": "BTS, torch's random start",
     "bts_init_near_seed": "BTS, starts as the seed",
     "bts_outputs_k1": "BTS with output gates, K = 1",

@@ -34,7 +34,8 @@ VARIANTS = ("bts_token", "bts_token_r8", "bts_experts_into_hub", "bts_projected"
             "bts_outputs_init_near_seed")  # fmt: skip
 CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # its questions know no other domain
 CROSS = (*SIMPLE, *CROSS_FORMS)
-CROSS_LONG = ("dense", "dense_maths", "btx_soft", "bam_adapters", "bts", "bts_outputs", "bts_experts_into_hub")
+CROSS_LONG = ("dense", "dense_maths", "btx_soft", "bam_adapters", "bts_outputs", "bts_outputs_hub_maths", "bts",
+              "bts_experts_into_hub")  # fmt: skip
 TREND = ("btm", "btm_forgetting", "routing", "outputs", "bts", "bts_outputs", "outputs_evidence")
 
 
