@@ -75,6 +75,10 @@ class Study:
         return [f"{rate:g}" for rate in self.preset.rates_of(method)]
 
     @property
+    def reports_gates(self) -> bool:
+        return self.part.size == self.preset.parts[0].size and not self.part.lora
+
+    @property
     def combined(self) -> list[str]:
         """The pieces that make the models."""
         return [self.set.model_job(name, self.part.lora).name for name in ("seed", *self.experts)]
@@ -113,7 +117,7 @@ class Study:
         if self.part.kind == "main":
             needs = [self.name(method, "test") for method in self.alone]
             jobs.append(Job(self.name("oracles"), self.oracles, needs))
-            if gated := [method for method in FORMS if method in self.part.methods]:
+            if gated := [method for method in FORMS if method in self.part.methods and self.reports_gates]:
                 needs = [name for method in gated for name in self.tested(method)]
                 reads = [self.name(method, trial) for method in gated for trial in self.trials(method)]
                 jobs.append(Job(self.name("gates"), partial(self.gates, gated), [*self.combined, *needs], reads))

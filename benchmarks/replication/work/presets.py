@@ -13,20 +13,22 @@ from ..tokens.tokenizer import VOCABULARY
 STITCH_MIX = {domain: 0.5 * SEED_MIX[domain] + 0.1 * (domain in EXPERTS) for domain in SEED_MIX}
 CROSS_EXPERTS = ["french", "maths"]
 
-# Three learning rates to choose from: gates alone are few weights far from where they should be, whole models many
-# weights nearly there.
+# Learning rates to choose from: gates alone are few weights far from where they should be, whole models many weights
+# nearly there. The router by sequence was still getting better at the highest of three.
 RATES = (1e-3, 3e-3, 1e-2)
 GATE_RATES = (3e-3, 1e-2, 3e-2)
+ROUTING_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
 WHOLE_RATES = (3e-4, 1e-3, 3e-3)
 OWN_RATES = {
-    **dict.fromkeys(("outputs", "outputs_evidence", "token_router", "routing", "outputs_switches"), GATE_RATES),
+    **dict.fromkeys(("outputs", "outputs_evidence", "token_router", "outputs_switches"), GATE_RATES),
+    "routing": ROUTING_RATES,
     **dict.fromkeys(("dense", "dense_maths", "btx_soft", "btx_sample"), WHOLE_RATES),
 }
 SHARES = (0.25, 0.5, 1.0)  # of the steps, after which methods are looked at
 
 # Ours that the verdict is about, and what they have to beat.
 FORMS = ("outputs", "bts", "bts_outputs", "bts_token_r8_outputs", "outputs_evidence")
-SIMPLE = ("soup", "btm", "btm_forgetting", "routing", "token_router", "dense")
+SIMPLE = ("soup", "btm", "btm_forgetting", "btm_forgetting_fast", "routing", "token_router", "dense")
 MAIN = (*SIMPLE, *FORMS)
 RIVALS = ("btx_soft", "btx_sample", "bam_adapters", "lora")  # of the paper, besides the simple ways
 VARIANTS = ("bts_token", "bts_token_r8", "bts_experts_into_hub", "bts_projected", "bts_k1", "bts_k2", "bts_kL",
@@ -36,7 +38,16 @@ CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # its
 CROSS = (*SIMPLE, *CROSS_FORMS)
 CROSS_LONG = ("dense", "dense_maths", "btx_soft", "bam_adapters", "bts_outputs", "bts_outputs_hub_maths", "bts",
               "bts_experts_into_hub")  # fmt: skip
-TREND = ("btm", "btm_forgetting", "routing", "outputs", "bts", "bts_outputs", "outputs_evidence")
+TREND = (
+    "btm",
+    "btm_forgetting",
+    "btm_forgetting_fast",
+    "routing",
+    "outputs",
+    "bts",
+    "bts_outputs",
+    "outputs_evidence",
+)
 
 
 @dataclass(frozen=True)
