@@ -5,7 +5,7 @@ from typing import Any
 from ...reporting import table
 from ..methods.registry import TITLES, is_ours
 from ..work.presets import FORMS, SIMPLE
-from .cells import GOALS, Results, cross_name, figure, interval, outcome, weights
+from .cells import GOALS, Results, cross_name, everywhere, figure, interval, outcome, weights
 
 
 # What a part of a form adds: the form, and the same without it.
@@ -15,6 +15,7 @@ STITCHES = [
     ("bts_outputs_evidence", "outputs_evidence"),
 ]
 EVIDENCE = [("outputs_evidence", "outputs"), ("bts_outputs_evidence", "bts_outputs")]
+MIXED_TRAINING = [("outputs_switches", "outputs"), ("bts_outputs_switches", "bts_outputs")]
 
 
 def bits(results: Results, name: str, on: str) -> float:
@@ -22,8 +23,8 @@ def bits(results: Results, name: str, on: str) -> float:
 
 
 def best_of(results: Results, names: tuple[str, ...], on: str) -> str | None:
-    """The one with the fewest bits per byte among those that are there."""
-    there = [name for name in names if name in results["methods"]]
+    """The one with the fewest bits per byte among those that were tested on all sets."""
+    there = [name for name in names if name in everywhere(results)]
     return min(there, key=lambda name: bits(results, name, on)) if there else None
 
 
@@ -42,23 +43,29 @@ def advice(results: Results) -> str:
     """What to use when, what it gains over the best simple way, and what it costs; and where a simple way wins."""
     lines = []
     for on, what in GOALS.items():
-        ours, simple = best_of(results, FORMS, on), best_of(results, SIMPLE, on)
+        ours, simple = best_of(results, FORMS, on), best_of(results, others(results), on)
         row = between(results, ours, simple, on) if ours and simple else None
         if not (ours and simple and row):
             continue
         lines.append(
             f"- For {what}: {choice(row)}. {sentence(TITLES[ours])} takes {bits(results, ours, on):.3f} bits per "
-            f"byte, the best simple way, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference "
+            f"byte, the best of all others, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference "
             f"{interval(row)}. {weights(results['methods'][ours])} weights are trained{time(results, ours)}."
         )
     lines += cross_advice(results)
-    for part, pairs in {"stitches add": STITCHES, "evidence adds": EVIDENCE}.items():
+    parts = {"stitches add": STITCHES, "evidence adds": EVIDENCE, "training on mixed documents adds": MIXED_TRAINING}
+    for part, pairs in parts.items():
         for on, what in GOALS.items():
             rows = [row for pair in pairs if (row := between(results, *pair, on))]
             if rows:
                 lines.append(f"- What {part} on {what}, in bits per byte: {'; '.join(map(added, rows))}.")
     lines.append(f"- Where a simple way wins against a form of ours: {simple_wins(results)}.")
     return "\n".join(lines)
+
+
+def others(results: Results) -> tuple[str, ...]:
+    """All methods that are not ours, and choose without knowing the text."""
+    return tuple(name for name in results["methods"] if not is_ours(name) and not name.startswith("oracle"))
 
 
 def choice(row: dict[str, Any]) -> str:
@@ -103,21 +110,28 @@ def added(row: dict[str, Any]) -> str:
 
 
 def simple_wins(results: Results) -> str:
-    """Each of `SIMPLE` with the forms that it beats, and where."""
+    """Each method that is not ours with the forms that it beats, and where."""
     beaten: dict[tuple[str, str], list[str]] = {}
     for row in results["paired"]:
-        if row["baseline"] in SIMPLE and outcome(row) == "worse":
-            where = row["on"].replace("_long", " with more steps") + (
-                ", right answers" if row["figure"] == "exact" else ", bits"
-            )
+        if not is_ours(row["baseline"]) and outcome(row) == "worse":
+            where = row["on"].replace("_long", " with more steps")
+            where += ", right answers" if row["figure"] == "exact" else ", bits"
             beaten.setdefault((row["baseline"], where), []).append(TITLES[row["ours"]])
     parts = [f"{TITLES[name]} ({where}) against {', '.join(forms)}" for (name, where), forms in beaten.items()]
     return "; ".join(parts) or "nowhere, in what was measured"
 
 
 def time(results: Results, name: str) -> str:
-    ratio = results["cost"].get("ratios", {}).get(name, {}).get("seconds_per_step")
-    return f", and a step takes {ratio:.1f} times one of training the seed" if ratio else ""
+    ratios = results["cost"].get("ratios", {}).get(name, {})
+    parts = [
+        text.format(ratios[key])
+        for key, text in {
+            "seconds_per_step": "a step of training takes {:.1f} times one of training the seed",
+            "forward_flops": "a token the FLOPs of {:.1f} forwards of the seed",
+        }.items()
+        if key in ratios
+    ]
+    return "".join(f", {part}" for part in parts)
 
 
 def small_table(results: Results) -> str:

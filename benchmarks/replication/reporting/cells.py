@@ -18,6 +18,15 @@ def figure(spread: dict[str, Any] | None, digits: int = 3) -> str:
     return f"{spread['mean']:.{digits}f}{sd}"
 
 
+def everywhere(results: Results) -> dict[str, Any]:
+    """The methods that were tested on all sets: only their means may stand side by side."""
+    return {
+        name: row
+        for name, row in results["methods"].items()
+        if row["bits_per_byte"]["average"]["n"] == results["sets"]
+    }
+
+
 def weights(row: dict[str, Any]) -> str:
     count = row.get("trained_parameters", 0)
     return "-" if not count else f"{count:,}" if count < 10_000 else f"{count / 1e3:,.0f}k"
@@ -41,7 +50,13 @@ def cross_name(results: Results, *, long: bool = False) -> str | None:
 
 
 def cross_table(results: Results, items: str) -> str:
-    """The cross task with so many training items: right answers in percent, and bits per byte of the answers."""
+    """The cross task with so many training items: right answers in percent, and bits per byte of the answers.
+
+    Raises:
+        ValueError: If there is no such table.
+    """
+    if items not in results["cross"]:
+        raise ValueError(f"of the cross task there is {', '.join(results['cross']) or 'nothing'}, and no {items!r}")
     rows = [
         [TITLES[name], weights(row), figure(row["average"], 1), figure(row["bits_per_byte"]), row["average"]["n"]]
         for name, row in results["cross"][items].items()

@@ -32,20 +32,57 @@ def better(found: Interval, figure: str) -> int:
     return 1 if low > 0 else -1 if high < 0 else 0
 
 
+def form_of(name: str) -> str:
+    """What a method is held against: of ours, the form that it is a variant of; else, the package's default."""
+    forms = ("bts_outputs", "outputs", "bts")
+    return next((form for form in forms if name.startswith(f"{form}_")), "bts_outputs")
+
+
+def row(table: Table, ours: str, baseline: str, on: str, figure: str) -> dict[str, Any] | None:
+    found = difference(table, ours, baseline, ON[on], figure)
+    if found is None:
+        return None
+    sets = len(set(table.sets(ours)) & set(table.sets(baseline)))
+    return {"ours": ours, "baseline": baseline, "on": on, "figure": figure, "difference": found.value,
+            "low": found.low, "high": found.high, "sets": sets}  # fmt: skip
+
+
 def paired_rows(main: Table, cross: Table | None, cross_long: Table | None) -> list[dict[str, Any]]:
-    """Each of our main forms against every baseline and against each other; the cross task twice, of few steps and of
-    many."""
-    places = [(main, "average", BITS), (main, "mixed", BITS), (main, "tasks", EXACT)]
-    for on, table in {"cross": cross, "cross_long": cross_long}.items():
-        places += [(table, on, figure) for figure in (BITS, EXACT) if table]
+    """Each of our main forms against every baseline and against each other, and variants against the form that they
+    are of; the cross task twice, of few steps and of many, with all of ours."""
     rows = []
-    for table, on, figure in places:
-        for ours in (name for name in table.methods if name in FORMS):
-            for baseline in table.methods:
-                if baseline.startswith("oracle") or baseline == ours or (is_ours(baseline) and baseline not in FORMS):
-                    continue
-                found = difference(table, ours, baseline, ON[on], figure)
-                if found:
-                    rows.append({"ours": ours, "baseline": baseline, "on": on, "figure": figure,
-                                 "difference": found.value, "low": found.low, "high": found.high})  # fmt: skip
-    return rows
+    for on, figure in (("average", BITS), ("mixed", BITS), ("tasks", EXACT)):
+        names = [name for name in main.methods if not name.startswith("oracle")]
+        pairs = [
+            (ours, other)
+            for ours in names
+            for other in names
+            if ours in FORMS and other != ours and (other in FORMS or not is_ours(other))
+        ]
+        variants = [name for name in names if is_ours(name) and name not in FORMS]
+        pairs += [(name, form_of(name)) for name in variants]
+        pairs += [("bts_outputs_evidence", "outputs_evidence")] if "bts_outputs_evidence" in names else []
+        rows += [row(main, *pair, on, figure) for pair in pairs]
+    for on, table in {"cross": cross, "cross_long": cross_long}.items():
+        for figure in (BITS, EXACT):
+            names = table.methods if table else []
+            pairs = [(ours, other) for ours in names for other in names if is_ours(ours) and ours != other]
+            rows += [row(table, *pair, on, figure) for pair in pairs if table]
+    return [found for found in rows if found]
+
+
+# Whether what holds for the main models holds for others, too.
+GAPS = [
+    ("outputs_evidence", "btm_forgetting"),
+    ("outputs_evidence", "btm_forgetting_fast"),
+    ("outputs", "btm"),
+    ("bts_outputs", "outputs"),
+    ("bts", "btm"),
+]
+
+
+def gap_rows(table: Table) -> list[dict[str, Any]]:
+    """The differences of `GAPS`, on the average of the domains and on mixed text."""
+    names = table.methods
+    rows = [row(table, *pair, on, BITS) for on in ("average", "mixed") for pair in GAPS if {*pair} <= {*names}]
+    return [found for found in rows if found]

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from ...reporting import save_figures
 from ..methods.registry import TITLES, is_ours
+from .cells import everywhere
 
 
 def draw_all(results: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -18,16 +20,19 @@ def draw_all(results: dict[str, Any], folder: Path) -> dict[str, str]:
 
 
 def bits(results: dict[str, Any]) -> Figure:
-    """Bits per byte of all methods, best on top, on the domains and on mixed text; bars are standard deviations."""
-    figure = Figure(figsize=(10, 0.25 * len(results["methods"]) + 1), layout="constrained")
+    """Bits per byte of all methods that ran on all sets, best on top; lines are standard deviations over sets."""
+    methods = everywhere(results)
+    figure = Figure(figsize=(10, 0.25 * len(methods) + 1), layout="constrained")
     for axes, on in zip(figure.subplots(1, 2), ("average", "mixed")):
-        rows = [(name, row["bits_per_byte"][on]) for name, row in results["methods"].items()]
+        rows = [(name, row["bits_per_byte"][on]) for name, row in methods.items()]
         rows.sort(key=lambda row: -row[1]["mean"])
         colours = ["#d62728" if is_ours(name) else "#bbbbbb" if "oracle" in name else "#9db8d2" for name, _ in rows]
         means = [spread["mean"] for _, spread in rows]
-        axes.barh([TITLES[name] for name, _ in rows], means, xerr=[spread["sd"] or 0 for _, spread in rows],
-                  color=colours, error_kw={"lw": 1})  # fmt: skip
-        axes.set_xlim(left=0.9 * min(means))
+        titles = [TITLES[name] for name, _ in rows]
+        spreads = [spread["sd"] or 0 for _, spread in rows]
+        axes.hlines(titles, np.subtract(means, spreads), np.add(means, spreads), colors=colours)
+        axes.scatter(means, titles, c=colours, s=24, zorder=3)
+        axes.grid(axis="x", lw=0.4)
         axes.tick_params(axis="y", labelsize=7)
         axes.set_xlabel("bits per byte, " + {"average": "average of the domains", "mixed": "mixed text"}[on])
         axes.spines[["top", "right"]].set_visible(False)
@@ -38,7 +43,7 @@ def curves(results: dict[str, Any]) -> Figure:
     """Bits per byte on validation text by share of the steps."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name, row in results["methods"].items():
+    for name, row in everywhere(results).items():
         curve = row.get("curve", {})
         if len(curve) > 1:
             steps = [100 * float(share) for share in curve]

@@ -3,22 +3,25 @@
 No figure is typed in.
 """
 
+import json
 from pathlib import Path
 
 from ...reporting import table, write_results
-from ..methods.registry import TITLES
+from ..methods.registry import TITLES, is_ours
 from ..text.corpora import DOMAINS, MIXED
 from ..text.tasks import CROSS, TASKS
 from ..work.material import PROTOCOLS
 from ..work.presets import FORMS, SHARES, SIMPLE
-from .advice import summary
-from .cells import GOALS, Results, cross_table, figure, interval, outcome, weights
+from .advice import between, summary
+from .cells import GOALS, Results, cross_table, everywhere, figure, interval, outcome, weights
+from .paired import form_of
 from .plots import draw_all
 
 
 def write_report(results: Results, path: Path) -> None:
     """Write `path` (JSON), the report beside it (.md), and its plots in a folder of the same name."""
     write_results(results, path)
+    results = json.loads(path.read_text())  # as rounded there: pages that quote the file say the same
     figures = draw_all(results, path.with_suffix(""))
     parts = [head(results), summary(results), targets(results), main_table(results, figures), curves(results, figures)]
     parts += [paired(results), tasks(results), *(cross(results, items) for items in results["cross"])]
@@ -69,18 +72,42 @@ def targets(results: Results) -> str:
 
 def main_table(results: Results, figures: dict[str, str]) -> str:
     rows = []
-    for name, row in results["methods"].items():
+    for name, row in everywhere(results).items():
         domains = [f"{row['domains'][domain]['bits_per_byte']['mean']:.3f}" for domain in DOMAINS]
         kinds = [f"{row['mixed'][kind]['bits_per_byte']['mean']:.3f}" for kind in MIXED]
         averages = [f"**{figure(row['bits_per_byte'][on])}**" for on in GOALS]
-        n = row["bits_per_byte"]["average"]["n"]
-        rows.append([TITLES[name], n, weights(row), *domains, averages[0], *kinds, averages[1]])
+        rows.append([TITLES[name], weights(row), *domains, averages[0], *kinds, averages[1]])
     return (
         "## All methods, bits per byte\n\nOn test text; lower is better. Oracles choose knowing the text: no choice "
         "among the models can do better than the best per token, but a mixture of them can.\n\n"
-        + table(["method", "sets", "trained weights", *DOMAINS, "average", *MIXED, "mixed, average"], rows)
+        + table(["method", "trained weights", *DOMAINS, "average", *MIXED, "mixed, average"], rows)
         + f"\n\n![bits per byte]({figures['bits']})"
+        + elsewhere(results)
     )
+
+
+def elsewhere(results: Results) -> str:
+    """Methods that were not run on all sets: their differences to a form of ours on the same sets."""
+    rows = []
+    for name in results["methods"].keys() - everywhere(results).keys():
+        form = form_of(name)
+        pair = (name, form) if is_ours(name) else (form, name)
+        found = [between(results, *pair, on) for on in GOALS]
+        if all(found):
+            row = results["methods"][name]["bits_per_byte"]
+            rows.append([TITLES[name], weights(results["methods"][name]), found[0]["sets"],
+                         *(figure(row[on]) for on in GOALS), " less ".join(TITLES[one] for one in pair),
+                         *map(interval, found)])  # fmt: skip
+    if not rows:
+        return ""
+    order = list(TITLES.values())
+    rows.sort(key=lambda row: order.index(row[0]))
+    return (
+        "\n\nThe following were run on fewer sets, and sets differ more than methods do. So look at the differences, "
+        "which are within the same sets and documents; with one set, the intervals say nothing about other models.\n\n"
+        + table(["method", "trained weights", "sets", "bits per byte", "on mixed text", "difference", "average",
+                 "mixed text"], rows)
+    )  # fmt: skip
 
 
 def curves(results: Results, figures: dict[str, str]) -> str:
@@ -89,14 +116,22 @@ def curves(results: Results, figures: dict[str, str]) -> str:
     for name, row in results["methods"].items():
         if "curve" in row:
             rates = ", ".join(sorted({f"{rate:g}" for rate in row["learning_rates"]}))
-            rows.append([TITLES[name], rates, *(figure(row["curve"].get(share)) for share in shares)])
+            n = row["bits_per_byte"]["average"]["n"]
+            rows.append(
+                [
+                    TITLES[name],
+                    n,
+                    rates + ("*" if row["edge"] else ""),
+                    *(figure(row["curve"].get(share)) for share in shares),
+                ]
+            )
     if not rows:
         return ""
     heads = [f"after {100 * share:.0f}% of the steps" for share in SHARES]
     return (
         "## Who gets where how fast\n\nBits per byte on validation text. The router by sequence is trained in passes, "
-        "and looked at once.\n\n"
-        + table(["method", "learning rates taken", *heads], rows)
+        "and looked at once. *: the lowest or highest of the rates that were tried.\n\n"
+        + table(["method", "sets", "learning rate", *heads], rows)
         + f"\n\n![learning curves]({figures['curves']})"
     )
 
@@ -104,13 +139,14 @@ def curves(results: Results, figures: dict[str, str]) -> str:
 def paired(results: Results) -> str:
     rows = [
         [TITLES[row["ours"]], TITLES[row["baseline"]], row["on"], row["figure"].replace("_", " "),
-         interval(row, 3 if row["figure"] == "bits_per_byte" else 1), outcome(row)]
+         row["sets"], interval(row, 3 if row["figure"] == "bits_per_byte" else 1), outcome(row)]
         for row in results["paired"]
     ]  # fmt: skip
     return (
-        "## Our main forms against everything else\n\nDifferences within a set and document. Fewer bits per byte and "
+        "## Paired differences\n\nOur main forms against everything else, and their variants. Differences within a "
+        "set and document. Fewer bits per byte and "
         "more right answers (\"exact\", in percent) are better.\n\n"
-        + table(["ours", "against", "on", "figure", "difference (95%)", "ours is"], rows, left=4)
+        + table(["ours", "against", "on", "figure", "sets", "difference (95%)", "ours is"], rows, left=4)
     )  # fmt: skip
 
 
@@ -126,7 +162,8 @@ def tasks(results: Results) -> str:
             cells.append(" / ".join(means) or "-")
         rows.append([TITLES[name], *cells])
     return (
-        "## Tasks\n\nAnswers that are right to the letter, in percent, asked alone / behind four solved examples; "
+        "## Tasks\n\nAnswers that are right to the letter, in percent, asked alone, or alone / behind four solved "
+        "examples, of the sets that were asked both ways. "
         f"French and German: chrF of translations. {CROSS}: nobody was trained on them here.\n\n"
         + table(["method", *TASKS, CROSS], rows)
     )
@@ -154,9 +191,26 @@ def others(results: Results) -> str:
                 rows.append([what, TITLES[name], n, *(figure(row["bits_per_byte"][on]) for on in GOALS)])
     if not rows:
         return ""
-    return "## Other experts, other sizes\n\n" + table(
-        ["models", "method", "sets", "bits per byte", "on mixed text"], rows, left=2
+    return (
+        "## Other experts, other sizes\n\nDo the differences grow or shrink? In bits per byte, within a set and "
+        "document.\n\n"
+        f"{gap_table(results)}\n\n"
+        + table(["models", "method", "sets", "bits per byte", "on mixed text"], rows, left=2)
     )
+
+
+def gap_table(results: Results) -> str:
+    """A line for each difference, a column for each kind of models."""
+    gaps = {what: rows for what, rows in results["gaps"].items() if rows}
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for what, rows in gaps.items():
+        for row in rows:
+            lines.setdefault((row["on"], row["ours"], row["baseline"]), {})[what] = interval(row)
+    heads = [f"{what} ({rows[0]['sets']} sets)" for what, rows in gaps.items()]
+    return table(["on", "ours", "against", *heads], [
+        [on, TITLES[ours], TITLES[other], *(cells.get(what, "") for what in gaps)]
+        for (on, ours, other), cells in lines.items()
+    ], left=3)  # fmt: skip
 
 
 def gates(results: Results, figures: dict[str, str]) -> str:
@@ -190,13 +244,13 @@ def claims(results: Results) -> str:
         ours = " against ".join(f"{value:.{digits}f}" for value in claim["ours"])
         paper = " against ".join(f"{value:.3g}" for value in claim["paper"])
         apart = "" if claim["low"] is None else interval(claim, digits)
-        rows.append([claim["text"], paper, ours, apart, f"**{claim['verdict']}**"])
+        rows.append([claim["text"], paper, ours, apart, claim["sets"] or "", f"**{claim['verdict']}**"])
     if not rows:
         return ""
-    heads = ["claim", "paper", "ours", "difference (95%)", "verdict"]
+    heads = ["claim", "paper", "ours", "difference (95%)", "sets", "verdict"]
     return (
-        "## The paper's claims\n\nThe paper's figures are scores in percent; ours are bits per byte, of which fewer "
-        "are better, and right answers in percent on word problems in French. A claim that one is *as good* holds "
+        "## The paper's claims\n\nThe paper's figures are scores in percent; ours are bits per byte (lower is "
+        "better), and right answers in percent on word problems in French. A claim that one is *as good* holds "
         "unless the interval says that it is worse.\n\n" + table(heads, rows)
     )
 
@@ -224,7 +278,7 @@ def setup(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts = ", ".join(f"{name} {sets}" for name, sets in settings["parts"].items())
     rates = (
-        f"Three learning rates on {settings['tuned_sets']} set(s), the best by validation text taken on all."
+        f"Three learning rates or more on {settings['tuned_sets']} set(s), the best by validation text taken on all."
         if settings["rates"] == 3
         else "One learning rate for each method."
     )

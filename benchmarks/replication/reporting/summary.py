@@ -16,7 +16,7 @@ from ..work.material import PROTOCOLS
 from ..work.plan import Plan
 from ..work.presets import FORMS, SHARES, Part
 from .claims import claims, other_claims
-from .paired import paired_rows
+from .paired import gap_rows, paired_rows
 from .tables import EXACT, MIXED_TEXT, ON, TEXT, Table
 from .targets import targets
 
@@ -56,7 +56,12 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         "gates": gates(main),
     }
     results["paired"] = paired_rows(main, first, long)
-    results["claims"] = claims(main, long or first) + other_claims(results)
+    results["gaps"] = {
+        "experts as LoRAs" if table.part.lora else table.part.size: gap_rows(table)
+        for table in tables.values()
+        if table.part.kind != "cross" and table.methods
+    }
+    results["claims"] = claims(main, [table for table in (long, first) if table]) + other_claims(results)
     results["targets"] = targets(results)
     return results
 
@@ -141,6 +146,8 @@ def method_row(table: Table, name: str) -> dict[str, Any]:
     if name in TRAINED:
         pieces = [table.piece(table.studies[number], name) for number in table.sets(name)]
         row["learning_rates"] = [piece["learning_rate"] for piece in pieces if piece]
+        tried = table.plan.preset.rates_of(name)
+        row["edge"] = len(tried) > 1 and any(rate in (tried[0], tried[-1]) for rate in row["learning_rates"])
         row["curve"] = curve(table, name)
     return row
 
@@ -148,10 +155,13 @@ def method_row(table: Table, name: str) -> dict[str, Any]:
 def task_row(table: Table, name: str, task: str) -> dict[str, Any]:
     """Right answers in percent, and chrF of translations, alone and behind four examples; what is done of it."""
     row: dict[str, Any] = {}
-    if f"alone/{task}" in table.sizes:
-        row["alone"] = spread(table.values(name, [f"alone/{task}"], "exact"))
-    if table.sets(name, "four"):
+    test, both = f"alone/{task}", table.sets(name, "four")
+    if test in table.sizes:
+        row["alone"] = spread(table.values(name, [test], "exact"))
+    if both:
         row["four"] = spread(table.values(name, [f"four/{task}"], "exact", "four"))
+    if both and test in table.sizes:  # the same sets are to be compared
+        row["alone"] = spread(table.values(name, [test], "exact", sets=both))
     for protocol in PROTOCOLS:
         written = f"answers_{protocol}_{task}"
         if sets := table.sets(name, written):

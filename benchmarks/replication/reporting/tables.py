@@ -89,9 +89,11 @@ class Table:
     def units(self, test: str, figure: str) -> np.ndarray:
         return self.sizes[test].astype(float) if figure == "bits_per_byte" else np.ones(len(self.sizes[test]))
 
-    def values(self, method: str, tests: list[str], figure: str, what: str = "test") -> list[float]:
-        """The figure of every set that has the method, averaged over tests."""
-        sets = self.sets(method, what)
+    def values(
+        self, method: str, tests: list[str], figure: str, what: str = "test", sets: list[int] | None = None
+    ) -> list[float]:
+        """The figure of every set that has the method, or of those that are given, averaged over tests."""
+        sets = self.sets(method, what) if sets is None else sets
         each = [
             self.amounts(method, test, figure, sets, what).sum(1) / self.units(test, figure).sum() for test in tests
         ]
