@@ -5,7 +5,7 @@ import pytest
 from benchmarks.replication.measures.bootstrap import Interval
 from benchmarks.replication.reporting import targets
 from benchmarks.replication.reporting.advice import cross_advice, simple_wins
-from benchmarks.replication.reporting.paired import better
+from benchmarks.replication.reporting.paired import better, form_of
 
 
 @pytest.mark.parametrize("figure, low, high, expected", [
@@ -71,6 +71,19 @@ def test_the_page_says_what_to_use_for_tasks_of_two_experts():
     assert "2000 for 1000 steps" in many
     assert "a simple way wins: use **seed, all weights trained**" in many
     assert cross_advice({**found, "cross": {}}) == []
+
+
+@pytest.mark.parametrize(
+    "name, form",
+    [
+        ("bts_k1", "bts"),
+        ("bts_outputs_k1", "bts_outputs"),
+        ("outputs_switches", "outputs"),
+        ("btx_soft", "bts_outputs"),
+    ],
+)
+def test_variants_are_held_against_their_form(name, form):
+    assert form_of(name) == form
 
 
 def test_the_page_says_where_a_simple_way_wins():

@@ -27,6 +27,7 @@ SOME = (
     Part("main", "main", ("btm", "routing", "bts"), sets=2, size="smoke"),
     Part("cross", "cross", ("dense",), sets=1, size="smoke"),
     Part("cross_long", "cross", ("dense", "bts"), sets=1, size="smoke", steps=3),
+    Part("few", "main", ("bts_token",), sets=1, size="smoke"),
 )
 
 
@@ -80,7 +81,8 @@ def check_pieces(plan, found):
     assert found["pieces"]["done"] == found["pieces"]["all"] == len(plan.jobs())
     methods = found["methods"]
     for name, row in methods.items():
-        assert row["bits_per_byte"]["average"]["n"] == row["bits_per_byte"]["mixed"]["n"] == 2
+        sets = 1 if name == "bts_token" else 2
+        assert row["bits_per_byte"]["average"]["n"] == row["bits_per_byte"]["mixed"]["n"] == sets
         domains = [domain["bits_per_byte"]["mean"] for domain in row["domains"].values()]
         assert row["bits_per_byte"]["average"]["mean"] == pytest.approx(np.mean(domains), rel=1e-4), name
     average = {name: row["bits_per_byte"]["average"]["mean"] for name, row in methods.items()}
@@ -137,6 +139,27 @@ def test_what_the_verdict_hangs_on_comes_set_by_set_and_then_first_sets_of_the_r
         "set0/main_lora/btm", "set0/main_lora/soup", "set1/main_lora/btm", "set1/main_lora/soup",
     )]  # fmt: skip
     assert places == sorted(places)
+
+
+def test_what_ran_on_fewer_sets_stands_apart(results):
+    found, page = results
+    assert (found["sets"], found["methods"]["bts_token"]["bits_per_byte"]["average"]["n"]) == (2, 1)
+    main, _, fewer = page.partition("## All methods")[2].partition("\n## ")[0].partition("on fewer sets")
+    assert "| BTS, the paper's form |" in main and "BTS, token gate" not in main
+    rows = {row["on"]: row for row in found["paired"] if (row["ours"], row["baseline"]) == ("bts_token", "bts")}
+    assert {on: row["sets"] for on, row in rows.items()} == {"average": 1, "mixed": 1, "tasks": 1}
+    expected = [
+        found["methods"]["bts_token"]["bits_per_byte"]["average"]["values"][0],
+        found["methods"]["bts"]["bits_per_byte"]["average"]["values"][0],
+    ]
+    assert rows["average"]["difference"] == pytest.approx(expected[0] - expected[1], abs=1e-3)
+    assert "BTS, token gate less BTS, the paper's form" in fewer
+
+
+def test_gaps_by_models(results):
+    found, _ = results
+    assert [*found["gaps"]] == ["smoke"]
+    assert {(row["ours"], row["baseline"]) for row in found["gaps"]["smoke"]} == {("bts", "btm")}
 
 
 @pytest.mark.slow
@@ -236,6 +259,8 @@ def test_pages_quote_the_results(results):
         quote(page.replace("table", "nothing"), found)
     with pytest.raises(ValueError, match="no place for figures"):
         quote("Text.", found)
+    with pytest.raises(ValueError, match="there is 2000, 2000 for 3 steps, and no '2000 for 1000 steps'"):
+        quote(page.replace("table", "cross_long"), found)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/choosing-options.md"])
