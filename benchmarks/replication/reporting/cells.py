@@ -32,6 +32,12 @@ def weights(row: dict[str, Any]) -> str:
     return "-" if not count else f"{count:,}" if count < 10_000 else f"{count / 1e3:,.0f}k"
 
 
+def rates(row: dict[str, Any]) -> str:
+    """Learning rates that were taken, with an asterisk at the edge of those that were tried."""
+    taken = ", ".join(sorted({f"{rate:g}" for rate in row.get("learning_rates", [])}))
+    return taken + "*" * row.get("edge", False) or "-"
+
+
 def outcome(row: dict[str, Any]) -> str:
     favours_ours = row["high"] < 0 if row["figure"] == "bits_per_byte" else row["low"] > 0
     favours_theirs = row["low"] > 0 if row["figure"] == "bits_per_byte" else row["high"] < 0
@@ -50,7 +56,8 @@ def cross_name(results: Results, *, long: bool = False) -> str | None:
 
 
 def cross_table(results: Results, items: str) -> str:
-    """The cross task with so many training items: right answers in percent, and bits per byte of the answers.
+    """The cross task with so many training items: right answers in percent, and bits per byte of the answers. An
+    asterisk marks the lowest or highest of the rates that were tried.
 
     Raises:
         ValueError: If there is no such table.
@@ -58,7 +65,14 @@ def cross_table(results: Results, items: str) -> str:
     if items not in results["cross"]:
         raise ValueError(f"of the cross task there is {', '.join(results['cross']) or 'nothing'}, and no {items!r}")
     rows = [
-        [TITLES[name], weights(row), figure(row["average"], 1), figure(row["bits_per_byte"]), row["average"]["n"]]
+        [
+            TITLES[name],
+            weights(row),
+            rates(row),
+            figure(row["average"], 1),
+            figure(row["bits_per_byte"]),
+            row["average"]["n"],
+        ]
         for name, row in results["cross"][items].items()
     ]
-    return table(["method", "trained weights", "right, %", "bits per byte", "sets"], rows)
+    return table(["method", "trained weights", "learning rate", "right, %", "bits per byte", "sets"], rows)

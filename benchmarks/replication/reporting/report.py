@@ -13,7 +13,7 @@ from ..text.tasks import CROSS, TASKS
 from ..work.material import PROTOCOLS
 from ..work.presets import FORMS, SHARES, SIMPLE
 from .advice import between, summary
-from .cells import GOALS, Results, cross_table, everywhere, figure, interval, outcome, weights
+from .cells import GOALS, Results, cross_table, everywhere, figure, interval, outcome, rates, weights
 from .paired import form_of
 from .plots import draw_all
 
@@ -115,16 +115,8 @@ def curves(results: Results, figures: dict[str, str]) -> str:
     rows = []
     for name, row in results["methods"].items():
         if "curve" in row:
-            rates = ", ".join(sorted({f"{rate:g}" for rate in row["learning_rates"]}))
-            n = row["bits_per_byte"]["average"]["n"]
-            rows.append(
-                [
-                    TITLES[name],
-                    n,
-                    rates + ("*" if row["edge"] else ""),
-                    *(figure(row["curve"].get(share)) for share in shares),
-                ]
-            )
+            looks = [figure(row["curve"].get(share)) for share in shares]
+            rows.append([TITLES[name], row["bits_per_byte"]["average"]["n"], rates(row), *looks])
     if not rows:
         return ""
     heads = [f"after {100 * share:.0f}% of the steps" for share in SHARES]
@@ -174,7 +166,7 @@ def cross(results: Results, items: str) -> str:
     return (
         f"## Cross capability: word problems in French, training items: {items}\n\nFrench and maths experts. Answers "
         "right to the letter, in percent, and bits per byte of the answers. Seed, experts, soup and BTM are not "
-        f"trained on them; all others for {steps} steps, if nothing else is said.\n\n{cross_table(results, items)}"
+        f"trained on them; all others for {steps} steps, if nothing else is said. *: the lowest or highest rate tried.\n\n{cross_table(results, items)}"
     )
 
 

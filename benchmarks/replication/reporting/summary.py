@@ -144,12 +144,17 @@ def method_row(table: Table, name: str) -> dict[str, Any]:
     piece = next(piece for study in table.studies if (piece := table.piece(study, name)))
     row |= {f"{kind}_parameters": count for kind, count in piece["parameters"].items()}
     if name in TRAINED:
-        pieces = [table.piece(table.studies[number], name) for number in table.sets(name)]
-        row["learning_rates"] = [piece["learning_rate"] for piece in pieces if piece]
-        tried = table.plan.preset.rates_of(name)
-        row["edge"] = len(tried) > 1 and any(rate in (tried[0], tried[-1]) for rate in row["learning_rates"])
-        row["curve"] = curve(table, name)
+        row |= training(table, name)
     return row
+
+
+def training(table: Table, name: str) -> dict[str, Any]:
+    """Learning rates taken, whether they are at the `edge` of those that were tried, and the learning curve."""
+    pieces = [table.piece(table.studies[number], name) for number in table.sets(name)]
+    rates = [piece["learning_rate"] for piece in pieces if piece]
+    tried = table.plan.preset.rates_of(name)
+    edge = len(tried) > 1 and any(rate in (tried[0], tried[-1]) for rate in rates)
+    return {"learning_rates": rates, "edge": edge, "curve": curve(table, name)}
 
 
 def task_row(table: Table, name: str, task: str) -> dict[str, Any]:
@@ -190,7 +195,7 @@ def cross_method(table: Table, name: str) -> dict[str, Any]:
         "bits_per_byte": spread(table.values(name, [test], "bits_per_byte")),
         "trained_parameters": piece["parameters"]["trained"],
     }
-    return row | ({"curve": curve(table, name)} if name in TRAINED else {})
+    return row | (training(table, name) if name in TRAINED else {})
 
 
 def gates(table: Table) -> dict[str, Any]:
