@@ -166,7 +166,8 @@ def cross(results: Results, items: str) -> str:
     return (
         f"## Cross capability: word problems in French, training items: {items}\n\nFrench and maths experts. Answers "
         "right to the letter, in percent, and bits per byte of the answers. Seed, experts, soup and BTM are not "
-        f"trained on them; all others for {steps} steps, if nothing else is said. *: the lowest or highest rate tried.\n\n{cross_table(results, items)}"
+        f"trained on them; all others for {steps} steps, if nothing else is said. *: the lowest or highest "
+        f"rate tried.\n\n{cross_table(results, items)}"
     )
 
 
