@@ -77,8 +77,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of one run. The first `together` parts, which the verdict hangs on, are done set by set, so that a run
-    that ends early has whole sets. Then come the others in their order, on the first set, then on the second.
+    """Sizes of one run. The first `together` parts, which decide the verdict, are done set by set, so that a run that
+    ends early has whole sets. Then come the others in their order, on the first set, then on the second.
 
     Attributes:
         tries: How often an expert is trained at most until it has learned its domain.
@@ -123,7 +123,7 @@ class Preset:
 
 FULL = Preset(
     (
-        # What the verdict hangs on comes first.
+        # What decides the verdict comes first.
         Part("main", "main", MAIN, sets=5),
         Part("cross", "cross", CROSS, sets=5),
         # First sets of all others follow, then second ones.
