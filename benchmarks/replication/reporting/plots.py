@@ -14,6 +14,8 @@ from .cells import everywhere
 def draw_all(results: dict[str, Any], folder: Path) -> dict[str, str]:
     """Write every figure into `folder`; their file names by title."""
     figures = {"bits": bits(results), "curves": curves(results)}
+    if results["forgetting"]:
+        figures["forgetting"] = forgetting(results)
     if results["gates"]:
         figures |= {"gates": gates(results["gates"]), "turn": turn(results["gates"])}
     return save_figures(figures, folder)
@@ -55,6 +57,26 @@ def curves(results: dict[str, Any]) -> Figure:
     axes.set_ylabel("bits per byte on validation text")
     if axes.lines:
         axes.legend(fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def forgetting(results: dict[str, Any]) -> Figure:
+    """BTM by its factor of forgetting, a line, and methods that were trained, points: both goals at once."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    line = {factor: [row[on]["mean"] for on in ("average", "mixed")] for factor, row in results["forgetting"].items()}
+    axes.plot(*zip(*line.values()), color="#7f7f7f", marker="o", ms=4, label="BTM, by its factor of forgetting")
+    for factor, place in line.items():
+        axes.annotate(factor, place, xytext=(4, 4), textcoords="offset points", fontsize=8, color="#7f7f7f")
+    methods = everywhere(results)
+    for name in ("outputs_evidence", "bts_outputs", "bts_token_r8_outputs", "outputs", "token_router"):
+        if name in methods:
+            bits = methods[name]["bits_per_byte"]
+            axes.scatter(bits["average"]["mean"], bits["mixed"]["mean"], label=TITLES[name], zorder=3)
+    axes.set_xlabel("bits per byte, average of the domains")
+    axes.set_ylabel("bits per byte, mixed text")
+    axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

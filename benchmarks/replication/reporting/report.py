@@ -24,7 +24,12 @@ def write_report(results: Results, path: Path) -> None:
     results = json.loads(path.read_text())  # as rounded there: pages that quote the file say the same
     figures = draw_all(results, path.with_suffix(""))
     parts = [head(results), summary(results), targets(results), main_table(results, figures), curves(results, figures)]
-    parts += [paired(results), tasks(results), *(cross(results, items) for items in results["cross"])]
+    parts += [
+        forgetting(results, figures),
+        paired(results),
+        tasks(results),
+        *(cross(results, items) for items in results["cross"]),
+    ]
     parts += [
         others(results),
         gates(results, figures),
@@ -125,6 +130,19 @@ def curves(results: Results, figures: dict[str, str]) -> str:
         "and looked at once. *: the lowest or highest of the rates that were tried.\n\n"
         + table(["method", "sets", "learning rate", *heads], rows)
         + f"\n\n![learning curves]({figures['curves']})"
+    )
+
+
+def forgetting(results: Results, figures: dict[str, str]) -> str:
+    rows = [[factor, *(figure(row[on]) for on in GOALS)] for factor, row in results["forgetting"].items()]
+    if not rows:
+        return ""
+    return (
+        "## BTM by its factor of forgetting\n\nBTM weighs the models by how well they have predicted the text; what a "
+        "token told counts this much less with every token after it. Bits per byte on test text: the best factor is "
+        "known here, where a user would have to choose one.\n\n"
+        + table(["factor", "bits per byte", "on mixed text"], rows)
+        + f"\n\n![both goals at once]({figures['forgetting']})"
     )
 
 

@@ -53,6 +53,7 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         "lora": of_table(tables.get((size, "main_lora"))),
         "sizes": {of: of_table(table) for (of, name), table in tables.items() if name == "main"},
         "cost": read(plan, main.studies[0].name("cost")),
+        "forgetting": forgetting(main),
         "gates": gates(main),
     }
     results["paired"] = paired_rows(main, first, long)
@@ -196,6 +197,16 @@ def cross_method(table: Table, name: str) -> dict[str, Any]:
         "trained_parameters": piece["parameters"]["trained"],
     }
     return row | (training(table, name) if name in TRAINED else {})
+
+
+def forgetting(table: Table) -> dict[str, Any]:
+    """BTM's bits per byte by its factor of forgetting, averaged over sets."""
+    names = [study.name("forgetting") for study in table.studies if study.set.number in table.whole]
+    pieces = [table.plan.store.read(name)["factors"] for name in names if table.plan.store.has(name)]
+    return {
+        factor: {on: spread(piece[factor][on] for piece in pieces) for on in bits}
+        for factor, bits in (pieces[0].items() if pieces else ())
+    }
 
 
 def gates(table: Table) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from peft_bts.stitch import HUB
 from ..branching.models import EXPERTS
 from ..branching.training import mix, train
 from ..measures.answers import chrf, greedy, prompts_of
+from ..measures.forgetting import FACTORS, btm_losses
 from ..measures.gates import measure_gates
 from ..measures.losses import bits_per_byte
 from ..measures.oracles import best_per_document, best_per_token
@@ -117,6 +118,7 @@ class Study:
         if self.part.kind == "main":
             needs = [self.name(method, "test") for method in self.alone]
             jobs.append(Job(self.name("oracles"), self.oracles, needs))
+            jobs.append(Job(self.name("forgetting"), self.forgetting, needs))
             if gated := [method for method in FORMS if method in self.part.methods and self.reports_gates]:
                 needs = [name for method in gated for name in self.tested(method)]
                 reads = [self.name(method, trial) for method in gated for trial in self.trials(method)]
@@ -254,6 +256,24 @@ class Study:
             for oracle, best in choices.items():
                 found[oracle][name] = {"nats": [round(float(sum_), 3) for sum_ in sequences.sums(best)]}
         return {"tests": found}
+
+    def forgetting(self) -> dict[str, Any]:
+        """BTM by its factor of forgetting: bits per byte on the average of the domains, and on mixed text."""
+        kept, tests = [torch.load(self.losses(method)) for method in self.alone], self.set.material.test
+        found: dict[str, dict[str, float]] = {}
+        for factor in FACTORS:
+            bits = {
+                name: bits_per_byte(
+                    btm_losses(np.stack([losses[name].numpy() for losses in kept]), part, factor), part
+                )
+                for name, part in tests.items()
+                if name.startswith(("text/", "mixed/"))
+            }
+            found[f"{factor:g}"] = {
+                on: float(np.mean([bits[name] for name in bits if name.startswith(kind)]))
+                for on, kind in {"average": "text/", "mixed": "mixed/"}.items()
+            }
+        return {"factors": found}
 
     def gates(self, methods: list[str]) -> dict[str, Any]:
         """Whom our forms listen to: on validation text of each domain, and where test documents switch domain."""

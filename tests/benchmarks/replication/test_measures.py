@@ -9,6 +9,8 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.replication.measures import answers, bootstrap, gates, losses, oracles
+from benchmarks.replication.measures.forgetting import btm_losses
+from benchmarks.replication.methods.ensembles import BTM
 from benchmarks.replication.methods.streams import BTMStream, Stream
 from benchmarks.replication.text.documents import Document, Item
 from benchmarks.replication.tokens.sequences import document_sequences, item_sequences
@@ -55,6 +57,12 @@ def test_bits_per_byte_is_what_its_name_says(tokenizer):
     bits = math.log2(len(tokenizer))
     assert losses.bits_per_byte(nats, sequences) == pytest.approx((count + more) * bits / (11 + 9), rel=1e-5)
     assert losses.bits_per_byte(nats, sequences, "french") == pytest.approx(more * bits / 9, rel=1e-5)
+
+
+@pytest.mark.parametrize("forgetting", [1.0, 0.8])
+def test_btm_from_kept_losses_is_btm(models, nats, sequences, forgetting):
+    expected = losses.score(BTM(models, forgetting), sequences, "test", batch=3).nats
+    np.testing.assert_allclose(btm_losses(nats, sequences, forgetting), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_oracles_are_ordered_and_brute_force_agrees(nats, sequences):

@@ -156,6 +156,15 @@ def test_what_ran_on_fewer_sets_stands_apart(results):
     assert "BTS, token gate less BTS, the paper's form" in fewer
 
 
+def test_btm_by_its_factor(results):
+    found, page = results
+    assert found["forgetting"]["1"]["mixed"]["n"] == 2
+    for on in ("average", "mixed"):  # nothing forgotten is the method itself
+        expected = found["methods"]["btm"]["bits_per_byte"][on]["mean"]
+        assert found["forgetting"]["1"][on]["mean"] == pytest.approx(expected, rel=1e-4)
+    assert "BTM by its factor of forgetting" in page
+
+
 def test_gaps_by_models(results):
     found, _ = results
     assert [*found["gaps"]] == ["smoke"]
