@@ -192,8 +192,9 @@ def cross(results: Results, items: str) -> str:
 def others(results: Results) -> str:
     """Other experts and other sizes."""
     parts = {"experts trained as LoRAs": results["lora"]}
-    if len(results["sizes"]) > 1:
-        parts |= {f"{size} parameters": methods for size, methods in results["sizes"].items()}
+    sizes = {size: methods for size, methods in results["sizes"].items() if methods}
+    if len(sizes) > 1:
+        parts |= {f"{size} parameters": methods for size, methods in sizes.items()}
     rows = []
     for what, methods in parts.items():
         for name, row in methods.items():
