@@ -5,7 +5,7 @@ from typing import Any
 from ...reporting import table
 from ..methods.registry import TITLES, is_ours
 from ..work.presets import FORMS, SIMPLE
-from .cells import GOALS, Results, cross_name, everywhere, figure, interval, outcome, weights
+from .cells import GOALS, Results, cross_name, cross_title, everywhere, figure, interval, outcome, weights
 
 
 # What a part of a form adds: the form, and the same without it.
@@ -59,7 +59,7 @@ def advice(results: Results) -> str:
             rows = [row for pair in pairs if (row := between(results, *pair, on))]
             if rows:
                 lines.append(f"- What {part} on {what}, in bits per byte: {'; '.join(map(added, rows))}.")
-    lines.append(f"- Where a simple way wins against a form of ours: {simple_wins(results)}.")
+    lines.append(simple_wins(results))
     return "\n".join(lines)
 
 
@@ -92,7 +92,7 @@ def cross_advice(results: Results) -> list[str]:
             for name in (ours, other)
         ]
         lines.append(
-            f"- For tasks that need two experts at once (word problems in French, training items: {part}): "
+            f"- For tasks that need two experts at once (word problems in French, {cross_title(results, part)}): "
             f"{choice(row)}. {sentence(TITLES[ours])} has {both[0]}, the best of all others, {TITLES[other]}, "
             f"{both[1]}; difference in bits {interval(row)}. {weights(found[ours])} weights are trained."
         )
@@ -109,16 +109,29 @@ def added(row: dict[str, Any]) -> str:
     return f"{TITLES[row['ours']]} against {TITLES[row['baseline']]} {interval(row)}, {outcome(row)}"
 
 
+WHERE = {
+    "average": "the average of the domains",
+    "mixed": "mixed text",
+    "tasks": "tasks",
+    "cross": "the cross task",
+    "cross_long": "the cross task with more steps",
+}
+
+
 def simple_wins(results: Results) -> str:
-    """Each method that is not ours with the forms that it beats, and where."""
-    beaten: dict[tuple[str, str], list[str]] = {}
+    """Each method that is not ours with the forms that it beats, in a list by where."""
+    beaten: dict[str, dict[str, list[str]]] = {}
     for row in results["paired"]:
         if not is_ours(row["baseline"]) and outcome(row) == "worse":
-            where = row["on"].replace("_long", " with more steps")
-            where += ", right answers" if row["figure"] == "exact" else ", bits"
-            beaten.setdefault((row["baseline"], where), []).append(TITLES[row["ours"]])
-    parts = [f"{TITLES[name]} ({where}) against {', '.join(forms)}" for (name, where), forms in beaten.items()]
-    return "; ".join(parts) or "nowhere, in what was measured"
+            where = f"{WHERE[row['on']]}, {'right answers' if row['figure'] == 'exact' else 'bits per byte'}"
+            beaten.setdefault(where, {}).setdefault(TITLES[row["baseline"]], []).append(TITLES[row["ours"]])
+    if not beaten:
+        return "- Nowhere, in what was measured, is a form of ours beaten by another method."
+    lines = [
+        f"  - {where}: " + "; ".join(f"{name} beats {' and '.join(forms)}" for name, forms in found.items())
+        for where, found in beaten.items()
+    ]
+    return "\n".join(["- Where a form of ours is beaten by another method:", *lines])
 
 
 def time(results: Results, name: str) -> str:

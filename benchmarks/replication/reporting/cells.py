@@ -55,6 +55,11 @@ def cross_name(results: Results, *, long: bool = False) -> str | None:
     return max(names, key=lambda name: int(name.split()[0])) if names else None
 
 
+def cross_title(results: Results, name: str) -> str:
+    items, _, steps = name.partition(" for ")
+    return f"{int(items):,} training items, {steps or str(results['settings']['cross_steps']) + ' steps'}"
+
+
 def cross_table(results: Results, items: str) -> str:
     """The cross task with so many training items: right answers in percent, and bits per byte of the answers. An
     asterisk marks the lowest or highest of the rates that were tried.

@@ -13,7 +13,7 @@ from ..text.tasks import CROSS, TASKS
 from ..work.material import PROTOCOLS
 from ..work.presets import FORMS, SHARES, SIMPLE
 from .advice import between, summary
-from .cells import GOALS, Results, cross_table, everywhere, figure, interval, outcome, rates, weights
+from .cells import GOALS, Results, cross_table, cross_title, everywhere, figure, interval, outcome, rates, weights
 from .paired import form_of
 from .plots import draw_all
 
@@ -180,12 +180,10 @@ def tasks(results: Results) -> str:
 
 
 def cross(results: Results, items: str) -> str:
-    steps = results["settings"]["cross_steps"]
     return (
-        f"## Cross capability: word problems in French, training items: {items}\n\nFrench and maths experts. Answers "
-        "right to the letter, in percent, and bits per byte of the answers. Seed, experts, soup and BTM are not "
-        f"trained on them; all others for {steps} steps, if nothing else is said. *: the lowest or highest "
-        f"rate tried.\n\n{cross_table(results, items)}"
+        f"## Cross capability: word problems in French, {cross_title(results, items)}\n\nFrench and maths experts. "
+        "Answers right to the letter, in percent, and bits per byte of the answers. Seed, experts, soup and BTM are "
+        f"not trained on them. *: the lowest or highest rate tried.\n\n{cross_table(results, items)}"
     )
 
 

@@ -63,12 +63,13 @@ def test_the_page_says_what_to_use_for_tasks_of_two_experts():
         ("bts_outputs", "dense", "cross", "bits_per_byte", -0.5, -0.6, -0.4),
         ("bts_outputs", "dense", "cross_long", "bits_per_byte", 0.5, 0.4, 0.6),
     )
+    found["settings"] = {"cross_steps": 250}
     found["cross"] = {"200": {}, "2000": rows, "2000 for 1000 steps": rows}
     few, many = cross_advice(found)
-    assert "training items: 2000)" in few
+    assert "2,000 training items, 250 steps)" in few
     assert "use **BTS with output gates**. BTS with output gates has 1.100 bits per byte and 5.0% right" in few
     assert "the best of all others, seed, all weights trained, 1.600 bits per byte and 1.0% right" in few
-    assert "2000 for 1000 steps" in many
+    assert "2,000 training items, 1000 steps" in many
     assert "a simple way wins: use **seed, all weights trained**" in many
     assert cross_advice({**found, "cross": {}}) == []
 
@@ -94,7 +95,8 @@ def test_the_page_says_where_a_simple_way_wins():
         ("bts", "btm", "mixed", "bits_per_byte", 0.1, -0.1, 0.3),
     )
     assert simple_wins(found) == (
-        "BTM (average, bits) against output gates alone, BTS, the paper's form; "
-        "seed, all weights trained (cross, right answers) against BTS, the paper's form"
+        "- Where a form of ours is beaten by another method:\n"
+        "  - the average of the domains, bits per byte: BTM beats output gates alone and BTS, the paper's form\n"
+        "  - the cross task, right answers: seed, all weights trained beats BTS, the paper's form"
     )
-    assert simple_wins(results_with()) == "nowhere, in what was measured"
+    assert "Nowhere" in simple_wins(results_with())
