@@ -35,7 +35,7 @@ VARIANTS = ("bts_token", "bts_token_r8", "bts_experts_into_hub", "bts_projected"
             "bts_hub_maths", "bts_init_torch", "bts_init_near_seed", "bts_outputs_k1", "bts_outputs_experts_into_hub",
             "bts_outputs_init_near_seed")  # fmt: skip
 CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # its questions know no other domain
-CROSS = (*SIMPLE, *CROSS_FORMS)
+CROSS = (*SIMPLE, "dense_maths", *CROSS_FORMS)
 CROSS_LONG = ("dense", "dense_maths", "btx_soft", "bam_adapters", "bts_outputs", "bts_outputs_hub_maths", "bts",
               "bts_experts_into_hub")  # fmt: skip
 TREND = (
