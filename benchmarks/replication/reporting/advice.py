@@ -24,7 +24,7 @@ def bits(results: Results, name: str, on: str) -> float:
 
 def best_of(results: Results, names: tuple[str, ...], on: str) -> str | None:
     """The one with the fewest bits per byte among those that were tested on all sets."""
-    there = [name for name in names if name in everywhere(results)]
+    there = [name for name in everywhere(results) if name in names]
     return min(there, key=lambda name: bits(results, name, on)) if there else None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..branching.models import EXPERTS
 from ..text.tasks import CROSS
-from .paired import BITS, EXACT, better, difference
+from .paired import BITS, EXACT, better, common_sets, difference
 from .tables import ON, Table
 
 
@@ -71,7 +71,7 @@ def claims(main: Table, cross: list[Table]) -> list[dict[str, Any]]:
     for claim in CLAIMS:
         tests = ON.get(claim.on, [claim.on])
         places = cross if claim.on == "cross" else [main]
-        table = next((table for table in places if {*table.sets(claim.a)} & {*table.sets(claim.b)}), None)
+        table = next((table for table in places if common_sets(table, claim.a, claim.b)), None)
         if table is None:
             continue
         figure = EXACT if claim.on.startswith(("cross", "alone")) else BITS
@@ -88,7 +88,7 @@ def claims(main: Table, cross: list[Table]) -> list[dict[str, Any]]:
         verdicts.append({
             "id": claim.id, "text": claim.text + steps, "paper": list(claim.paper), "figure": figure, "ours": both,
             "difference": found.value, "margin": (found.high - found.low) / 2, "low": found.low, "high": found.high,
-            "sets": len({*table.sets(claim.a)} & {*table.sets(claim.b)}), "verdict": verdict,
+            "sets": len(common_sets(table, claim.a, claim.b)), "verdict": verdict,
         })  # fmt: skip
     return verdicts
 

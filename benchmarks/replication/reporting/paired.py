@@ -16,9 +16,13 @@ from .tables import ON, Table
 BITS, EXACT = "bits_per_byte", "exact"
 
 
+def common_sets(table: Table, a: str, b: str) -> list[int]:
+    return [number for number in table.sets(a) if number in table.sets(b)]
+
+
 def difference(table: Table, a: str, b: str, tests: list[str], figure: str) -> Interval | None:
     """a less b, averaged over tests; `None` if no set has both."""
-    sets = [number for number in table.sets(a) if number in table.sets(b)]
+    sets = common_sets(table, a, b)
     if not sets:
         return None
     ours, theirs = ({test: table.amounts(name, test, figure, sets) for test in tests} for name in (a, b))
@@ -42,7 +46,7 @@ def row(table: Table, ours: str, baseline: str, on: str, figure: str) -> dict[st
     found = difference(table, ours, baseline, ON[on], figure)
     if found is None:
         return None
-    sets = len(set(table.sets(ours)) & set(table.sets(baseline)))
+    sets = len(common_sets(table, ours, baseline))
     return {"ours": ours, "baseline": baseline, "on": on, "figure": figure, "difference": found.value,
             "low": found.low, "high": found.high, "sets": sets}  # fmt: skip
 

@@ -23,14 +23,16 @@ def write_report(results: Results, path: Path) -> None:
     write_results(results, path)
     results = json.loads(path.read_text())  # as rounded there: pages that quote the file say the same
     figures = draw_all(results, path.with_suffix(""))
-    parts = [head(results), summary(results), targets(results), main_table(results, figures), curves(results, figures)]
-    parts += [
+    parts = [
+        head(results),
+        summary(results),
+        targets(results),
+        main_table(results, figures),
+        curves(results, figures),
         forgetting(results, figures),
         paired(results),
         tasks(results),
         *(cross(results, items) for items in results["cross"]),
-    ]
-    parts += [
         others(results),
         gates(results, figures),
         costs(results),

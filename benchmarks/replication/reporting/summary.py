@@ -162,12 +162,10 @@ def task_row(table: Table, name: str, task: str) -> dict[str, Any]:
     """Right answers in percent, and chrF of translations, alone and behind four examples; what is done of it."""
     row: dict[str, Any] = {}
     test, both = f"alone/{task}", table.sets(name, "four")
-    if test in table.sizes:
-        row["alone"] = spread(table.values(name, [test], "exact"))
+    if test in table.sizes:  # of the sets that were asked both ways, if there are any: they are to be compared
+        row["alone"] = spread(table.values(name, [test], "exact", sets=both or None))
     if both:
         row["four"] = spread(table.values(name, [f"four/{task}"], "exact", "four"))
-    if both and test in table.sizes:  # the same sets are to be compared
-        row["alone"] = spread(table.values(name, [test], "exact", sets=both))
     for protocol in PROTOCOLS:
         written = f"answers_{protocol}_{task}"
         if sets := table.sets(name, written):

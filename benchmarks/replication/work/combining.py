@@ -76,8 +76,9 @@ class Study:
         return [f"{rate:g}" for rate in self.preset.rates_of(method)]
 
     @property
-    def reports_gates(self) -> bool:
-        return self.part.size == self.preset.parts[0].size and not self.part.lora
+    def is_reported_in_full(self) -> bool:
+        """Whether gates and BTM's factors of forgetting are in the report: those of the main models are."""
+        return self.part.kind == "main" and self.part.size == self.preset.parts[0].size and not self.part.lora
 
     @property
     def combined(self) -> list[str]:
@@ -118,8 +119,9 @@ class Study:
         if self.part.kind == "main":
             needs = [self.name(method, "test") for method in self.alone]
             jobs.append(Job(self.name("oracles"), self.oracles, needs))
+        if self.is_reported_in_full:
             jobs.append(Job(self.name("forgetting"), self.forgetting, needs))
-            if gated := [method for method in FORMS if method in self.part.methods and self.reports_gates]:
+            if gated := [method for method in FORMS if method in self.part.methods]:
                 needs = [name for method in gated for name in self.tested(method)]
                 reads = [self.name(method, trial) for method in gated for trial in self.trials(method)]
                 jobs.append(Job(self.name("gates"), partial(self.gates, gated), [*self.combined, *needs], reads))
@@ -259,16 +261,11 @@ class Study:
 
     def forgetting(self) -> dict[str, Any]:
         """BTM by its factor of forgetting: bits per byte on the average of the domains, and on mixed text."""
-        kept, tests = [torch.load(self.losses(method)) for method in self.alone], self.set.material.test
-        found: dict[str, dict[str, float]] = {}
+        kept, found = [torch.load(self.losses(method)) for method in self.alone], {}
+        tests = {name: part for name, part in self.set.material.test.items() if name.startswith(("text/", "mixed/"))}
+        nats = {name: np.stack([losses[name].numpy() for losses in kept]) for name in tests}
         for factor in FACTORS:
-            bits = {
-                name: bits_per_byte(
-                    btm_losses(np.stack([losses[name].numpy() for losses in kept]), part, factor), part
-                )
-                for name, part in tests.items()
-                if name.startswith(("text/", "mixed/"))
-            }
+            bits = {name: bits_per_byte(btm_losses(nats[name], part, factor), part) for name, part in tests.items()}
             found[f"{factor:g}"] = {
                 on: float(np.mean([bits[name] for name in bits if name.startswith(kind)]))
                 for on, kind in {"average": "text/", "mixed": "mixed/"}.items()
