@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 from .measuring import set_up
 from .replication.reporting.report import write_report
 from .replication.reporting.summary import summarize
+from .replication.work.earlier import keep_earlier
 from .replication.work.hours import hours_table
 from .replication.work.jobs import pending, run, share
 from .replication.work.plan import Plan
@@ -35,6 +36,11 @@ class Arguments:
     minutes: float = field(default=0.0, metadata={"help": "begin no new piece after so many minutes [no limit]"})
     cache_dir: str = field(default=".cache/replicate", metadata={"help": "where text, models and results are kept"})
     results: str = field(default="", metadata={"help": "file to write [benchmarks/results/replicate.json for full]"})
+    earlier: str = field(
+        default="",
+        metadata={"help": "results of a run whose pieces are elsewhere: its learning rates are taken"},
+    )
+    parts: list[str] = field(default_factory=list, metadata={"help": "do these parts of the study alone [all]"})
     device: str = field(default="", metadata={"help": "cpu or cuda [cuda for the preset gpu]"})
     report_only: bool = field(default=False, metadata={"help": "train nothing: report what is finished so far"})
     hours: bool = field(default=False, metadata={"help": "only say what each part has taken so far, and has left"})
@@ -48,11 +54,19 @@ def main() -> None:
     device = arguments.device or ("cuda" if arguments.preset == "gpu" else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("PyTorch finds no GPU. Use --device cpu to wait very long, or another preset.")
-    plan = Plan(PRESETS[arguments.preset], Path(arguments.cache_dir), device)
+    preset = PRESETS[arguments.preset]
+    unknown = set(arguments.parts) - {part.name for part in preset.parts}
+    if unknown:
+        have = ", ".join(part.name for part in preset.parts)
+        raise SystemExit(f"The preset {arguments.preset} has no part {', '.join(sorted(unknown))}; it has {have}.")
+    plan = Plan(preset, Path(arguments.cache_dir), device)
+    if arguments.earlier:
+        keep_earlier(Path(arguments.earlier), arguments.preset, plan.store)
+        plan = Plan(preset, Path(arguments.cache_dir), device)
     if arguments.hours:
         print(hours_table(plan))
         return
-    jobs = plan.jobs()
+    jobs = plan.jobs(arguments.parts)
     until = time.time() + 60 * arguments.minutes if arguments.minutes else float("inf")
     if arguments.report_only:
         pass

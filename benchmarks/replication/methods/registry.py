@@ -100,3 +100,9 @@ TITLES = {
 
 def is_ours(name: str) -> bool:
     return name.startswith(("outputs", "bts"))
+
+
+def form_of(name: str) -> str:
+    """What a method is held against: of ours, the form that it is a variant of; else, the package's default."""
+    forms = ("bts_outputs", "outputs", "bts")
+    return next((form for form in forms if name.startswith(f"{form}_")), "bts_outputs")

@@ -8,7 +8,7 @@ method; of right answers, positive ones do. With a single set, an interval says 
 from typing import Any
 
 from ..measures.bootstrap import Interval, paired
-from ..methods.registry import is_ours
+from ..methods.registry import form_of, is_ours
 from ..work.presets import FORMS
 from .tables import ON, Table
 
@@ -34,12 +34,6 @@ def better(found: Interval, figure: str) -> int:
     sign = -1 if figure == BITS else 1
     low, high = sorted((sign * found.low, sign * found.high))
     return 1 if low > 0 else -1 if high < 0 else 0
-
-
-def form_of(name: str) -> str:
-    """What a method is held against: of ours, the form that it is a variant of; else, the package's default."""
-    forms = ("bts_outputs", "outputs", "bts")
-    return next((form for form in forms if name.startswith(f"{form}_")), "bts_outputs")
 
 
 def row(table: Table, ours: str, baseline: str, on: str, figure: str) -> dict[str, Any] | None:

@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 
 from ...reporting import table, write_results
-from ..methods.registry import TITLES, is_ours
+from ..methods.registry import TITLES, form_of, is_ours
 from ..text.corpora import DOMAINS, MIXED
 from ..text.tasks import CROSS, TASKS
 from ..work.material import PROTOCOLS
 from ..work.presets import FORMS, SHARES, SIMPLE
 from .advice import between, summary
 from .cells import GOALS, Results, cross_table, cross_title, everywhere, figure, interval, outcome, rates, weights
-from .paired import form_of
 from .plots import draw_all
 
 

@@ -47,9 +47,7 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         **origin(plan),
         "trained": trainings(plan, main),
         "methods": {name: method_row(main, name) for name in main.methods},
-        "cross": {
-            cross_name(table.part): {name: cross_method(table, name) for name in table.methods} for table in cross
-        },
+        "cross": {table.part.title: {name: cross_method(table, name) for name in table.methods} for table in cross},
         "lora": of_table(tables.get((size, "main_lora"))),
         "sizes": {of: of_table(table) for (of, name), table in tables.items() if name == "main"},
         "cost": read(plan, main.studies[0].name("cost")),
@@ -65,10 +63,6 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
     results["claims"] = claims(main, [table for table in (long, first) if table]) + other_claims(results)
     results["targets"] = targets(results)
     return results
-
-
-def cross_name(part: Part) -> str:
-    return f"{part.items}" + (f" for {part.steps} steps" if part.steps else "")
 
 
 def read(plan: Plan, name: str) -> dict[str, Any]:

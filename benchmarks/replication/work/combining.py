@@ -29,6 +29,7 @@ from ..methods.streams import stream_of
 from ..text.catalogues import LANGUAGES
 from ..text.tasks import CROSS
 from ..tokens.blocks import LENGTH
+from .earlier import rate_of
 from .jobs import Job
 from .material import PROTOCOLS, SWITCHES, Tests, cross_blocks
 from .measuring import by_document, measure, predictor_of
@@ -36,7 +37,7 @@ from .presets import CROSS_EXPERTS, FORMS, SHARES, STITCH_MIX, Part
 from .sets import Set, save
 
 
-CHOSEN = "chosen"  # the trial of a set that tries no learning rates by itself
+CHOSEN = "chosen"  # the trial of a method whose learning rate other sets, or an earlier run, have chosen
 
 
 class Study:
@@ -46,10 +47,11 @@ class Study:
         of: The set.
         part: Which methods, and what for.
         tuned: The same part on the sets on which learning rates are tried.
+        earlier: Results of an earlier run, whose learning rates are taken (`earlier.py`); may be empty.
     """
 
-    def __init__(self, of: Set, part: Part, tuned: list["Study"]) -> None:
-        self.set, self.part, self.preset, self.tuned = of, part, of.preset, tuned
+    def __init__(self, of: Set, part: Part, tuned: list["Study"], earlier: dict[str, Any]) -> None:
+        self.set, self.part, self.preset, self.tuned, self.earlier = of, part, of.preset, tuned, earlier
         self.experts = CROSS_EXPERTS if part.kind == "cross" else EXPERTS
         self.models = of.models(part.lora)
         self.steps = part.steps or (self.preset.cross_steps if part.kind == "cross" else self.preset.steps)
@@ -71,7 +73,7 @@ class Study:
     def trials(self, method: str) -> list[str]:
         if method not in TRAINED:
             return []
-        if self.set.number >= self.preset.tuned_sets:
+        if self.set.number >= self.preset.tuned_sets or rate_of(self.earlier, self.part, method):
             return [CHOSEN]
         return [f"{rate:g}" for rate in self.preset.rates_of(method)]
 
@@ -98,12 +100,13 @@ class Study:
             trials = self.trials(method)
             for trial in trials:
                 reads = [study.name(method, rate) for study in self.tuned for rate in study.trials(method)]
+                chosen_here = trial == CHOSEN and not rate_of(self.earlier, self.part, method)
                 jobs.append(
                     Job(
                         self.name(method, trial),
                         partial(self.trial, method, trial),
                         needs=[self.set.blocks_job.name, *self.combined],
-                        reads=reads if trial == CHOSEN else [],
+                        reads=reads if chosen_here else [],
                         keeps=[self.weights(method, trial)],
                     )
                 )
@@ -128,18 +131,20 @@ class Study:
         return jobs
 
     def prompt_jobs(self) -> list[Job]:
-        """What the tested methods do behind four examples, and what they write as translations."""
-        jobs = []
-        for method in self.methods:
-            works = {"four": partial(self.four_examples, method)}
-            works |= {
-                f"answers_{protocol}_{language}": partial(self.answers, method, protocol, language)
-                for protocol in PROTOCOLS
-                for language in LANGUAGES
-            }
-            needs, reads = [*self.combined, *self.tested(method)], [self.name(method, "test")]
-            jobs += [Job(self.name(method, what), work, needs, reads) for what, work in works.items()]
-        return jobs
+        """What the tested methods do behind four examples, and what they write as translations: a single expert, into
+        its own language alone."""
+        works = [(method, "four", partial(self.four_examples, method)) for method in self.methods]
+        works += [
+            (method, f"answers_{protocol}_{language}", partial(self.answers, method, protocol, language))
+            for protocol in PROTOCOLS
+            for language in LANGUAGES
+            for method in self.methods
+            if not method.startswith("expert_") or method == f"expert_{language}"
+        ]
+        return [
+            Job(self.name(method, what), work, [*self.combined, *self.tested(method)], [self.name(method, "test")])
+            for method, what, work in works
+        ]
 
     def cost_job(self) -> Job:
         """What the methods cost, on random tokens."""
@@ -193,7 +198,9 @@ class Study:
         return bits | {"average": float(np.mean(list(bits.values())))}
 
     def rate(self, method: str, trial: str) -> float:
-        return float(trial) if trial != CHOSEN else float(self.best_of(method, self.tuned))
+        if trial != CHOSEN:
+            return float(trial)
+        return rate_of(self.earlier, self.part, method) or float(self.best_of(method, self.tuned))
 
     def best(self, method: str) -> str:
         """The trial that this study tests."""

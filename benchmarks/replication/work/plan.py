@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..text.loading import corpora_key
 from .combining import Study
+from .earlier import read_earlier
 from .jobs import Job, Store
 from .material import Material
 from .presets import Part, Preset
@@ -22,6 +23,7 @@ class Plan:
         self.preset, self.device = preset, device
         self.material = Material(cache, preset)
         self.store = Store(cache / f"{device}-{preset.key}-{corpora_key(preset.corpora)}")
+        self.earlier = read_earlier(self.store)
         self._sets: dict[tuple[str, int], Set] = {}
 
     def set(self, size: str, number: int) -> Set:
@@ -32,7 +34,7 @@ class Plan:
     def studies(self, part: Part) -> list[Study]:
         """The part on each of its sets."""
         tuned: list[Study] = []
-        studies = [Study(self.set(part.size, number), part, tuned) for number in range(part.sets)]
+        studies = [Study(self.set(part.size, number), part, tuned, self.earlier) for number in range(part.sets)]
         tuned += studies[: self.preset.tuned_sets]
         return studies
 
@@ -63,13 +65,18 @@ class Plan:
             jobs[cost.name] = cost
         return list(jobs.values())
 
-    def jobs(self) -> list[Job]:
-        """Every piece once, in the order of the preset; what a piece needs comes before it."""
+    def jobs(self, only: Collection[str] = ()) -> list[Job]:
+        """Every piece once, in the order of the preset; what a piece needs comes before it.
+
+        Args:
+            only: Names of parts, to have the pieces of these alone [all parts].
+        """
         first, rest = self.preset.parts[: self.preset.together], self.preset.parts[self.preset.together :]
         rounds = [
             (part, number)
             for parts in (first, rest)
             for number in range(max((part.sets for part in parts), default=0))
             for part in parts
+            if not only or part.name in only
         ]
         return list({job.name: job for part, number in rounds for job in self.jobs_of(part, [number])}.values())

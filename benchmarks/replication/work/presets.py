@@ -31,9 +31,10 @@ FORMS = ("outputs", "bts", "bts_outputs", "bts_token_r8_outputs", "outputs_evide
 SIMPLE = ("soup", "btm", "btm_forgetting", "btm_forgetting_fast", "routing", "token_router", "dense")
 MAIN = (*SIMPLE, *FORMS)
 RIVALS = ("btx_soft", "btx_sample", "bam_adapters", "lora")  # of the paper, besides the simple ways
-VARIANTS = ("bts_token", "bts_token_r8", "bts_experts_into_hub", "bts_projected", "bts_k1", "bts_k2", "bts_kL",
-            "bts_hub_maths", "bts_init_torch", "bts_init_near_seed", "bts_outputs_k1", "bts_outputs_experts_into_hub",
-            "bts_outputs_init_near_seed")  # fmt: skip
+# What the defaults of `StitchConfig` are to be set by, beside the forms that they are variants of; and further ones.
+VARIANTS = ("bts", "bts_outputs", "bts_k1", "bts_kL", "bts_experts_into_hub", "bts_init_near_seed", "bts_outputs_k1",
+            "bts_outputs_experts_into_hub", "bts_outputs_init_near_seed")  # fmt: skip
+MORE_VARIANTS = ("bts_token", "bts_token_r8", "bts_projected", "bts_k2", "bts_hub_maths", "bts_init_torch")
 CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # its questions know no other domain
 CROSS = (*SIMPLE, "dense_maths", *CROSS_FORMS)
 CROSS_LONG = ("dense", "dense_maths", "btx_soft", "bam_adapters", "bts_outputs", "bts_outputs_hub_maths", "bts",
@@ -73,6 +74,11 @@ class Part:
         kind = "main" if self.kind == "prompts" else self.kind
         steps = f"x{self.steps}" if self.steps else ""
         return kind + ("_lora" if self.lora else "") + (f"{self.items}" if kind == "cross" else "") + steps
+
+    @property
+    def title(self) -> str:
+        """Of the cross task: what its table is called in the results."""
+        return f"{self.items}" + (f" for {self.steps} steps" if self.steps else "")
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,12 @@ FULL = Preset(
         Part("rivals", "main", RIVALS, sets=2),
         Part("cross_long", "cross", CROSS_LONG, sets=2, steps=1000),
         Part("cross200", "cross", ("dense", "dense_maths", *CROSS_FORMS), sets=2, items=200),
+        Part("variants", "main", VARIANTS, sets=2),
+        Part("size0.3M", "main", TREND, sets=2, size="0.3M"),
         Part("prompts", "prompts", MAIN, sets=2),
         Part("lora", "main", TREND, sets=2, lora=True),
-        Part("size0.3M", "main", TREND, sets=2, size="0.3M"),
+        Part("more_variants", "main", ("bts", *MORE_VARIANTS), sets=2),
         Part("size2.4M", "main", TREND, sets=2, size="2.4M"),
-        Part("variants", "main", VARIANTS, sets=2),
     )
 )
 QUICK = replace(
