@@ -33,9 +33,10 @@ def weights(row: dict[str, Any]) -> str:
 
 
 def rates(row: dict[str, Any]) -> str:
-    """Learning rates that were taken, with an asterisk at the edge of those that were tried."""
+    """Learning rates that were taken, with an asterisk at the edge of those that were tried, and a dagger where an
+    earlier run had chosen them."""
     taken = ", ".join(sorted({f"{rate:g}" for rate in row.get("learning_rates", [])}))
-    return taken + "*" * row.get("edge", False) or "-"
+    return taken + "*" * row.get("edge", False) + "†" * row.get("rate_of_earlier", False) or "-"
 
 
 def outcome(row: dict[str, Any]) -> str:

@@ -52,8 +52,7 @@ def head(results: Results) -> str:
     )
     if pieces["done"] < pieces["all"]:
         left = ", ".join(f"{part} ({done} of {all_})" for part, (done, all_) in pieces["parts"].items() if done < all_)
-        scope += f" **Unfinished: {pieces['done']} of {pieces['all']} pieces of work are done. Parts that are not "
-        scope += f"whole: {left}.**"
+        scope += f" **Unfinished: parts of which not all pieces of work are done: {left}.**"
     rates = results["settings"]["rates"]
     scope += " Each method had one learning rate, nothing was chosen." if rates == 1 else ""
     return (
@@ -128,7 +127,8 @@ def curves(results: Results, figures: dict[str, str]) -> str:
     heads = [f"after {100 * share:.0f}% of the steps" for share in SHARES]
     return (
         "## Who gets where how fast\n\nBits per byte on validation text. The router by sequence is trained in passes, "
-        "and looked at once. *: the lowest or highest of the rates that were tried.\n\n"
+        "and looked at once. *: the lowest or highest of the rates that were tried. †: not tried again, but what an "
+        "earlier run had chosen for the method, or for the form that it is a variant of.\n\n"
         + table(["method", "sets", "learning rate", *heads], rows)
         + f"\n\n![learning curves]({figures['curves']})"
     )
@@ -171,12 +171,12 @@ def tasks(results: Results) -> str:
             scores = found[task].get("chrf", {}) if task in TASKS and TASKS[task].metric == "chrf" else found[task]
             means = [f"{scores[protocol]['mean']:.1f}" for protocol in PROTOCOLS if protocol in scores]
             cells.append(" / ".join(means) or "-")
-        rows.append([TITLES[name], *cells])
+        rows.append([TITLES[name], found["sums"].get("alone", {}).get("n", ""), *cells])
     return (
         "## Tasks\n\nAnswers that are right to the letter, in percent, asked alone, or alone / behind four solved "
         "examples, of the sets that were asked both ways. "
         f"French and German: chrF of translations. {CROSS}: nobody was trained on them here.\n\n"
-        + table(["method", *TASKS, CROSS], rows)
+        + table(["method", "sets", *TASKS, CROSS], rows)
     )
 
 
@@ -184,7 +184,8 @@ def cross(results: Results, items: str) -> str:
     return (
         f"## Cross capability: word problems in French, {cross_title(results, items)}\n\nFrench and maths experts. "
         "Answers right to the letter, in percent, and bits per byte of the answers. Seed, experts, soup and BTM are "
-        f"not trained on them. *: the lowest or highest rate tried.\n\n{cross_table(results, items)}"
+        f"not trained on them. *: the lowest or highest rate tried. †: chosen by an earlier run."
+        f"\n\n{cross_table(results, items)}"
     )
 
 
@@ -298,7 +299,18 @@ def setup(results: Results) -> str:
         f"- Steps of {settings['batch']} blocks of 256 tokens: {stages}; combinations {settings['steps']}, cross task "
         f"{settings['cross_steps']}. Every trained method saw the same blocks in the same order.\n"
         f"- {rates}\n- Sets by part: {parts}.\n"
+        f"{before(results)}"
         f"- {results['core_minutes']:.0f} core minutes (processor time) so far, on {results['machine']}, Python "
         f"{results['python']}, {versions}; reported by commit {results['commit']}, pieces made by "
         f"{', '.join(results['commits'])}."
     )
+
+
+def before(results: Results) -> str:
+    """The runs that this one goes on from."""
+    runs = [f"commit {run['commit']}, {run['sets']} sets, {run['core_minutes']:.0f} core minutes"
+            for run in results.get("earlier", [])]  # fmt: skip
+    return "" if not runs else (
+        f"- Goes on from an earlier run ({'; '.join(runs)}), on another machine, where the same seeds make "
+        "other models. Of each figure the one over more sets is given; differences are always within one run.\n"
+    )  # fmt: skip

@@ -11,11 +11,13 @@ from ...reporting import commit, environment
 from ..branching.models import EXPERTS
 from ..methods.registry import ORACLES, TRAINED
 from ..text.tasks import CROSS, TASKS
+from ..work.earlier import rate_of
 from ..work.jobs import pending
 from ..work.material import PROTOCOLS
 from ..work.plan import Plan
 from ..work.presets import FORMS, SHARES, Part
 from .claims import claims, other_claims
+from .merging import merged
 from .paired import gap_rows, paired_rows
 from .tables import EXACT, MIXED_TEXT, ON, TEXT, Table
 from .targets import targets
@@ -28,7 +30,7 @@ def spread(values: Iterable[float]) -> dict[str, Any]:
 
 
 def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
-    """Everything that was found out, ready for JSON. What is not finished is left out.
+    """Everything that was found out, here and by an earlier run, ready for JSON. What is not finished is left out.
 
     Raises:
         SystemExit: If no method of the first part has been tested on any set.
@@ -62,7 +64,7 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
     }
     results["claims"] = claims(main, [table for table in (long, first) if table]) + other_claims(results)
     results["targets"] = targets(results)
-    return results
+    return merged(results, plan.earlier) if plan.earlier else results
 
 
 def read(plan: Plan, name: str) -> dict[str, Any]:
@@ -144,12 +146,15 @@ def method_row(table: Table, name: str) -> dict[str, Any]:
 
 
 def training(table: Table, name: str) -> dict[str, Any]:
-    """Learning rates taken, whether they are at the `edge` of those that were tried, and the learning curve."""
+    """Learning rates taken, whether they are at the `edge` of those that were tried, whether by an earlier run
+    (`rate_of_earlier`), and the learning curve."""
     pieces = [table.piece(table.studies[number], name) for number in table.sets(name)]
     rates = [piece["learning_rate"] for piece in pieces if piece]
     tried = table.plan.preset.rates_of(name)
     edge = len(tried) > 1 and any(rate in (tried[0], tried[-1]) for rate in rates)
-    return {"learning_rates": rates, "edge": edge, "curve": curve(table, name)}
+    row = {"learning_rates": rates, "edge": edge, "curve": curve(table, name)}
+    given = rate_of(table.plan.earlier, table.part, name) is not None
+    return row | ({"rate_of_earlier": True} if given else {})
 
 
 def task_row(table: Table, name: str, task: str) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def half_the_effort(results: dict[str, Any]) -> dict[str, Any]:
         return {"text": text, "met": None, "by": None, "not_beaten": []}
     goal, most = methods["bts"]["curve"]["1"]["mean"], methods["bts"]["trained_parameters"] / 2
     small = [name for name in methods if is_ours(name) and methods[name]["trained_parameters"] <= most]
-    small = [name for name in small if "0.5" in methods[name]["curve"]]
+    small = [
+        name for name in small if methods[name]["curve"].get("0.5", {}).get("n") == methods["bts"]["curve"]["1"]["n"]
+    ]
     good = [name for name in small if methods[name]["curve"]["0.5"]["mean"] <= goal]
     return {"text": text, "met": bool(good) if small else None, "by": ", ".join(good) or None, "not_beaten": []}
 
