@@ -208,11 +208,10 @@ def forgetting(table: Table) -> dict[str, Any]:
 
 def gates(table: Table) -> dict[str, Any]:
     """By form: mean gates by domain, and around changes of domain (`measures/gates.py`), averaged over sets."""
-    names = [study.name("gates") for study in table.studies if study.set.number in table.whole]
-    pieces = [table.plan.store.read(name) for name in names if table.plan.store.has(name)]
     found = {}
-    for method in FORMS if pieces else ():
-        each = [piece[method] for piece in pieces if method in piece]
+    for method in FORMS:
+        each = [piece for number in table.sets(method, "gates")
+                if (piece := table.piece(table.studies[number], method, "gates"))]  # fmt: skip
         if each:
             first = each[0]
             found[method] = {

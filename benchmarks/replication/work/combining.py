@@ -124,10 +124,11 @@ class Study:
             jobs.append(Job(self.name("oracles"), self.oracles, needs))
         if self.is_reported_in_full:
             jobs.append(Job(self.name("forgetting"), self.forgetting, needs))
-            if gated := [method for method in FORMS if method in self.part.methods]:
-                needs = [name for method in gated for name in self.tested(method)]
-                reads = [self.name(method, trial) for method in gated for trial in self.trials(method)]
-                jobs.append(Job(self.name("gates"), partial(self.gates, gated), [*self.combined, *needs], reads))
+            for method in FORMS:
+                if method in self.part.methods:
+                    reads = [self.name(method, trial) for trial in self.trials(method)]
+                    needs = [*self.combined, *self.tested(method)]
+                    jobs.append(Job(self.name(method, "gates"), partial(self.gates, method), needs, reads))
         return jobs
 
     def prompt_jobs(self) -> list[Job]:
@@ -279,13 +280,12 @@ class Study:
             }
         return {"factors": found}
 
-    def gates(self, methods: list[str]) -> dict[str, Any]:
-        """Whom our forms listen to: on validation text of each domain, and where test documents switch domain."""
+    def gates(self, method: str) -> dict[str, Any]:
+        """Whom a form listens to: on validation text of each domain, and where test documents switch domain."""
         material = self.set.material
         text = {name.removeprefix("text/"): part for name, part in material.validation.items() if "text/" in name}
         owners = {"prose": HUB, **{expert: expert for expert in EXPERTS}}
-        switches = material.test[f"mixed/{SWITCHES}"]
-        return {method: measure_gates(self.chosen(method), text, switches, owners) for method in methods}
+        return measure_gates(self.chosen(method), text, material.test[f"mixed/{SWITCHES}"], owners)
 
     def four_examples(self, method: str) -> dict[str, Any]:
         tests = self.set.material.prompted

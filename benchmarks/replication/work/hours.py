@@ -11,7 +11,7 @@ from .plan import Plan
 def kind_of(job: Job) -> str:
     """Pieces of one kind take alike: those of the same name on other sets; a trial as other trials of its method."""
     size, _, *rest = job.name.split("/") if "/set" in job.name else (job.name.split("/")[0], "", "")
-    if len(rest) == 3 and rest[2] not in ("test", "four") and not rest[2].startswith("answers"):
+    if len(rest) == 3 and rest[2] not in ("test", "four", "gates") and not rest[2].startswith("answers"):
         rest[2] = "trial"
     return "/".join([size, *rest])
 
