@@ -61,7 +61,10 @@ def main() -> None:
         raise SystemExit(f"The preset {arguments.preset} has no part {', '.join(sorted(unknown))}; it has {have}.")
     plan = Plan(preset, Path(arguments.cache_dir), device)
     if arguments.earlier:
-        keep_earlier(Path(arguments.earlier), arguments.preset, plan.store)
+        try:
+            keep_earlier(Path(arguments.earlier), arguments.preset, plan.store)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
         plan = Plan(preset, Path(arguments.cache_dir), device)
     if arguments.hours:
         print(hours_table(plan))

@@ -22,9 +22,11 @@ def keep_earlier(path: Path, preset: str, store: Store) -> None:
     """Let a store go on from a results file, which is copied there: later calls need not name it.
 
     Raises:
-        ValueError: If the file is of another preset; or if the store goes on from another one, or has trained without
-            one: learning rates would come from two sources.
+        ValueError: If there is no such file, or it is of another preset; or if the store goes on from another one, or
+            has results without one: learning rates would come from two sources.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no results file {path}")
     results = json.loads(path.read_text())
     if results["preset"] != preset:
         raise ValueError(f"{path} is of the preset {results['preset']}, not {preset}")

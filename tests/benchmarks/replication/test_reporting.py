@@ -3,9 +3,11 @@
 import pytest
 
 from benchmarks.replication.measures.bootstrap import Interval
+from benchmarks.replication.methods.registry import form_of
 from benchmarks.replication.reporting import targets
 from benchmarks.replication.reporting.advice import cross_advice, simple_wins
-from benchmarks.replication.reporting.paired import better, form_of
+from benchmarks.replication.reporting.merging import merged
+from benchmarks.replication.reporting.paired import better
 
 
 @pytest.mark.parametrize("figure, low, high, expected", [
@@ -19,7 +21,7 @@ def test_fewer_bits_and_more_right_answers_are_better(figure, low, high, expecte
 def results_with(*rows):
     methods = {
         name: {"bits_per_byte": {on: {"mean": bits} for on in ("average", "mixed")}, "trained_parameters": count,
-               "curve": {"0.5": {"mean": half}, "1": {"mean": bits}}}
+               "curve": {"0.5": {"mean": half, "n": 2}, "1": {"mean": bits, "n": 2}}}
         for name, bits, half, count in (("bts", 2.0, 2.2, 100), ("outputs", 1.9, 1.95, 10), ("btm", 2.1, 2.1, 0))
     }  # fmt: skip
     keys = ("ours", "baseline", "on", "figure", "difference", "low", "high")
@@ -36,6 +38,9 @@ def test_targets_are_met_or_not_by_intervals():
     assert (target["met"], target["not_beaten"]) == (False, ["dense"])
     effort = targets.half_the_effort(results_with())
     assert (effort["met"], effort["by"]) == (True, "outputs")
+    fewer_sets = results_with()
+    fewer_sets["methods"]["outputs"]["curve"]["0.5"]["n"] = 1  # a mean of other models
+    assert targets.half_the_effort(fewer_sets)["met"] is None
     right = ("bts", "dense", "cross", "exact", 5.0, 2.0, 8.0)
     assert targets.beats_dense(results_with(right), "cross", "exact")["by"] == "bts"
     assert targets.beats_dense(results_with((*right[:4], 5.0, -2.0, 8.0)), "cross", "exact")["met"] is False
@@ -100,3 +105,47 @@ def test_the_page_says_where_a_simple_way_wins():
         "  - the cross task, right answers: seed, all weights trained beats BTS, the paper's form"
     )
     assert "Nowhere" in simple_wins(results_with())
+
+
+def run_of(sets, bits, **tasks):
+    """Results as small as they may be: one method, one difference."""
+    spread = {"mean": bits, "n": sets}
+    row = {"bits_per_byte": {"average": spread, "mixed": spread}, "tasks": {"french": tasks}, "trained_parameters": 1,
+           "curve": {"0.5": spread, "1": spread}}  # fmt: skip
+    pair = {"ours": "bts", "baseline": "btm", "on": "average", "figure": "bits_per_byte", "difference": bits,
+            "low": bits, "high": bits, "sets": sets}  # fmt: skip
+    claim = {"id": "bts_over_btm", "sets": sets}
+    return {
+        "sets": sets, "commit": f"of {sets}", "commits": [f"of {sets}"], "core_minutes": 60, "trained": {}, "lora": {},
+        "pieces": {"done": sets, "all": 9, "parts": {"main": [sets, 9]}}, "methods": {"bts": row}, "gates": {},
+        "cross": {}, "sizes": {"0.75M": {"bts": row}}, "cost": {}, "forgetting": {}, "paired": [pair],
+        "gaps": {"0.75M": [pair]}, "claims": [claim],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("new, earlier, taken", [(1, 5, 5), (5, 1, 5), (2, 2, 2)])
+def test_of_two_runs_each_figure_is_of_the_one_with_more_sets(new, earlier, taken):
+    written = {"chrf": {"alone": {"mean": 30.0, "n": 1}}, "four": {"n": 1}, "alone": {"n": 1}}
+    both = merged(run_of(new, 1.0, **written), run_of(earlier, 2.0, alone={"n": earlier}))
+    bits = 1.0 if new >= earlier else 2.0
+    for row in (both["methods"]["bts"], both["sizes"]["0.75M"]["bts"]):
+        assert row["bits_per_byte"]["average"] == {"mean": bits, "n": taken}
+        assert row["tasks"]["french"] == written  # what was asked both ways
+    for (row,) in (both["paired"], both["gaps"]["0.75M"]):
+        assert (row["difference"], row["sets"]) == (bits, taken)
+    assert both["claims"][0]["sets"] == both["sets"] == taken
+    assert both["core_minutes"] == 120
+    assert both["commits"] == sorted({f"of {new}", f"of {earlier}"})
+    assert both["pieces"]["parts"] == {"main": [taken, 9]}
+
+
+def test_what_one_run_has_alone_stays():
+    new, earlier = run_of(1, 1.0), run_of(2, 2.0)
+    new["methods"] = {"bts_k1": new["methods"]["bts"]}
+    new["paired"] = [{**new["paired"][0], "ours": "bts_k1", "baseline": "bts"}]
+    both = merged(new, {**earlier, "lora": earlier["methods"], "cross": {"2000": earlier["methods"]}})
+    assert [*both["methods"]] == ["bts", "bts_k1"]
+    assert [row["ours"] for row in both["paired"]] == ["bts", "bts_k1"]
+    assert [*both["lora"]] == [*both["cross"]["2000"]] == ["bts"]
+    again = merged(run_of(1, 3.0), both)
+    assert [run["commit"] for run in again["earlier"]] == ["of 2", "of 1"]

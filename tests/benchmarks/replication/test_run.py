@@ -109,6 +109,60 @@ def test_the_command(plan, results, tmp_path, monkeypatch, capsys):
         start("--report_only", cache=tmp_path)
 
 
+def test_a_run_goes_on_from_an_earlier_results_file(plan, results, tmp_path, monkeypatch):
+    """On another machine, with nothing but that file: one part alone, with the rates that were chosen."""
+    monkeypatch.setattr(command, "set_up", lambda threads: None)
+    monkeypatch.setattr(loading, "download", lambda _: write_archives(tmp_path, SOURCES))
+    parts = (*SOME, Part("variants", "main", ("bts", "bts_k1"), sets=1, size="smoke"))
+    monkeypatch.setitem(command.PRESETS, "smoke", replace(plan.preset, parts=parts))
+    earlier, out = tmp_path / "earlier.json", tmp_path / "out.json"
+    earlier.write_text(json.dumps(results[0]))
+
+    def start(*options, cache=tmp_path / "new"):
+        always = ["--preset", "smoke", "--workers", "1", "--cache_dir", str(cache), "--results", str(out)]
+        monkeypatch.setattr("sys.argv", ["replicate", *always, *options])
+        command.main()
+        return json.loads(out.read_text())
+
+    found = start("--earlier", str(earlier), "--parts", "variants")
+    store = Plan(command.PRESETS["smoke"], tmp_path / "new").store
+    assert not [*store.folder.glob("**/routing*"), *store.folder.glob("**/set1"), *store.folder.glob("**/cross*")]
+    chosen = results[0]["methods"]["bts"]["learning_rates"][0]
+    for name in ("bts", "bts_k1"):
+        place = store.folder / "smoke/set0/main" / name
+        assert {path.stem for path in place.glob("*.json")} - {"gates"} == {"chosen", "test"}
+        assert json.loads((place / "chosen.json").read_text())["learning_rate"] == chosen
+    assert found["methods"]["bts"] == results[0]["methods"]["bts"]  # of two sets
+    assert found["cross"] == results[0]["cross"]
+    variant = found["methods"]["bts_k1"]
+    assert (variant["bits_per_byte"]["average"]["n"], variant["rate_of_earlier"]) == (1, True)
+    (row,) = (row for row in found["paired"] if row["ours"] == "bts_k1" and row["on"] == "average")
+    assert (row["baseline"], row["sets"]) == ("bts", 1)
+    assert found["core_minutes"] > results[0]["core_minutes"]
+    page = out.with_suffix(".md").read_text()
+    assert "Goes on from an earlier run" in page and f"| BTS, K = 1 | 1 | {chosen:g}" in page
+    assert start("--report_only") == found  # the file is kept with the results
+    check_refused(start, earlier, plan, tmp_path)
+
+
+def check_refused(start, earlier, plan, tmp_path):
+    """Before anything is trained."""
+    with pytest.raises(SystemExit, match="has no part trend; it has main, cross"):
+        start("--parts", "trend", cache=tmp_path / "none")
+    with pytest.raises(SystemExit, match="has results already: take another --cache_dir"):
+        start("--earlier", str(earlier), cache=plan.material.cache)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(earlier.read_text()), "core_minutes": 0}))
+    with pytest.raises(SystemExit, match="goes on from another file already"):
+        start("--earlier", str(other))
+    other.write_text(json.dumps({"preset": "quick"}))
+    with pytest.raises(SystemExit, match="of the preset quick, not smoke"):
+        start("--earlier", str(other), cache=tmp_path / "none")
+    with pytest.raises(SystemExit, match="there is no results file"):
+        start("--earlier", str(tmp_path / "nowhere.json"), cache=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_experts_are_left_out_on_the_studys_models(plan, tmp_path, monkeypatch, capsys):
     """`benchmarks.dropping`, on the trained stitches and test documents of this study."""
     monkeypatch.setattr(dropping, "set_up", lambda threads: None)
