@@ -1,9 +1,10 @@
-"""How figures and their differences are written into cells of tables; and a table that several pages have."""
+"""How figures and their differences are written into cells of tables; and tables that several pages have."""
 
 from typing import Any
 
 from ...reporting import table
-from ..methods.registry import TITLES
+from ..methods.registry import TITLES, form_of
+from ..work.presets import MORE_VARIANTS, VARIANTS
 
 
 Results = dict[str, Any]
@@ -82,3 +83,25 @@ def cross_table(results: Results, items: str) -> str:
         for name, row in results["cross"][items].items()
     ]
     return table(["method", "trained weights", "learning rate", "right, %", "bits per byte", "sets"], rows)
+
+
+def variants_table(results: Results) -> str:
+    """Variants of our forms, each against its form: the difference in bits per byte on text, and the weights of both.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = {
+        (row["ours"], row["on"]): row
+        for row in results["paired"]
+        if row["baseline"] == form_of(row["ours"]) and row["figure"] == "bits_per_byte"
+    }
+    names = [name for name in (*VARIANTS, *MORE_VARIANTS) if all((name, on) in found for on in GOALS)]
+    if not names:
+        raise ValueError("no variant of our forms has been tested")
+    rows = [
+        [TITLES[name], TITLES[form_of(name)], *(weights(results["methods"][one]) for one in (name, form_of(name))),
+         *(interval(found[name, on]) for on in GOALS), found[name, "average"]["sets"]]
+        for name in names
+    ]  # fmt: skip
+    return table(["variant", "its form", "trained weights", "of its form", *GOALS.values(), "sets"], rows, left=2)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from .advice import advice, small_table
-from .cells import Results, cross_table
+from .cells import Results, cross_table, variants_table
 
 
 QUOTES = {
@@ -20,6 +20,7 @@ QUOTES = {
     "table": small_table,
     "cross": lambda results: cross_table(results, "2000"),
     "cross_long": lambda results: cross_table(results, "2000 for 1000 steps"),
+    "variants": variants_table,
 }
 RESULTS = Path(__file__).parents[2] / "results" / "replicate.json"
 
