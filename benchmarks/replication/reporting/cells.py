@@ -86,7 +86,8 @@ def cross_table(results: Results, items: str) -> str:
 
 
 def variants_table(results: Results) -> str:
-    """Variants of our forms, each against its form: the difference in bits per byte on text, and the weights of both.
+    """Variants of our forms, each against its form: the difference in bits per byte on text, and of answers on the
+    cross task, where it was tried on that; and the weights of both.
 
     Raises:
         ValueError: If there are none.
@@ -101,7 +102,8 @@ def variants_table(results: Results) -> str:
         raise ValueError("no variant of our forms has been tested")
     rows = [
         [TITLES[name], TITLES[form_of(name)], *(weights(results["methods"][one]) for one in (name, form_of(name))),
-         *(interval(found[name, on]) for on in GOALS), found[name, "average"]["sets"]]
+         *(interval(found[name, on]) for on in GOALS),
+         interval(found[name, "cross"]) if (name, "cross") in found else "-", found[name, "average"]["sets"]]
         for name in names
     ]  # fmt: skip
-    return table(["variant", "its form", "trained weights", "of its form", *GOALS.values(), "sets"], rows, left=2)
+    return table(["variant", "its form", "trained weights", "of its form", *GOALS.values(), "cross task", "sets"], rows, left=2)

@@ -34,6 +34,8 @@ RIVALS = ("btx_soft", "btx_sample", "bam_adapters", "lora")  # of the paper, bes
 # What the defaults of `StitchConfig` are to be set by, beside the forms that they are variants of; and further ones.
 VARIANTS = ("bts", "bts_outputs", "bts_k1", "bts_kL", "bts_experts_into_hub", "bts_init_near_seed", "bts_outputs_k1",
             "bts_outputs_experts_into_hub", "bts_outputs_init_near_seed")  # fmt: skip
+CROSS_VARIANTS = ("bts", "bts_outputs", "bts_k1", "bts_experts_into_hub", "bts_outputs_k1",
+                  "bts_outputs_experts_into_hub")  # fmt: skip
 MORE_VARIANTS = ("bts_token", "bts_token_r8", "bts_projected", "bts_k2", "bts_hub_maths", "bts_init_torch")
 CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # its questions know no other domain
 CROSS = (*SIMPLE, "dense_maths", *CROSS_FORMS)
@@ -139,6 +141,7 @@ FULL = Preset(
         Part("cross_long", "cross", CROSS_LONG, sets=2, steps=1000),
         Part("cross200", "cross", ("dense", "dense_maths", *CROSS_FORMS), sets=2, items=200),
         Part("variants", "main", VARIANTS, sets=2),
+        Part("cross_variants", "cross", CROSS_VARIANTS, sets=2),
         Part("size0.3M", "main", TREND, sets=2, size="0.3M"),
         Part("prompts", "prompts", MAIN, sets=2),
         Part("lora", "main", TREND, sets=2, lora=True),
