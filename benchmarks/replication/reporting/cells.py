@@ -106,4 +106,6 @@ def variants_table(results: Results) -> str:
          interval(found[name, "cross"]) if (name, "cross") in found else "-", found[name, "average"]["sets"]]
         for name in names
     ]  # fmt: skip
-    return table(["variant", "its form", "trained weights", "of its form", *GOALS.values(), "cross task", "sets"], rows, left=2)
+    return table(
+        ["variant", "its form", "trained weights", "of its form", *GOALS.values(), "cross task", "sets"], rows, left=2
+    )
