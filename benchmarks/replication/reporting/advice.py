@@ -82,6 +82,8 @@ def cross_advice(results: Results) -> list[str]:
     lines = []
     for on, part in {"cross": cross_name(results), "cross_long": cross_name(results, long=True)}.items():
         found = results["cross"].get(part, {})
+        most = max((row["average"]["n"] for row in found.values()), default=0)  # means are of the same sets
+        found = {name: row for name, row in found.items() if row["average"]["n"] == most}
         by_bits = sorted(found, key=lambda name: found[name]["bits_per_byte"]["mean"])
         ours, other = next(filter(is_ours, by_bits), None), next((name for name in by_bits if not is_ours(name)), None)
         row = between(results, ours, other, on) if ours and other else None

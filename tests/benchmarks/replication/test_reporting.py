@@ -6,6 +6,7 @@ from benchmarks.replication.measures.bootstrap import Interval
 from benchmarks.replication.methods.registry import form_of
 from benchmarks.replication.reporting import targets
 from benchmarks.replication.reporting.advice import cross_advice, simple_wins
+from benchmarks.replication.reporting.cells import variants_table
 from benchmarks.replication.reporting.merging import merged
 from benchmarks.replication.reporting.paired import better
 
@@ -24,7 +25,7 @@ def results_with(*rows):
                "curve": {"0.5": {"mean": half, "n": 2}, "1": {"mean": bits, "n": 2}}}
         for name, bits, half, count in (("bts", 2.0, 2.2, 100), ("outputs", 1.9, 1.95, 10), ("btm", 2.1, 2.1, 0))
     }  # fmt: skip
-    keys = ("ours", "baseline", "on", "figure", "difference", "low", "high")
+    keys = ("ours", "baseline", "on", "figure", "difference", "low", "high", "sets")
     return {"methods": methods, "paired": [dict(zip(keys, row)) for row in rows]}
 
 
@@ -56,12 +57,13 @@ def test_targets_are_met_or_not_by_intervals():
 
 def test_the_page_says_what_to_use_for_tasks_of_two_experts():
     rows = {
-        name: {"bits_per_byte": {"mean": bits}, "average": {"mean": right}, "trained_parameters": 10}
-        for name, bits, right in (
-            ("bts", 1.2, 4.0),
-            ("bts_outputs", 1.1, 5.0),
-            ("dense", 1.6, 1.0),
-            ("seed", 3.0, 0.0),
+        name: {"bits_per_byte": {"mean": bits}, "average": {"mean": right, "n": sets}, "trained_parameters": 10}
+        for name, bits, right, sets in (
+            ("bts", 1.2, 4.0, 5),
+            ("bts_outputs", 1.1, 5.0, 5),
+            ("bts_k1", 1.0, 6.0, 1),  # the mean of other models
+            ("dense", 1.6, 1.0, 5),
+            ("seed", 3.0, 0.0, 5),
         )
     }
     found = results_with(
@@ -149,3 +151,19 @@ def test_what_one_run_has_alone_stays():
     assert [*both["lora"]] == [*both["cross"]["2000"]] == ["bts"]
     again = merged(run_of(1, 3.0), both)
     assert [run["commit"] for run in again["earlier"]] == ["of 2", "of 1"]
+
+
+def test_variants_are_given_with_their_sets():
+    found = results_with(
+        *(("bts_k1", "bts", on, "bits_per_byte", 0.1, 0.0, 0.2, 1) for on in ("average", "mixed")),
+        *(("bts", "bts_outputs", on, "bits_per_byte", 0.1, 0.0, 0.2, 5) for on in ("average", "mixed")),
+        ("bts_k1", "bts", "cross", "bits_per_byte", 0.3, 0.2, 0.4, 2),
+    )
+    found["methods"]["bts_k1"] = {"trained_parameters": 25}
+    cell = "+0.100 (+0.000 to +0.200)"
+    expected = (
+        f"| BTS, K = 1 | BTS, the paper's form | 25 | 100 | {cell} | {cell} | 1 | +0.300 (+0.200 to +0.400) | 2 |"
+    )
+    assert variants_table(found).splitlines()[2:] == [expected]
+    with pytest.raises(ValueError, match="no variant of our forms has been tested"):
+        variants_table(results_with())
