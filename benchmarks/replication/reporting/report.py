@@ -218,7 +218,7 @@ def gap_table(results: Results) -> str:
     for what, rows in gaps.items():
         for row in rows:
             lines.setdefault((row["on"], row["ours"], row["baseline"]), {})[what] = interval(row)
-    heads = [f"{what} ({rows[0]['sets']} sets)" for what, rows in gaps.items()]
+    heads = [f"{what} (sets: {rows[0]['sets']})" for what, rows in gaps.items()]
     return table(["on", "ours", "against", *heads], [
         [on, TITLES[ours], TITLES[other], *(cells.get(what, "") for what in gaps)]
         for (on, ours, other), cells in lines.items()
