@@ -5,7 +5,8 @@
     python -m benchmarks.replicate --preset gpu        # one GPU, larger models
 
 Every finished piece is a small JSON file in the cache, and the same command goes on where it was stopped;
-`--minutes 170` ends a sitting between two pieces. Writes `benchmarks/results/replicate.json`
+`--minutes 170` ends a sitting between two pieces, `--parts lora size0.3M` does parts alone, and `--earlier FILE` goes
+on from a results file whose pieces are gone. Writes `benchmarks/results/replicate.json`
 (`replicate-<preset>.json` for other presets than full), and beside it a report (`.md`) and a folder of plots. The
 library behind it is `benchmarks/replication/`.
 """
@@ -38,7 +39,7 @@ class Arguments:
     results: str = field(default="", metadata={"help": "file to write [benchmarks/results/replicate.json for full]"})
     earlier: str = field(
         default="",
-        metadata={"help": "results of a run whose pieces are elsewhere: its learning rates are taken"},
+        metadata={"help": "results whose pieces are gone: take their learning rates, report their figures too"},
     )
     parts: list[str] = field(default_factory=list, metadata={"help": "do these parts of the study alone [all]"})
     device: str = field(default="", metadata={"help": "cpu or cuda [cuda for the preset gpu]"})
@@ -62,7 +63,7 @@ def main() -> None:
     plan = Plan(preset, Path(arguments.cache_dir), device)
     if arguments.earlier:
         try:
-            keep_earlier(Path(arguments.earlier), arguments.preset, plan.store)
+            keep_earlier(Path(arguments.earlier), arguments.preset, preset, plan.store)
         except ValueError as error:
             raise SystemExit(str(error)) from None
         plan = Plan(preset, Path(arguments.cache_dir), device)

@@ -5,7 +5,8 @@ paired.py      paired differences between methods
 claims.py      the paper's claims, and the verdict on each
 targets.py     our own targets
 summary.py     one results file
-cells.py       how figures are written into cells
+merging.py     the figures of a run and of the one that it goes on from
+cells.py       how figures are written into cells, and tables that several pages have
 advice.py      the report's first page: what to use when
 report.py      the results file as Markdown
 plots.py       the report's plots

@@ -5,7 +5,18 @@ from typing import Any
 from ...reporting import table
 from ..methods.registry import TITLES, is_ours
 from ..work.presets import FORMS, SIMPLE
-from .cells import GOALS, Results, cross_name, cross_title, everywhere, figure, interval, outcome, weights
+from .cells import (
+    GOALS,
+    Results,
+    cross_name,
+    cross_title,
+    everywhere,
+    figure,
+    interval,
+    on_the_same_sets,
+    outcome,
+    weights,
+)  # fmt: skip
 
 
 # What a part of a form adds: the form, and the same without it.
@@ -81,9 +92,7 @@ def cross_advice(results: Results) -> list[str]:
     """Of the cross task: our best form against the best of all others, for few steps and for many."""
     lines = []
     for on, part in {"cross": cross_name(results), "cross_long": cross_name(results, long=True)}.items():
-        found = results["cross"].get(part, {})
-        most = max((row["average"]["n"] for row in found.values()), default=0)  # means are of the same sets
-        found = {name: row for name, row in found.items() if row["average"]["n"] == most}
+        found = on_the_same_sets(results["cross"].get(part, {}))
         by_bits = sorted(found, key=lambda name: found[name]["bits_per_byte"]["mean"])
         ours, other = next(filter(is_ours, by_bits), None), next((name for name in by_bits if not is_ours(name)), None)
         row = between(results, ours, other, on) if ours and other else None

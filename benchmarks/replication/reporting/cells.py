@@ -19,13 +19,27 @@ def figure(spread: dict[str, Any] | None, digits: int = 3) -> str:
     return f"{spread['mean']:.{digits}f}{sd}"
 
 
+def models_of(row: dict[str, Any]) -> tuple[int, int]:
+    """How many sets of models, and of which run: where both agree, means may be compared."""
+    bits = row["bits_per_byte"]
+    return bits.get("average", bits)["n"], row.get("run", 0)
+
+
+def on_the_same_sets(methods: dict[str, Any]) -> dict[str, Any]:
+    """The methods that were tested on the most sets, in one run: only their means may stand side by side."""
+    most = max(map(models_of, methods.values()), default=(0, 0))
+    return {name: row for name, row in methods.items() if models_of(row) == most}
+
+
 def everywhere(results: Results) -> dict[str, Any]:
-    """The methods that were tested on all sets: only their means may stand side by side."""
-    return {
-        name: row
-        for name, row in results["methods"].items()
-        if row["bits_per_byte"]["average"]["n"] == results["sets"]
-    }
+    """The main methods that were tested on all sets."""
+    return on_the_same_sets(results["methods"])
+
+
+def sets(row: dict[str, Any]) -> str:
+    """How many sets, and of which run where it is not the first."""
+    count, run = models_of(row)
+    return f"{count}" + (f", run {run + 1}" if run else "")
 
 
 def weights(row: dict[str, Any]) -> str:
@@ -34,10 +48,11 @@ def weights(row: dict[str, Any]) -> str:
 
 
 def rates(row: dict[str, Any]) -> str:
-    """Learning rates that were taken, with an asterisk at the edge of those that were tried, and a dagger where an
-    earlier run had chosen them."""
+    """Learning rates that were taken, with an asterisk at the edge of those that were tried, or with a dagger where
+    none was, but what an earlier run had chosen."""
     taken = ", ".join(sorted({f"{rate:g}" for rate in row.get("learning_rates", [])}))
-    return taken + "*" * row.get("edge", False) + "†" * row.get("rate_of_earlier", False) or "-"
+    mark = "†" if row.get("rate_of_earlier_run") else "*" if row.get("edge") else ""
+    return taken + mark or "-"
 
 
 def outcome(row: dict[str, Any]) -> str:
@@ -63,26 +78,26 @@ def cross_title(results: Results, name: str) -> str:
 
 
 def cross_table(results: Results, items: str) -> str:
-    """The cross task with so many training items: right answers in percent, and bits per byte of the answers. An
-    asterisk marks the lowest or highest of the rates that were tried.
+    """The cross task with so many training items: right answers in percent, and bits per byte of the answers, of the
+    methods that were tested on the most sets. An asterisk marks the lowest or highest of the rates that were tried, a
+    dagger a rate that an earlier run had chosen.
 
     Raises:
         ValueError: If there is no such table.
     """
     if items not in results["cross"]:
         raise ValueError(f"of the cross task there is {', '.join(results['cross']) or 'nothing'}, and no {items!r}")
-    rows = [
-        [
-            TITLES[name],
-            weights(row),
-            rates(row),
-            figure(row["average"], 1),
-            figure(row["bits_per_byte"]),
-            row["average"]["n"],
-        ]
-        for name, row in results["cross"][items].items()
+    return table(CROSS_HEADS, cross_rows(on_the_same_sets(results["cross"][items])))
+
+
+CROSS_HEADS = ["method", "trained weights", "learning rate", "right, %", "bits per byte", "sets"]
+
+
+def cross_rows(methods: dict[str, Any]) -> list[list[str]]:
+    return [
+        [TITLES[name], weights(row), rates(row), figure(row["average"], 1), figure(row["bits_per_byte"]), sets(row)]
+        for name, row in methods.items()
     ]
-    return table(["method", "trained weights", "learning rate", "right, %", "bits per byte", "sets"], rows)
 
 
 def variants_table(results: Results) -> str:
@@ -111,5 +126,14 @@ def variants_table(results: Results) -> str:
          interval(found[name, "average"]), *cells(name, "mixed"), *cells(name, "cross")]
         for name in names
     ]  # fmt: skip
-    heads = ["variant", "its form", "trained weights", "of its form", *GOALS.values(), "sets", "cross task", "sets"]
+    heads = [
+        "variant",
+        "its form",
+        "trained weights",
+        "weights of its form",
+        *GOALS.values(),
+        "sets",
+        "cross task",
+        "sets, cross task",
+    ]
     return table(heads, rows, left=2)

@@ -83,12 +83,13 @@ def claims(main: Table, cross: list[Table]) -> list[dict[str, Any]]:
         verdict = {1: REPRODUCED, 0: TIE, -1: NOT}[outcome]
         if claim.relation == "as good" and outcome == 0:
             verdict = REPRODUCED
-        both = [mean(table.values(name, tests, figure)) for name in (claim.a, claim.b)]
+        common = common_sets(table, claim.a, claim.b)
+        both = [mean(table.values(name, tests, figure, sets=common)) for name in (claim.a, claim.b)]
         steps = f" ({table.part.steps} steps)" if table.part.steps else ""
         verdicts.append({
             "id": claim.id, "text": claim.text + steps, "paper": list(claim.paper), "figure": figure, "ours": both,
             "difference": found.value, "margin": (found.high - found.low) / 2, "low": found.low, "high": found.high,
-            "sets": len(common_sets(table, claim.a, claim.b)), "verdict": verdict,
+            "sets": len(common), "verdict": verdict,
         })  # fmt: skip
     return verdicts
 

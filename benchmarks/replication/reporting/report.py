@@ -10,10 +10,26 @@ from ...reporting import table, write_results
 from ..methods.registry import TITLES, form_of, is_ours
 from ..text.corpora import DOMAINS, MIXED
 from ..text.tasks import CROSS, TASKS
+from ..work.earlier import runs_of
 from ..work.material import PROTOCOLS
 from ..work.presets import FORMS, SHARES, SIMPLE
 from .advice import between, summary
-from .cells import GOALS, Results, cross_table, cross_title, everywhere, figure, interval, outcome, rates, weights
+from .cells import (
+    CROSS_HEADS,
+    GOALS,
+    Results,
+    cross_rows,
+    cross_table,
+    cross_title,
+    everywhere,
+    figure,
+    interval,
+    on_the_same_sets,
+    outcome,
+    rates,
+    weights,
+)
+from .cells import sets as sets_of
 from .plots import draw_all
 
 
@@ -43,16 +59,16 @@ def write_report(results: Results, path: Path) -> None:
 
 
 def head(results: Results) -> str:
-    sets, pieces = results["sets"], results["pieces"]
+    sets = results["sets"]
     scope = (
         "One set of seed and experts: intervals cover the choice of test data, not other seeds and experts."
         if sets == 1
         else f"{sets} independent sets of seed and experts. Intervals are the middle 95% of what a figure was when "
         "sets and documents were drawn again."
     )
-    if pieces["done"] < pieces["all"]:
-        left = ", ".join(f"{part} ({done} of {all_})" for part, (done, all_) in pieces["parts"].items() if done < all_)
-        scope += f" **Unfinished: parts of which not all pieces of work are done: {left}.**"
+    left = [f"{part} ({done} of {all_})" for part, (done, all_) in results["pieces"]["parts"].items() if done < all_]
+    if left:
+        scope += f" **Unfinished parts (pieces of work that are done): {', '.join(left)}.**"
     rates = results["settings"]["rates"]
     scope += " Each method had one learning rate, nothing was chosen." if rates == 1 else ""
     return (
@@ -100,7 +116,7 @@ def elsewhere(results: Results) -> str:
         found = [between(results, *pair, on) for on in GOALS]
         if all(found):
             row = results["methods"][name]["bits_per_byte"]
-            rows.append([TITLES[name], weights(results["methods"][name]), found[0]["sets"],
+            rows.append([TITLES[name], weights(results["methods"][name]), sets_of(results["methods"][name]),
                          *(figure(row[on]) for on in GOALS), " less ".join(TITLES[one] for one in pair),
                          *map(interval, found)])  # fmt: skip
     if not rows:
@@ -108,8 +124,9 @@ def elsewhere(results: Results) -> str:
     order = list(TITLES.values())
     rows.sort(key=lambda row: order.index(row[0]))
     return (
-        "\n\nThe following were run on fewer sets, and sets differ more than methods do. So look at the differences, "
-        "which are within the same sets and documents; with one set, the intervals say nothing about other models.\n\n"
+        "\n\nThe following were run on fewer sets, or on those of another run, and sets differ more than methods do. "
+        "So look at the differences, which are within the same sets and documents; with one set, the intervals say "
+        "nothing about other models.\n\n"
         + table(["method", "trained weights", "sets", "bits per byte", "on mixed text", "difference", "average",
                  "mixed text"], rows)
     )  # fmt: skip
@@ -121,14 +138,15 @@ def curves(results: Results, figures: dict[str, str]) -> str:
     for name, row in results["methods"].items():
         if "curve" in row:
             looks = [figure(row["curve"].get(share)) for share in shares]
-            rows.append([TITLES[name], row["bits_per_byte"]["average"]["n"], rates(row), *looks])
+            rows.append([TITLES[name], sets_of(row), rates(row), *looks])
     if not rows:
         return ""
     heads = [f"after {100 * share:.0f}% of the steps" for share in SHARES]
     return (
         "## Who gets where how fast\n\nBits per byte on validation text. The router by sequence is trained in passes, "
-        "and looked at once. *: the lowest or highest of the rates that were tried. †: not tried again, but what an "
-        "earlier run had chosen for the method, or for the form that it is a variant of.\n\n"
+        "and looked at once. Methods on other sets are of other models: by how much they differ stands above. *: the "
+        "lowest or highest of the rates that were tried. †: not tried, but what an earlier run had chosen for the "
+        "method, or for the form that it is a variant of.\n\n"
         + table(["method", "sets", "learning rate", *heads], rows)
         + f"\n\n![learning curves]({figures['curves']})"
     )
@@ -162,31 +180,52 @@ def paired(results: Results) -> str:
 
 
 def tasks(results: Results) -> str:
-    names = [name for name, row in results["methods"].items() if "tasks" in row]
-    rows = []
-    for name in names:
-        found = results["methods"][name]["tasks"]
-        cells = []
-        for task in (*TASKS, CROSS):
-            scores = found[task].get("chrf", {}) if task in TASKS and TASKS[task].metric == "chrf" else found[task]
-            means = [f"{scores[protocol]['mean']:.1f}" for protocol in PROTOCOLS if protocol in scores]
-            cells.append(" / ".join(means) or "-")
-        rows.append([TITLES[name], found["sums"].get("alone", {}).get("n", ""), *cells])
+    exact = [task for task in (*TASKS, CROSS) if task not in TASKS or TASKS[task].metric == "exact"]
+    rows = [
+        [TITLES[name], sets_of(row), *(figure(row["tasks"][task]["alone"], 1) for task in exact)]
+        for name, row in results["methods"].items()
+        if "tasks" in row
+    ]
     return (
-        "## Tasks\n\nAnswers that are right to the letter, in percent, asked alone, or alone / behind four solved "
-        "examples, of the sets that were asked both ways. "
-        f"French and German: chrF of translations. {CROSS}: nobody was trained on them here.\n\n"
-        + table(["method", "sets", *TASKS, CROSS], rows)
+        "## Tasks\n\nAnswers that are right to the letter, in percent, asked alone. Rows of other sets are of other "
+        f"models, whose maths experts differ most. {CROSS}: nobody was trained on them here.\n\n"
+        + table(["method", "sets", *exact], rows, left=2)
+        + prompts(results)
+    )
+
+
+def prompts(results: Results) -> str:
+    """Both protocols, of the sets that were asked both ways."""
+    if not results["prompts"]:
+        return ""
+    rows = []
+    for name, found in results["prompts"].items():
+        cells = []
+        for task, row in found.items():
+            scores = row.get("chrf", {}) if task in TASKS and TASKS[task].metric == "chrf" else row
+            cells.append(" / ".join(f"{scores[way]['mean']:.1f}" for way in PROTOCOLS if way in scores) or "-")
+        rows.append([TITLES[name], *cells])
+    sets = max(row["four"]["n"] for found in results["prompts"].values() for row in found.values())
+    return (
+        "\n\nThe same questions asked alone / behind four solved examples, and chrF of written translations (French "
+        f"and German). Sets: {sets}{', of the last run' * (len(runs_of(results)) > 1)}.\n\n"
+        + table(["method", *TASKS, CROSS], rows)
     )
 
 
 def cross(results: Results, items: str) -> str:
-    return (
+    found = results["cross"][items]
+    fewer = {name: row for name, row in found.items() if name not in on_the_same_sets(found)}
+    page = (
         f"## Cross capability: word problems in French, {cross_title(results, items)}\n\nFrench and maths experts. "
         "Answers right to the letter, in percent, and bits per byte of the answers. Seed, experts, soup and BTM are "
-        f"not trained on them. *: the lowest or highest rate tried. †: chosen by an earlier run."
-        f"\n\n{cross_table(results, items)}"
+        "not trained on them. *: the lowest or highest rate tried. †: chosen by an earlier run.\n\n"
+        f"{cross_table(results, items)}"
     )
+    if fewer:
+        page += '\n\nOn other sets, so of other models; their differences stand under "Paired differences":\n\n'
+        page += table(CROSS_HEADS, cross_rows(fewer))
+    return page
 
 
 def others(results: Results) -> str:
@@ -199,15 +238,15 @@ def others(results: Results) -> str:
     for what, methods in parts.items():
         for name, row in methods.items():
             if not what.endswith("parameters") or name in ("seed", *SIMPLE, *FORMS):
-                n = row["bits_per_byte"]["average"]["n"]
-                rows.append([what, TITLES[name], n, *(figure(row["bits_per_byte"][on]) for on in GOALS)])
+                bits = [figure(row["bits_per_byte"][on]) for on in GOALS]
+                rows.append([what, TITLES[name], sets_of(row), rates(row), *bits])
     if not rows:
         return ""
     return (
         "## Other experts, other sizes\n\nDo the differences grow or shrink? In bits per byte, within a set and "
-        "document.\n\n"
+        "document. Columns of one run are of the same text, and of seeds that were trained alike.\n\n"
         f"{gap_table(results)}\n\n"
-        + table(["models", "method", "sets", "bits per byte", "on mixed text"], rows, left=2)
+        + table(["models", "method", "sets", "learning rate", "bits per byte", "on mixed text"], rows, left=3)
     )
 
 
@@ -299,18 +338,25 @@ def setup(results: Results) -> str:
         f"- Steps of {settings['batch']} blocks of 256 tokens: {stages}; combinations {settings['steps']}, cross task "
         f"{settings['cross_steps']}. Every trained method saw the same blocks in the same order.\n"
         f"- {rates}\n- Sets by part: {parts}.\n"
-        f"{before(results)}"
+        f"{earlier_runs(results)}"
         f"- {results['core_minutes']:.0f} core minutes (processor time) so far, on {results['machine']}, Python "
         f"{results['python']}, {versions}; reported by commit {results['commit']}, pieces made by "
         f"{', '.join(results['commits'])}."
     )
 
 
-def before(results: Results) -> str:
-    """The runs that this one goes on from."""
-    runs = [f"commit {run['commit']}, {run['sets']} sets, {run['core_minutes']:.0f} core minutes"
-            for run in results.get("earlier", [])]  # fmt: skip
-    return "" if not runs else (
-        f"- Goes on from an earlier run ({'; '.join(runs)}), on another machine, where the same seeds make "
-        "other models. Of each figure the one over more sets is given; differences are always within one run.\n"
-    )  # fmt: skip
+def earlier_runs(results: Results) -> str:
+    """Of a run that goes on from others: which, and what that means."""
+    runs = runs_of(results)
+    if len(runs) == 1:
+        return ""
+    each = "; ".join(
+        f"run {number}: reported by commit {run['commit']}, {run['core_minutes']:.0f} core minutes, torch "
+        f"{run['versions']['torch']}"
+        for number, run in enumerate(runs, 1)
+    )
+    return (
+        f"- Figures of {len(runs)} runs, each of which went on from the results file of the one before, with its "
+        "learning rates. Their models differ, and are never pooled: of each figure the one over more sets is given, "
+        f"and differences are always within one run. {each}.\n"
+    )

@@ -33,12 +33,12 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
     """Everything that was found out, here and by an earlier run, ready for JSON. What is not finished is left out.
 
     Raises:
-        SystemExit: If no method of the first part has been tested on any set.
+        SystemExit: If no method of the first part has been tested on any set, here or by an earlier run.
     """
     tables = {key: Table(plan, part) for key, part in plan.tables().items()}
     size = plan.preset.parts[0].size
     main = tables[size, "main"]
-    if not plan.store.has("tests") or not main.methods:
+    if not plan.store.has("tests") or not (main.methods or plan.earlier):
         raise SystemExit("There is nothing to report yet: no method has been tested.")
     cross = [table for (of, _), table in tables.items() if of == size and table.part.kind == "cross" and table.methods]
     full = [table for table in cross if table.part.items == max(table.part.items for table in cross)]
@@ -49,10 +49,13 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         **origin(plan),
         "trained": trainings(plan, main),
         "methods": {name: method_row(main, name) for name in main.methods},
-        "cross": {table.part.title: {name: cross_method(table, name) for name in table.methods} for table in cross},
+        "cross": {
+            table.part.results_key: {name: cross_method(table, name) for name in table.methods} for table in cross
+        },
         "lora": of_table(tables.get((size, "main_lora"))),
         "sizes": {of: of_table(table) for (of, name), table in tables.items() if name == "main"},
         "cost": read(plan, main.studies[0].name("cost")),
+        "prompts": prompts(main),
         "forgetting": forgetting(main),
         "gates": gates(main),
     }
@@ -85,12 +88,7 @@ def origin(plan: Plan) -> dict[str, Any]:
         },
         "commits": sorted({result["commit"] for result in finished}),  # that the pieces were made by
         "core_minutes": sum(result["cpu_seconds"] for result in finished) / 60,
-        "settings": {
-            "size": preset.parts[0].size, "steps": preset.steps, "cross_steps": preset.cross_steps,
-            "batch": preset.batch, "tuned_sets": preset.tuned_sets, "rates": preset.rates,
-            "stages": {name: [stage.steps, stage.learning_rate] for name, stage in preset.stages.items()},
-            "parts": {part.name: part.sets for part in preset.parts},
-        },
+        "settings": {**preset.settings, "parts": {part.name: part.sets for part in preset.parts}},
     }  # fmt: skip
 
 
@@ -137,7 +135,8 @@ def method_row(table: Table, name: str) -> dict[str, Any]:
     if name in ORACLES:
         return row
     row["average"] = spread(table.values(name, EXACT, "exact"))
-    row["tasks"] = {task: task_row(table, name, task) for task in (*TASKS, CROSS)}
+    row["tasks"] = {task: {"alone": spread(table.values(name, [f"alone/{task}"], "exact"))}
+                    for task in (*TASKS, CROSS) if f"alone/{task}" in table.sizes}  # fmt: skip
     piece = next(piece for study in table.studies if (piece := table.piece(study, name)))
     row |= {f"{kind}_parameters": count for kind, count in piece["parameters"].items()}
     if name in TRAINED:
@@ -147,28 +146,34 @@ def method_row(table: Table, name: str) -> dict[str, Any]:
 
 def training(table: Table, name: str) -> dict[str, Any]:
     """Learning rates taken, whether they are at the `edge` of those that were tried, whether by an earlier run
-    (`rate_of_earlier`), and the learning curve."""
+    (`rate_of_earlier_run`), and the learning curve."""
     pieces = [table.piece(table.studies[number], name) for number in table.sets(name)]
     rates = [piece["learning_rate"] for piece in pieces if piece]
     tried = table.plan.preset.rates_of(name)
     edge = len(tried) > 1 and any(rate in (tried[0], tried[-1]) for rate in rates)
     row = {"learning_rates": rates, "edge": edge, "curve": curve(table, name)}
     given = rate_of(table.plan.earlier, table.part, name) is not None
-    return row | ({"rate_of_earlier": True} if given else {})
+    return row | ({"rate_of_earlier_run": True} if given else {})
 
 
-def task_row(table: Table, name: str, task: str) -> dict[str, Any]:
-    """Right answers in percent, and chrF of translations, alone and behind four examples; what is done of it."""
-    row: dict[str, Any] = {}
-    test, both = f"alone/{task}", table.sets(name, "four")
-    if test in table.sizes:  # of the sets that were asked both ways, if there are any: they are to be compared
-        row["alone"] = spread(table.values(name, [test], "exact", sets=both or None))
-    if both:
-        row["four"] = spread(table.values(name, [f"four/{task}"], "exact", "four"))
+def prompts(table: Table) -> dict[str, Any]:
+    """By method and task: right answers in percent, and chrF of translations, "alone" and behind "four" examples, on
+    the sets that were asked both ways."""
+    found: dict[str, Any] = {}
+    for name in table.methods:
+        if sets := table.sets(name, "four"):
+            found[name] = {task: asked_both_ways(table, name, task, sets) for task in (*TASKS, CROSS)}
+    return found
+
+
+def asked_both_ways(table: Table, name: str, task: str, sets: list[int]) -> dict[str, Any]:
+    row: dict[str, Any] = {"four": spread(table.values(name, [f"four/{task}"], "exact", "four"))}
+    if f"alone/{task}" in table.sizes:
+        row["alone"] = spread(table.values(name, [f"alone/{task}"], "exact", sets=sets))
     for protocol in PROTOCOLS:
         written = f"answers_{protocol}_{task}"
-        if sets := table.sets(name, written):
-            pieces = [table.piece(table.studies[number], name, written) for number in sets]
+        if done := table.sets(name, written):
+            pieces = [table.piece(table.studies[number], name, written) for number in done]
             row.setdefault("chrf", {})[protocol] = spread(mean(piece["chrf"]) for piece in pieces if piece)
     return row
 

@@ -52,8 +52,11 @@ class Table:
     def whole(self) -> list[int]:
         """The sets on which all methods of the first part that fills this table are tested; if there are none, all.
 
-        Only these are reported: means over different sets are not to be compared.
+        Only these are reported: means over different sets are not to be compared. A run that goes on from an earlier
+        one has all of its sets: it is there for what the earlier one has not, and its rows are marked.
         """
+        if self.plan.earlier:
+            return [study.set.number for study in self.studies]
         parts = (
             part for part in self.plan.preset.parts if (part.size, part.table) == (self.part.size, self.part.table)
         )

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..methods.registry import is_ours
 from ..work.presets import FORMS
+from .cells import models_of, on_the_same_sets
 from .paired import BITS, EXACT
 
 
@@ -25,7 +26,7 @@ def targets(results: dict[str, Any]) -> list[dict[str, Any]]:
 def best_everywhere(results: dict[str, Any], on: str, text: str) -> dict[str, Any]:
     """The form with the fewest bits, against all baselines that are not ours."""
     methods = results["methods"]
-    forms = [name for name in FORMS if name in methods]
+    forms = on_the_same_sets({name: methods[name] for name in FORMS if name in methods})
     if not forms:
         return {"text": text, "met": None, "by": None, "not_beaten": []}
     best = min(forms, key=lambda name: methods[name]["bits_per_byte"][on]["mean"])
@@ -42,10 +43,9 @@ def half_the_effort(results: dict[str, Any]) -> dict[str, Any]:
     if "bts" not in methods:
         return {"text": text, "met": None, "by": None, "not_beaten": []}
     goal, most = methods["bts"]["curve"]["1"]["mean"], methods["bts"]["trained_parameters"] / 2
-    small = [name for name in methods if is_ours(name) and methods[name]["trained_parameters"] <= most]
-    small = [
-        name for name in small if methods[name]["curve"].get("0.5", {}).get("n") == methods["bts"]["curve"]["1"]["n"]
-    ]
+    same = [name for name, row in methods.items() if models_of(row) == models_of(methods["bts"])]
+    small = [name for name in same if is_ours(name) and methods[name]["trained_parameters"] <= most]
+    small = [name for name in small if "0.5" in methods[name]["curve"]]
     good = [name for name in small if methods[name]["curve"]["0.5"]["mean"] <= goal]
     return {"text": text, "met": bool(good) if small else None, "by": ", ".join(good) or None, "not_beaten": []}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from ..branching.models import BATCH, EXPERTS, SEED_MIX, STAGES, TRIES, Stage
 from ..text.corpora import Sizes
@@ -78,8 +79,8 @@ class Part:
         return kind + ("_lora" if self.lora else "") + (f"{self.items}" if kind == "cross" else "") + steps
 
     @property
-    def title(self) -> str:
-        """Of the cross task: what its table is called in the results."""
+    def results_key(self) -> str:
+        """Of the cross task: the name of its table in the results."""
         return f"{self.items}" + (f" for {self.steps} steps" if self.steps else "")
 
 
@@ -123,6 +124,15 @@ class Preset:
         """Of everything but the parts: more of them go on where fewer ended."""
         sizes = {name: value for name, value in asdict(self).items() if name not in ("parts", "together")}
         return hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:8]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the report says of how models were made."""
+        return {
+            "size": self.parts[0].size, "steps": self.steps, "cross_steps": self.cross_steps, "batch": self.batch,
+            "tuned_sets": self.tuned_sets, "rates": self.rates,
+            "stages": {name: [stage.steps, stage.learning_rate] for name, stage in self.stages.items()},
+        }  # fmt: skip
 
     def rates_of(self, method: str) -> tuple[float, ...]:
         rates = OWN_RATES.get(method, RATES)

@@ -6,9 +6,11 @@ from benchmarks.replication.measures.bootstrap import Interval
 from benchmarks.replication.methods.registry import form_of
 from benchmarks.replication.reporting import targets
 from benchmarks.replication.reporting.advice import cross_advice, simple_wins
-from benchmarks.replication.reporting.cells import variants_table
+from benchmarks.replication.reporting.cells import everywhere, variants_table
 from benchmarks.replication.reporting.merging import merged
 from benchmarks.replication.reporting.paired import better
+from benchmarks.replication.work.earlier import rate_of
+from benchmarks.replication.work.presets import Part
 
 
 @pytest.mark.parametrize("figure, low, high, expected", [
@@ -21,8 +23,8 @@ def test_fewer_bits_and_more_right_answers_are_better(figure, low, high, expecte
 
 def results_with(*rows):
     methods = {
-        name: {"bits_per_byte": {on: {"mean": bits} for on in ("average", "mixed")}, "trained_parameters": count,
-               "curve": {"0.5": {"mean": half, "n": 2}, "1": {"mean": bits, "n": 2}}}
+        name: {"bits_per_byte": {on: {"mean": bits, "n": 2} for on in ("average", "mixed")},
+               "trained_parameters": count, "curve": {"0.5": {"mean": half}, "1": {"mean": bits}}}
         for name, bits, half, count in (("bts", 2.0, 2.2, 100), ("outputs", 1.9, 1.95, 10), ("btm", 2.1, 2.1, 0))
     }  # fmt: skip
     keys = ("ours", "baseline", "on", "figure", "difference", "low", "high", "sets")
@@ -40,8 +42,12 @@ def test_targets_are_met_or_not_by_intervals():
     effort = targets.half_the_effort(results_with())
     assert (effort["met"], effort["by"]) == (True, "outputs")
     fewer_sets = results_with()
-    fewer_sets["methods"]["outputs"]["curve"]["0.5"]["n"] = 1  # a mean of other models
+    fewer_sets["methods"]["outputs"]["bits_per_byte"]["average"]["n"] = 1  # a mean of other models
     assert targets.half_the_effort(fewer_sets)["met"] is None
+    assert targets.best_everywhere(fewer_sets, "average", "")["by"] == "bts"
+    another_run = results_with()
+    another_run["methods"]["outputs"]["run"] = 1
+    assert targets.half_the_effort(another_run)["met"] is None
     right = ("bts", "dense", "cross", "exact", 5.0, 2.0, 8.0)
     assert targets.beats_dense(results_with(right), "cross", "exact")["by"] == "bts"
     assert targets.beats_dense(results_with((*right[:4], 5.0, -2.0, 8.0)), "cross", "exact")["met"] is False
@@ -57,7 +63,7 @@ def test_targets_are_met_or_not_by_intervals():
 
 def test_the_page_says_what_to_use_for_tasks_of_two_experts():
     rows = {
-        name: {"bits_per_byte": {"mean": bits}, "average": {"mean": right, "n": sets}, "trained_parameters": 10}
+        name: {"bits_per_byte": {"mean": bits, "n": sets}, "average": {"mean": right}, "trained_parameters": 10}
         for name, bits, right, sets in (
             ("bts", 1.2, 4.0, 5),
             ("bts_outputs", 1.1, 5.0, 5),
@@ -109,48 +115,82 @@ def test_the_page_says_where_a_simple_way_wins():
     assert "Nowhere" in simple_wins(results_with())
 
 
-def run_of(sets, bits, **tasks):
+def run_of(sets, bits, commit, asked=None):
     """Results as small as they may be: one method, one difference."""
     spread = {"mean": bits, "n": sets}
-    row = {"bits_per_byte": {"average": spread, "mixed": spread}, "tasks": {"french": tasks}, "trained_parameters": 1,
-           "curve": {"0.5": spread, "1": spread}}  # fmt: skip
+    row = {"bits_per_byte": {"average": spread, "mixed": spread}, "tasks": {"sums": {"alone": spread}},
+           "trained_parameters": 1, "curve": {"0.5": spread, "1": spread}}  # fmt: skip
     pair = {"ours": "bts", "baseline": "btm", "on": "average", "figure": "bits_per_byte", "difference": bits,
             "low": bits, "high": bits, "sets": sets}  # fmt: skip
     claim = {"id": "bts_over_btm", "sets": sets}
     return {
-        "sets": sets, "commit": f"of {sets}", "commits": [f"of {sets}"], "core_minutes": 60, "trained": {}, "lora": {},
-        "pieces": {"done": sets, "all": 9, "parts": {"main": [sets, 9]}}, "methods": {"bts": row}, "gates": {},
-        "cross": {}, "sizes": {"0.75M": {"bts": row}}, "cost": {}, "forgetting": {}, "paired": [pair],
-        "gaps": {"0.75M": [pair]}, "claims": [claim],
+        "sets": sets, "commit": commit, "commits": [commit], "core_minutes": 60, "trained": {}, "lora": {},
+        "pieces": {"parts": {"main": [sets, 9]}}, "methods": {"bts": row}, "gates": {}, "cross": {},
+        "sizes": {"0.75M": {"bts": row}}, "cost": {}, "forgetting": {}, "paired": [pair], "gaps": {"0.75M": [pair]},
+        "claims": [claim], "prompts": asked or {},
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("new, earlier, taken", [(1, 5, 5), (5, 1, 5), (2, 2, 2)])
-def test_of_two_runs_each_figure_is_of_the_one_with_more_sets(new, earlier, taken):
-    written = {"chrf": {"alone": {"mean": 30.0, "n": 1}}, "four": {"n": 1}, "alone": {"n": 1}}
-    both = merged(run_of(new, 1.0, **written), run_of(earlier, 2.0, alone={"n": earlier}))
-    bits = 1.0 if new >= earlier else 2.0
+@pytest.mark.parametrize("new, earlier", [(1, 5), (5, 1), (2, 2)])
+def test_of_two_runs_each_figure_is_of_the_one_with_more_sets(new, earlier):
+    asked = {"bts": {"sums": {"four": {"mean": 7.0, "n": 1}}}}
+    both = merged(run_of(new, 1.0, "b", asked), run_of(earlier, 2.0, "a"))
+    bits, taken, run = (1.0, new, 1) if new >= earlier else (2.0, earlier, 0)
     for row in (both["methods"]["bts"], both["sizes"]["0.75M"]["bts"]):
-        assert row["bits_per_byte"]["average"] == {"mean": bits, "n": taken}
-        assert row["tasks"]["french"] == written  # what was asked both ways
-    for (row,) in (both["paired"], both["gaps"]["0.75M"]):
-        assert (row["difference"], row["sets"]) == (bits, taken)
+        assert row["bits_per_byte"]["average"] == row["tasks"]["sums"]["alone"] == {"mean": bits, "n": taken}
+        assert row.get("run", 0) == run
+    (row,) = both["paired"]
+    assert (row["difference"], row["sets"]) == (bits, taken)
+    assert {name: rows[0]["difference"] for name, rows in both["gaps"].items()} == {"0.75M": 2.0, "0.75M, run 2": 1.0}
     assert both["claims"][0]["sets"] == both["sets"] == taken
-    assert both["core_minutes"] == 120
-    assert both["commits"] == sorted({f"of {new}", f"of {earlier}"})
+    assert both["prompts"] == asked
+    assert (both["core_minutes"], both["commits"]) == (120, ["a", "b"])
     assert both["pieces"]["parts"] == {"main": [taken, 9]}
 
 
 def test_what_one_run_has_alone_stays():
-    new, earlier = run_of(1, 1.0), run_of(2, 2.0)
+    new, earlier = run_of(1, 1.0, "b"), run_of(2, 2.0, "a")
     new["methods"] = {"bts_k1": new["methods"]["bts"]}
     new["paired"] = [{**new["paired"][0], "ours": "bts_k1", "baseline": "bts"}]
     both = merged(new, {**earlier, "lora": earlier["methods"], "cross": {"2000": earlier["methods"]}})
     assert [*both["methods"]] == ["bts", "bts_k1"]
     assert [row["ours"] for row in both["paired"]] == ["bts", "bts_k1"]
     assert [*both["lora"]] == [*both["cross"]["2000"]] == ["bts"]
-    again = merged(run_of(1, 3.0), both)
-    assert [run["commit"] for run in again["earlier"]] == ["of 2", "of 1"]
+    again = merged(run_of(1, 3.0, "c"), both)
+    assert [run["commit"] for run in again["runs"]] == ["a", "b", "c"]
+    assert again["core_minutes"] == 180
+    assert [*again["gaps"]] == ["0.75M", "0.75M, run 2", "0.75M, run 3"]
+
+
+def test_methods_of_another_run_do_not_stand_beside_those_of_the_first():
+    """As many sets, but of other models."""
+    both = merged(run_of(1, 1.0, "b"), run_of(1, 2.0, "a"))
+    both["methods"]["btm"] = run_of(1, 0.5, "a")["methods"]["bts"]
+    assert [*everywhere(both)] == ["bts"]
+
+
+EARLIER = {
+    "methods": {"outputs": {"learning_rates": [0.01] * 5}, "bts": {"learning_rates": [0.001] * 5}, "btm": {}},
+    "lora": {"bts": {"learning_rates": [0.03]}},
+    "sizes": {},
+    "cross": {"200": {}, "2000": {"bts": {"learning_rates": [0.003]}}, "2000 for 9 steps": {}},
+}
+
+
+@pytest.mark.parametrize("part, method, expected", [
+    ({}, "bts", 0.001),
+    ({}, "bts_k1", 0.001),  # of its form
+    ({}, "bts_outputs", None),  # a form of its own
+    ({}, "routing", None),
+    ({"size": "0.3M"}, "outputs", 0.01),  # of the main models
+    ({"lora": True}, "bts", 0.03),
+    ({"kind": "cross", "items": 200}, "bts", 0.003),  # of the most items
+    ({"kind": "cross", "steps": 9}, "bts", None),  # other steps want other rates
+])  # fmt: skip
+def test_learning_rates_of_an_earlier_run(part, method, expected):
+    part = Part(**{"name": "part", "kind": "main", "methods": (), "sets": 1, **part})
+    assert rate_of(EARLIER, part, method) == expected
+    assert rate_of({}, part, method) is None
 
 
 def test_variants_are_given_with_their_sets():

@@ -78,7 +78,7 @@ def test_the_study_runs_and_reports(plan, results):
 def check_pieces(plan, found):
     assert not pending(plan.jobs(), plan.store)
     assert len(found["commits"]) == 1
-    assert found["pieces"]["done"] == found["pieces"]["all"] == len(plan.jobs())
+    assert all(done == every for done, every in found["pieces"]["parts"].values())
     methods = found["methods"]
     for name, row in methods.items():
         sets = 1 if name == "bts_token" else 2
@@ -113,7 +113,8 @@ def test_a_run_goes_on_from_an_earlier_results_file(plan, results, tmp_path, mon
     """On another machine, with nothing but that file: one part alone, with the rates that were chosen."""
     monkeypatch.setattr(command, "set_up", lambda threads: None)
     monkeypatch.setattr(loading, "download", lambda _: write_archives(tmp_path, SOURCES))
-    parts = (*SOME, Part("variants", "main", ("bts", "bts_k1"), sets=1, size="smoke"))
+    variants = Part("variants", "main", ("bts", "bts_k1"), sets=1, size="smoke")
+    parts = (*SOME, variants, Part("lora", "main", ("btm",), sets=1, size="smoke", lora=True))
     monkeypatch.setitem(command.PRESETS, "smoke", replace(plan.preset, parts=parts))
     earlier, out = tmp_path / "earlier.json", tmp_path / "out.json"
     earlier.write_text(json.dumps(results[0]))
@@ -135,28 +136,40 @@ def test_a_run_goes_on_from_an_earlier_results_file(plan, results, tmp_path, mon
     assert found["methods"]["bts"] == results[0]["methods"]["bts"]  # of two sets
     assert found["cross"] == results[0]["cross"]
     variant = found["methods"]["bts_k1"]
-    assert (variant["bits_per_byte"]["average"]["n"], variant["rate_of_earlier"]) == (1, True)
+    assert (variant["bits_per_byte"]["average"]["n"], variant["rate_of_earlier_run"]) == (1, True)
     (row,) = (row for row in found["paired"] if row["ours"] == "bts_k1" and row["on"] == "average")
     assert (row["baseline"], row["sets"]) == ("bts", 1)
     assert found["core_minutes"] > results[0]["core_minutes"]
     page = out.with_suffix(".md").read_text()
-    assert "Goes on from an earlier run" in page and f"| BTS, K = 1 | 1 | {chosen:g}" in page
+    assert "Figures of 2 runs" in page and f"| BTS, K = 1 | 1, run 2 | {chosen:g}†" in page
     assert start("--report_only") == found  # the file is kept with the results
+    earlier.write_text(json.dumps(found))  # where the results are written over the file that they go on from
+    assert start("--earlier", str(earlier), "--parts", "variants") == found
+    earlier.write_text(json.dumps(results[0]))
     check_refused(start, earlier, plan, tmp_path)
+    # A part of which nothing stands in the main table.
+    found = start("--earlier", str(earlier), "--parts", "lora", cache=tmp_path / "lora")
+    assert found["lora"]["btm"]["run"] == 1
+    assert found["methods"] == results[0]["methods"]
 
 
 def check_refused(start, earlier, plan, tmp_path):
     """Before anything is trained."""
+    results = json.loads(earlier.read_text())
     with pytest.raises(SystemExit, match="has no part trend; it has main, cross"):
         start("--parts", "trend", cache=tmp_path / "none")
     with pytest.raises(SystemExit, match="has results already: take another --cache_dir"):
         start("--earlier", str(earlier), cache=plan.material.cache)
     other = tmp_path / "other.json"
-    other.write_text(json.dumps({**json.loads(earlier.read_text()), "core_minutes": 0}))
+    other.write_text(json.dumps({**results, "commit": "another"}))
     with pytest.raises(SystemExit, match="goes on from another file already"):
         start("--earlier", str(other))
     other.write_text(json.dumps({"preset": "quick"}))
     with pytest.raises(SystemExit, match="of the preset quick, not smoke"):
+        start("--earlier", str(other), cache=tmp_path / "none")
+    settings = {**results["settings"], "steps": 1}
+    other.write_text(json.dumps({**results, "settings": settings}))
+    with pytest.raises(SystemExit, match="of other settings"):
         start("--earlier", str(other), cache=tmp_path / "none")
     with pytest.raises(SystemExit, match="there is no results file"):
         start("--earlier", str(tmp_path / "nowhere.json"), cache=tmp_path / "none")
@@ -235,8 +248,8 @@ def test_all_of_the_smoke_preset_runs_and_reports(tmp_path):
     assert {*FORMS, "soup", "token_router", "dense", "bts_hub_maths", "outputs_switches"} <= methods.keys()
     assert methods["outputs"]["trained_parameters"] < methods["bts_token_r8_outputs"]["trained_parameters"]
     for name in ("seed", "btm", "routing", "token_router", "outputs"):
-        assert {"alone", "four"} <= methods[name]["tasks"]["sums"].keys()
-        assert {"alone", "four"} == methods[name]["tasks"]["french"]["chrf"].keys()
+        assert {"alone", "four"} <= found["prompts"][name]["sums"].keys()
+        assert {"alone", "four"} == found["prompts"][name]["french"]["chrf"].keys()
     assert "btm" in found["lora"]
     assert {row["on"] for row in found["paired"]} == {"average", "mixed", "tasks", "cross", "cross_long"}
     assert "seed_as_hub" in {claim["id"] for claim in found["claims"]}
