@@ -42,16 +42,8 @@ CROSS_FORMS = tuple(form for form in FORMS if form != "outputs_evidence")  # its
 CROSS = (*SIMPLE, "dense_maths", *CROSS_FORMS)
 CROSS_LONG = ("dense", "dense_maths", "btx_soft", "bam_adapters", "bts_outputs", "bts_outputs_hub_maths", "bts",
               "bts_experts_into_hub")  # fmt: skip
-TREND = (
-    "btm",
-    "btm_forgetting",
-    "btm_forgetting_fast",
-    "routing",
-    "outputs",
-    "bts",
-    "bts_outputs",
-    "outputs_evidence",
-)
+TREND = ("btm", "btm_forgetting", "btm_forgetting_fast", "routing", "outputs", "outputs_evidence", "bts",
+         "bts_outputs")  # fmt: skip
 
 
 @dataclass(frozen=True)
