@@ -61,15 +61,13 @@ def read_earlier(store: Store) -> dict[str, Any]:
 
 
 def rate_of(earlier: dict[str, Any], part: Part, method: str) -> float | None:
-    """The learning rate that an earlier run chose for a method: in the same table; else with the main models, or on
-    the cross task with the most items; else, of a variant of our forms, the one of its form. `None`: nothing is known
-    of it, as where there are more steps than usual."""
+    """The learning rate that an earlier run chose for a method: in the same table, or else with the main models; or
+    else, of a variant of our forms, the one of its form. `None`: nothing is known of it, as on the cross task with
+    another number of items or steps, which want other rates."""
     if not earlier:
         return None
     if part.kind == "cross":
-        usual = [name for name in earlier["cross"] if name.isdigit()]
-        most = [] if part.steps else sorted(usual, key=int)[-1:]
-        tables = [earlier["cross"].get(name, {}) for name in (part.results_key, *most)]
+        tables = [earlier["cross"].get(part.results_key, {})]
     else:
         of_part = earlier["lora"] if part.lora else earlier["sizes"].get(part.size, {})
         tables = [of_part, earlier["methods"]]

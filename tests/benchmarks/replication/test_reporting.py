@@ -184,8 +184,9 @@ EARLIER = {
     ({}, "routing", None),
     ({"size": "0.3M"}, "outputs", 0.01),  # of the main models
     ({"lora": True}, "bts", 0.03),
-    ({"kind": "cross", "items": 200}, "bts", 0.003),  # of the most items
-    ({"kind": "cross", "steps": 9}, "bts", None),  # other steps want other rates
+    ({"kind": "cross"}, "bts", 0.003),
+    ({"kind": "cross", "items": 200}, "bts", None),  # other items and steps want other rates
+    ({"kind": "cross", "steps": 9}, "bts", None),
 ])  # fmt: skip
 def test_learning_rates_of_an_earlier_run(part, method, expected):
     part = Part(**{"name": "part", "kind": "main", "methods": (), "sets": 1, **part})
