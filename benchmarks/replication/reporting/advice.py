@@ -8,7 +8,7 @@ from ..work.presets import FORMS, SIMPLE
 from .cells import (
     GOALS,
     Results,
-    cross_name,
+    cross_names,
     cross_title,
     everywhere,
     figure,
@@ -89,10 +89,10 @@ def choice(row: dict[str, Any]) -> str:
 
 
 def cross_advice(results: Results) -> list[str]:
-    """Of the cross task: our best form against the best of all others, for few steps and for many."""
+    """Of the cross task: our best form against the best of all others, for few steps, for many, and from few items."""
     lines = []
-    for on, part in {"cross": cross_name(results), "cross_long": cross_name(results, long=True)}.items():
-        found = on_the_same_sets(results["cross"].get(part, {}))
+    for on, part in sorted(cross_names(results).items()):
+        found = on_the_same_sets(results["cross"][part])
         by_bits = sorted(found, key=lambda name: found[name]["bits_per_byte"]["mean"])
         ours, other = next(filter(is_ours, by_bits), None), next((name for name in by_bits if not is_ours(name)), None)
         row = between(results, ours, other, on) if ours and other else None
@@ -126,6 +126,7 @@ WHERE = {
     "tasks": "tasks",
     "cross": "the cross task",
     "cross_long": "the cross task with more steps",
+    "cross_few": "the cross task with fewer training items",
 }
 
 

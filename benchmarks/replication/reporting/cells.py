@@ -66,10 +66,14 @@ def interval(row: dict[str, Any], digits: int = 3) -> str:
     return f"{row['difference']:+.{digits}f} ({low} to {high})"
 
 
-def cross_name(results: Results, *, long: bool = False) -> str | None:
-    """What the cross task with the most items is called in the results: for the usual steps, or for more."""
-    names = [name for name in results["cross"] if ("for" in name) == long]
-    return max(names, key=lambda name: int(name.split()[0])) if names else None
+def cross_names(results: Results) -> dict[str, str]:
+    """The tables of the cross task in the results, by what paired differences call them: with the most items, for the
+    usual steps or for more, and with fewer items."""
+    items = [int(name.split()[0]) for name in results["cross"]]
+    kind = lambda name: (  # noqa: E731
+        "cross_few" if int(name.split()[0]) < max(items) else "cross_long" if "for" in name else "cross"
+    )
+    return {kind(name): name for name, rows in results["cross"].items() if rows}
 
 
 def cross_title(results: Results, name: str) -> str:

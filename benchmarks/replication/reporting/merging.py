@@ -16,7 +16,7 @@ from .targets import targets
 
 Results = dict[str, Any]
 Row = dict[str, Any]
-ON = ["average", "mixed", "tasks", "cross", "cross_long"]
+ON = ["average", "mixed", "tasks", "cross", "cross_long", "cross_few"]
 
 
 def merged(new: Results, earlier: Results) -> Results:

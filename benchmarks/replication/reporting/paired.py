@@ -45,9 +45,9 @@ def row(table: Table, ours: str, baseline: str, on: str, figure: str) -> dict[st
             "low": found.low, "high": found.high, "sets": sets}  # fmt: skip
 
 
-def paired_rows(main: Table, cross: Table | None, cross_long: Table | None) -> list[dict[str, Any]]:
+def paired_rows(main: Table, cross: dict[str, Table]) -> list[dict[str, Any]]:
     """Each of our main forms against every baseline and against each other, and variants against the form that they
-    are of; the cross task twice, of few steps and of many, with all of ours."""
+    are of; each table of the cross task, by what it is `on`, with all of ours."""
     rows = []
     for on, figure in (("average", BITS), ("mixed", BITS), ("tasks", EXACT)):
         names = [name for name in main.methods if not name.startswith("oracle")]
@@ -61,11 +61,11 @@ def paired_rows(main: Table, cross: Table | None, cross_long: Table | None) -> l
         pairs += [(name, form_of(name)) for name in variants]
         pairs += [("bts_outputs_evidence", "outputs_evidence")] if "bts_outputs_evidence" in names else []
         rows += [row(main, *pair, on, figure) for pair in pairs]
-    for on, table in {"cross": cross, "cross_long": cross_long}.items():
+    for on, table in cross.items():
         for figure in (BITS, EXACT):
-            names = table.methods if table else []
+            names = table.methods
             pairs = [(ours, other) for ours in names for other in names if is_ours(ours) and ours != other]
-            rows += [row(table, *pair, on, figure) for pair in pairs if table]
+            rows += [row(table, *pair, on, figure) for pair in pairs]
     return [found for found in rows if found]
 
 

@@ -20,6 +20,7 @@ QUOTES = {
     "table": small_table,
     "cross": lambda results: cross_table(results, "2000"),
     "cross_long": lambda results: cross_table(results, "2000 for 1000 steps"),
+    "cross_few": lambda results: cross_table(results, "200"),
     "variants": variants_table,
 }
 RESULTS = Path(__file__).parents[2] / "results" / "replicate.json"

@@ -40,9 +40,7 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
     main = tables[size, "main"]
     if not plan.store.has("tests") or not (main.methods or plan.earlier):
         raise SystemExit("There is nothing to report yet: no method has been tested.")
-    cross = [table for (of, _), table in tables.items() if of == size and table.part.kind == "cross" and table.methods]
-    full = [table for table in cross if table.part.items == max(table.part.items for table in cross)]
-    first, long = next((t for t in full if not t.part.steps), None), next((t for t in full if t.part.steps), None)
+    cross = cross_tables([table for (of, _), table in tables.items() if of == size and table.part.kind == "cross"])
     results = {
         "preset": preset_name,
         "sets": len(main.sets("seed")),
@@ -50,7 +48,8 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         "trained": trainings(plan, main),
         "methods": {name: method_row(main, name) for name in main.methods},
         "cross": {
-            table.part.results_key: {name: cross_method(table, name) for name in table.methods} for table in cross
+            table.part.results_key: {name: cross_method(table, name) for name in table.methods}
+            for table in cross.values()
         },
         "lora": of_table(tables.get((size, "main_lora"))),
         "sizes": {of: of_table(table) for (of, name), table in tables.items() if name == "main"},
@@ -59,15 +58,27 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         "forgetting": forgetting(main),
         "gates": gates(main),
     }
-    results["paired"] = paired_rows(main, first, long)
+    results["paired"] = paired_rows(main, cross)
     results["gaps"] = {
         "experts as LoRAs" if table.part.lora else table.part.size: gap_rows(table)
         for table in tables.values()
         if table.part.kind != "cross" and table.methods
     }
-    results["claims"] = claims(main, [table for table in (long, first) if table]) + other_claims(results)
+    results["claims"] = claims(main, [cross[on] for on in ("cross_long", "cross") if on in cross]) + other_claims(
+        results
+    )
     results["targets"] = targets(results)
     return merged(results, plan.earlier) if plan.earlier else results
+
+
+def cross_tables(tables: list[Table]) -> dict[str, Table]:
+    """The tables of the cross task that have results: for the usual steps, for more of them, and with fewer items."""
+    most, found = max((table.part.items for table in tables), default=0), {}
+    for table in tables:
+        if table.methods:
+            few = table.part.items < most
+            found["cross_few" if few else "cross_long" if table.part.steps else "cross"] = table
+    return found
 
 
 def read(plan: Plan, name: str) -> dict[str, Any]:

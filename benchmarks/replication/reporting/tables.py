@@ -23,6 +23,7 @@ ON = {
     "tasks": EXACT,
     "cross": [f"alone/{CROSS}"],
     "cross_long": [f"alone/{CROSS}"],
+    "cross_few": [f"alone/{CROSS}"],
 }
 
 

@@ -27,6 +27,7 @@ SOME = (
     Part("main", "main", ("btm", "routing", "bts"), sets=2, size="smoke"),
     Part("cross", "cross", ("dense",), sets=1, size="smoke"),
     Part("cross_long", "cross", ("dense", "bts"), sets=1, size="smoke", steps=3),
+    Part("cross200", "cross", ("dense", "bts"), sets=1, size="smoke", items=200),
     Part("few", "main", ("bts_token",), sets=1, size="smoke"),
 )
 
@@ -60,8 +61,9 @@ def test_the_study_runs_and_reports(plan, results):
     assert {(row["on"], row["figure"]) for row in found["paired"]} == {
         ("average", "bits_per_byte"), ("mixed", "bits_per_byte"), ("tasks", "exact"),
         ("cross_long", "bits_per_byte"), ("cross_long", "exact"),
+        ("cross_few", "bits_per_byte"), ("cross_few", "exact"),
     }  # fmt: skip
-    assert [*found["cross"]] == ["2000", "2000 for 3 steps"]
+    assert {*found["cross"]} == {"2000", "2000 for 3 steps", "200"}
     assert "cross_over_dense" in {claim["id"] for claim in found["claims"]}  # of BTS with more steps
     ids = {claim["id"] for claim in found["claims"]}
     assert ids >= {"bts_over_seed", "bts_over_btm", "keeps_math", "cross_needs_data", "gates_fit"}
@@ -335,7 +337,7 @@ def test_pages_quote_the_results(results):
         quote(page.replace("table", "nothing"), found)
     with pytest.raises(ValueError, match="no place for figures"):
         quote("Text.", found)
-    with pytest.raises(ValueError, match="there is 2000, 2000 for 3 steps, and no '2000 for 1000 steps'"):
+    with pytest.raises(ValueError, match="there is 2000, 2000 for 3 steps, 200, and no '2000 for 1000 steps'"):
         quote(page.replace("table", "cross_long"), found)
 
 
