@@ -16,7 +16,7 @@ from .cells import (
     on_the_same_sets,
     outcome,
     weights,
-)  # fmt: skip
+)
 
 
 # What a part of a form adds: the form, and the same without it.

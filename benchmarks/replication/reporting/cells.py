@@ -69,11 +69,12 @@ def interval(row: dict[str, Any], digits: int = 3) -> str:
 def cross_names(results: Results) -> dict[str, str]:
     """The tables of the cross task in the results, by what paired differences call them: with the most items, for the
     usual steps or for more, and with fewer items."""
-    items = [int(name.split()[0]) for name in results["cross"]]
-    kind = lambda name: (  # noqa: E731
-        "cross_few" if int(name.split()[0]) < max(items) else "cross_long" if "for" in name else "cross"
-    )
-    return {kind(name): name for name, rows in results["cross"].items() if rows}
+    items = {name: int(name.split()[0]) for name, rows in results["cross"].items() if rows}
+    found = {}
+    for name, count in items.items():
+        few = count < max(items.values())
+        found["cross_few" if few else "cross_long" if "for" in name else "cross"] = name
+    return found
 
 
 def cross_title(results: Results, name: str) -> str:

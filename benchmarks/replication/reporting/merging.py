@@ -10,11 +10,11 @@ from typing import Any
 
 from ..methods.registry import TITLES
 from ..work.earlier import runs_of
+from .cells import Results, models_of
 from .claims import CLAIMS, other_claims
 from .targets import targets
 
 
-Results = dict[str, Any]
 Row = dict[str, Any]
 ON = ["average", "mixed", "tasks", "cross", "cross_long", "cross_few"]
 
@@ -27,7 +27,7 @@ def merged(new: Results, earlier: Results) -> Results:
     def both(part: str, name: str | None = None) -> dict[str, Row]:
         found = [results.get(part, {}) if name is None else results[part].get(name, {}) for results in (new, earlier)]
         stamped = {method: {**row, "run": number} for method, row in found[0].items()}
-        rows = by_name(stamped, found[1], sets_of_row)
+        rows = by_name(stamped, found[1], lambda row: models_of(row)[0])
         return {method: rows[method] for method in TITLES if method in rows}
 
     results = {
@@ -56,15 +56,8 @@ def merged(new: Results, earlier: Results) -> Results:
 
 def by_name(new: dict[str, Row], earlier: dict[str, Row], sets: Callable[[Row], int]) -> dict[str, Row]:
     """Of every name the row over more sets; the new one of two over as many."""
-    found = {}
-    for name in dict.fromkeys([*earlier, *new]):
-        found[name] = max((rows[name] for rows in (new, earlier) if name in rows), key=sets)
-    return found
-
-
-def sets_of_row(row: Row) -> int:
-    bits = row["bits_per_byte"]
-    return bits.get("average", bits)["n"]
+    names = dict.fromkeys([*earlier, *new])
+    return {name: max((rows[name] for rows in (new, earlier) if name in rows), key=sets) for name in names}
 
 
 def parts(new: dict[str, list[int]], earlier: dict[str, list[int]]) -> dict[str, list[int]]:

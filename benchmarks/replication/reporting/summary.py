@@ -64,9 +64,8 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         for table in tables.values()
         if table.part.kind != "cross" and table.methods
     }
-    results["claims"] = claims(main, [cross[on] for on in ("cross_long", "cross") if on in cross]) + other_claims(
-        results
-    )
+    of_cross = [cross[on] for on in ("cross_long", "cross") if on in cross]
+    results["claims"] = claims(main, of_cross) + other_claims(results)
     results["targets"] = targets(results)
     return merged(results, plan.earlier) if plan.earlier else results
 
