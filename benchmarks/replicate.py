@@ -68,7 +68,7 @@ def main() -> None:
             raise SystemExit(str(error)) from None
         plan = Plan(preset, Path(arguments.cache_dir), device)
     if arguments.hours:
-        print(hours_table(plan))
+        print(hours_table(plan, arguments.parts))
         return
     jobs = plan.jobs(arguments.parts)
     until = time.time() + 60 * arguments.minutes if arguments.minutes else float("inf")

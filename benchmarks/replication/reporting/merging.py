@@ -43,7 +43,7 @@ def merged(new: Results, earlier: Results) -> Results:
         "prompts": new["prompts"] or earlier.get("prompts", {}),
         "gates": by_name(new["gates"], earlier["gates"], lambda row: row["sets"]),
         "forgetting": by_name(new["forgetting"], earlier["forgetting"], lambda row: row["mixed"]["n"]),
-        "cost": earlier["cost"] or new["cost"],
+        "cost": costs(new["cost"], earlier["cost"]),
         "paired": pairs(new["paired"], earlier["paired"]),
         "gaps": {**earlier["gaps"], **{f"{name}, run {number + 1}": rows for name, rows in new["gaps"].items()}},
     }
@@ -58,6 +58,14 @@ def by_name(new: dict[str, Row], earlier: dict[str, Row], sets: Callable[[Row], 
     """Of every name the row over more sets; the new one of two over as many."""
     names = dict.fromkeys([*earlier, *new])
     return {name: max((rows[name] for rows in (new, earlier) if name in rows), key=sets) for name in names}
+
+
+def costs(new: Row, earlier: Row) -> Row:
+    """The earlier run's, with rows of the new one for methods that only it measured: all are ratios to the seed."""
+    if not (new and earlier):
+        return new or earlier
+    ratios = {**new["ratios"], **earlier["ratios"]}
+    return {**earlier, "ratios": {name: ratios[name] for name in TITLES if name in ratios}}
 
 
 def parts(new: dict[str, list[int]], earlier: dict[str, list[int]]) -> dict[str, list[int]]:

@@ -1,6 +1,7 @@
 """How many core hours the study's parts have taken so far, and how many are left, by what like pieces took."""
 
 from collections import defaultdict
+from collections.abc import Collection
 from statistics import mean
 
 from ...reporting import table
@@ -16,10 +17,14 @@ def kind_of(job: Job) -> str:
     return "/".join([size, *rest])
 
 
-def hours_table(plan: Plan) -> str:
+def hours_table(plan: Plan, only: Collection[str] = ()) -> str:
     """By part: pieces done, core hours that they took, and an estimate of what is left, as Markdown.
 
-    Where no piece of a kind is done yet, nothing is known of it, and "at least" stands before the estimate.
+    A piece that several parts need counts for the first of them that is in the table. Where no piece of a kind is done
+    yet, nothing is known of it, and "at least" stands before the estimate.
+
+    Args:
+        only: Names of parts, to have these alone [all parts].
     """
     times = defaultdict(list)
     for job in plan.jobs():
@@ -27,6 +32,8 @@ def hours_table(plan: Plan) -> str:
             times[kind_of(job)].append(plan.store.read(job.name)["cpu_seconds"])
     rows, seen = [], set()
     for part in plan.preset.parts:
+        if only and part.name not in only:
+            continue
         jobs = [job for job in plan.jobs_of(part) if job.name not in seen]
         seen |= {job.name for job in jobs}
         done = [job for job in jobs if plan.store.has(job.name)]

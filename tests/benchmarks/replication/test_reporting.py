@@ -162,6 +162,16 @@ def test_what_one_run_has_alone_stays():
     assert [*again["gaps"]] == ["0.75M", "0.75M, run 2", "0.75M, run 3"]
 
 
+def test_costs_are_those_of_the_earlier_run_where_it_has_them():
+    def measured(**ratios):
+        return {"seed": {"forward_flops": 1e6}, "ratios": {name: {"forward_flops": r} for name, r in ratios.items()}}
+
+    new, earlier = run_of(1, 1.0, "b"), run_of(1, 2.0, "a")
+    both = merged({**new, "cost": measured(btm=5.0, btm_forgetting=4.0)}, {**earlier, "cost": measured(btm=6.0)})
+    assert both["cost"] == measured(btm=6.0, btm_forgetting=4.0)
+    assert merged({**new, "cost": measured(btm=5.0)}, earlier)["cost"] == measured(btm=5.0)
+
+
 def test_methods_of_another_run_do_not_stand_beside_those_of_the_first():
     """As many sets, but of other models."""
     both = merged(run_of(1, 1.0, "b"), run_of(1, 2.0, "a"))

@@ -107,6 +107,8 @@ def test_the_command(plan, results, tmp_path, monkeypatch, capsys):
     reported = json.loads((tmp_path / "out.json").read_text())
     assert reported["methods"] == results[0]["methods"]
     assert "core hours left" in start("--hours")
+    alone = start("--hours", "--parts", "lora")
+    assert "| lora |" in alone and "| main |" not in alone
     with pytest.raises(SystemExit, match="nothing to report"):
         start("--report_only", cache=tmp_path)
 
