@@ -3,6 +3,7 @@
 tables.py      the pieces' results as arrays over sets and documents
 paired.py      paired differences between methods
 claims.py      the paper's claims, and the verdict on each
+predictions.py what was predicted before the runs, and what came out
 targets.py     our own targets
 summary.py     one results file
 merging.py     the figures of a run and of the one that it goes on from

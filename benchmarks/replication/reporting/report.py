@@ -31,6 +31,7 @@ from .cells import (
 )
 from .cells import sets as sets_of
 from .plots import draw_all
+from .predictions import predictions
 
 
 def write_report(results: Results, path: Path) -> None:
@@ -52,6 +53,7 @@ def write_report(results: Results, path: Path) -> None:
         gates(results, figures),
         costs(results),
         claims(results),
+        predictions(results),
         experts(results),
         setup(results),
     ]

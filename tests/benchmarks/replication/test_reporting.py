@@ -9,6 +9,7 @@ from benchmarks.replication.reporting.advice import cross_advice, simple_wins
 from benchmarks.replication.reporting.cells import everywhere, variants_table
 from benchmarks.replication.reporting.merging import merged
 from benchmarks.replication.reporting.paired import better
+from benchmarks.replication.reporting.predictions import predictions
 from benchmarks.replication.work.earlier import rate_of
 from benchmarks.replication.work.presets import Part
 
@@ -170,6 +171,36 @@ def test_costs_are_those_of_the_earlier_run_where_it_has_them():
     both = merged({**new, "cost": measured(btm=5.0, btm_forgetting=4.0)}, {**earlier, "cost": measured(btm=6.0)})
     assert both["cost"] == measured(btm=6.0, btm_forgetting=4.0)
     assert merged({**new, "cost": measured(btm=5.0)}, earlier)["cost"] == measured(btm=5.0)
+
+
+def test_predictions_are_held_against_what_was_found():
+    """Differences of the main models, of models of another size, and right answers of one method."""
+    found = results_with(
+        ("bts_outputs", "outputs", "average", "bits_per_byte", -0.01, -0.02, 0.0, 5),  # predicted: -0.02 to 0
+        ("outputs", "btm", "average", "bits_per_byte", 0.03, 0.02, 0.04, 5),  # -0.05 to -0.02
+    )
+    small = {"ours": "outputs_evidence", "baseline": "btm_forgetting", "on": "average", "figure": "bits_per_byte",
+             "difference": -0.004, "low": -0.005, "high": -0.003, "sets": 2}  # fmt: skip
+    other = {**small, "difference": -0.5, "low": -0.6, "high": -0.4}
+    found |= {
+        "preset": "full",
+        "gaps": {"0.3M": [other], "0.3M, run 2": [small]},
+        "cross": {"2000": {"bts": {"average": {"mean": 12.34, "sd": None, "n": 1}}}},
+    }
+    page = predictions(found)
+    assert "3 of 4 came out as predicted" in page
+    rows = [
+        [cell.strip() for cell in line.split("|")[2:-1]] for line in page.splitlines() if line.startswith("| before")
+    ]
+    average = "the average of the domains"
+    assert [row[0] for row in rows] == [
+        "BTS with output gates less output gates alone", "output gates alone less BTM", "BTS, the paper's form",
+        "output gates with evidence less BTM that forgets (0.95)",
+    ]  # fmt: skip
+    assert [row[1] for row in rows] == [average, average, "the cross task", f"{average}, 0.3M"]
+    assert [row[-1] for row in rows] == ["yes", "**no**", "yes", "yes"]
+    assert rows[2][2:4] == ["10 to 40", "12.3"]
+    assert predictions({**found, "preset": "quick"}) == ""
 
 
 def test_methods_of_another_run_do_not_stand_beside_those_of_the_first():
