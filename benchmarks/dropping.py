@@ -8,8 +8,9 @@ prompt with the right tokens given, under `model.drop_experts`: with at most k e
 threshold. Sums, word problems and text of single domains; mixed text: documents that switch domain in the middle, and
 pages that go from prose to code and back.
 
-*Which gates decide* is compared too: those of the last 1, 4 or 16 tokens, in which case experts are called back, or
-the mean over the prompt, once and for all. Writes `benchmarks/results/dropping.json`.
+*Which gates decide* is compared too: output gates over the last 1, 4 or 16 tokens, in which case experts are called
+back, or their mean over the prompt, once and for all; and those of the last stitch over the last 4, which decide in
+models without output gates. Writes `benchmarks/results/dropping.json`.
 """
 
 import math
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, HfArgumentParser
 
 from peft_bts.inference import catching_up
+from peft_bts.inference.dropping import DroppingForwardState
 
 from .measuring import set_up
 from .replication.methods.registry import TRAINED, is_ours
@@ -66,24 +68,36 @@ SHORTEST = 24  # tokens that it must have, to be decoded at all
 # Which gates decide.
 LAST = {f"last {tokens}": tokens for tokens in (1, catching_up.RECENT, 16)}
 OF_PROMPT = "prompt"
+OF_STITCH = "last stitch"
 
 
 @contextmanager
 def deciding(gates: str):
     """Have `drop_experts` look at other gates than it does; "prompt": their mean over the prompt, from then on."""
     recent, note = catching_up.RECENT, catching_up.CatchUpState.note
+    mix, see_output = DroppingForwardState._mix, DroppingForwardState.see_output
 
     def note_prompt(roster, gates_BTN, text_BT):
         if gates_BTN.shape[1] > 1:
             note(roster, gates_BTN, text_BT)
 
+    def mix_and_note(state, layer, stitch, hub_BTD, states):
+        of_last = layer == state.composition.hub_layers - 1
+        if of_last and state.composition.mixture and state.catch_up is not None:
+            state._note_recent(state.catch_up, stitch.gates(hub_BTD, state.catch_up.names).mean(dim=-1)[..., 1:])
+        return mix(state, layer, stitch, hub_BTD, states)
+
     try:
-        catching_up.RECENT = LAST.get(gates, 10**6)
+        catching_up.RECENT = {**LAST, OF_STITCH: recent}.get(gates, 10**6)
         if gates == OF_PROMPT:
             catching_up.CatchUpState.note = note_prompt
+        if gates == OF_STITCH:
+            DroppingForwardState._mix = mix_and_note
+            DroppingForwardState.see_output = lambda *_: None
         yield
     finally:
         catching_up.RECENT, catching_up.CatchUpState.note = recent, note
+        DroppingForwardState._mix, DroppingForwardState.see_output = mix, see_output
 
 
 class Work:
@@ -177,13 +191,14 @@ def decode(model, data: Iterable[Batch], work: Work, limits: dict) -> dict:
     }
 
 
-def settings(experts: int) -> list[tuple[str, dict]]:
-    """(which gates decide, limits), the full model first."""
+def settings(experts: int, stitches: bool) -> list[tuple[str, dict]]:
+    """(which gates decide, limits), the full model first; with `stitches`, those of the last one are compared, too."""
     ours = f"last {catching_up.RECENT}"
     limits = [{"max_active_experts": k} for k in range(experts)] + [{"expert_threshold": t} for t in (0.05, 0.1, 0.2)]
     others = [{"max_active_experts": k} for k in range(1, experts)] + [{"expert_threshold": 0.1}]
     rows = [(ours, {}), *((ours, limit) for limit in limits)]
-    return rows + [(gates, limit) for gates in (*LAST, OF_PROMPT) if gates != ours for limit in others]
+    compared = [gates for gates in (*LAST, OF_PROMPT, *([OF_STITCH] if stitches else [])) if gates != ours]
+    return rows + [(gates, limit) for gates in compared for limit in others]
 
 
 def trained(plan: Plan, number: int, method: str) -> Study:
@@ -216,7 +231,9 @@ def main() -> None:
     sizes = replace(preset, test=arguments.documents, asked=arguments.documents)
     parts = batches(Material(cache, sizes).test)
     results = []
-    todo = [(gates, limits, name) for gates, limits in settings(len(study.experts)) for name in parts]
+    config = model.peft_config["default"]
+    both = config.output == "mixture" and config.num_stitches != 0
+    todo = [(gates, limits, name) for gates, limits in settings(len(study.experts), both) for name in parts]
     for gates, limits, name in tqdm(todo, unit="measurement"):
         with deciding(gates):
             results.append({"gates": gates, **limits, "data": name, **decode(model, parts[name], work, limits)})

@@ -221,9 +221,10 @@ class StitchModel(StitchTuner):
         """Leave out the experts that a sequence does not listen to, while it is decoded with a cache in this thread.
 
         Inside of the `with`, forwards over several tokens (prompts) run all experts. Forwards over one token run, for
-        every sequence of the batch by itself, the experts with the largest gates of the last stitch over the last few
-        tokens; the others' gates are zero. An expert whose gate opens again first runs over what it has missed, at
-        once, and is where it would be had it run all along. `generate` takes the same arguments.
+        every sequence of the batch by itself, the experts with the largest gates over the last few tokens (output
+        gates, or those of the last stitch with `output="hub"`); the others' gates are zero. An expert whose gate opens
+        again first runs over what it has missed, at once, and is where it would be had it run all along. `generate`
+        takes the same arguments.
 
         Args:
             max_active_experts: At most so many experts per sequence and token.

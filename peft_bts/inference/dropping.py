@@ -1,10 +1,12 @@
 """Experts that nobody listens to are left out while decoding, and called back when the gates ask for them.
 
-The gates of a stitch depend on the hub's state alone, so what an expert would be given is known whether it runs or
-not. Prompts are read by all. After that, for every sequence by itself, experts with too little of the last stitch's
-gates over the last few tokens are skipped, and the softmax renormalises over the rest. A skipped expert loses
-nothing: what it has missed is kept (`catching_up.py`), and when its gate opens again it runs over all of that at
-once. It then is where it would be, had it listened all along.
+Gates depend on the hub's state alone, so what an expert would be given is known whether it runs or not. Prompts are
+read by all. After that, for every sequence by itself, experts with too little of the gates over the last few tokens
+are skipped, and the softmax renormalises over the rest. Output gates decide, since they say who speaks, and without
+them those of the last stitch. (Where outputs are mixed, the last stitch's gates say little: by them, the expert that
+answers may be the first to go, see benchmarks/dropping.py.) A skipped expert loses nothing: what it has missed is kept
+(`catching_up.py`), and when its gate opens again it runs over all of that at once. It then is where it would be, had
+it listened all along.
 """
 
 from __future__ import annotations
@@ -267,7 +269,7 @@ class DroppingForwardState(ForwardState):
             return hub_BTD, self._into_experts(self.catch_up, layer, stitch, hub_BTD, states)
         observe = None if self.observation is None else partial(self.observation.note_gates, layer)
         given = self._of_all_rows(states, hub_BTD.device)
-        if layer == self.composition.hub_layers - 1:
+        if layer == self.composition.hub_layers - 1 and not self.composition.mixture:
             gates_BTMD = stitch.gates(hub_BTD.to(next(stitch.parameters()).dtype), self.catch_up.names)
             self._note_recent(self.catch_up, gates_BTMD.mean(dim=-1)[..., 1:])
         present = {name: self.present[name] for name in given}
@@ -322,7 +324,7 @@ class DroppingForwardState(ForwardState):
         return FinalStates(self._of_all_rows(self.executor.advance(last)), self.present)
 
     def see_output(self, hub_BTD: Tensor, mixture: OutputMixture) -> None:
-        if self.catch_up is not None and not self.composition.schedule:
+        if self.catch_up is not None:
             log_gates_BTM = mixture.log_gates(hub_BTD, self.catch_up.names)
             self._note_recent(self.catch_up, log_gates_BTM.exp()[..., 1:])
 

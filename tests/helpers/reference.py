@@ -311,7 +311,7 @@ def reference_forward(
     With `output="mixture"` they are log probabilities of the mixture, in float64.
 
     tensors: what adapter_model.safetensors holds; config: what adapter_config.json holds (gate_dropout is ignored);
-    present, watch: see `experts_into_hub`; watch is told of the last stitch, or of the output gates where there is
+    present, watch: see `experts_into_hub`; watch is told of the output gates, or of the last stitch where there are
     none. kwargs go to every model. An error in any model is raised here; BrokenBarrierError is a model that never came
     to a stitch. Gradients reach `tensors` (and the models) if grad mode is on.
     """
@@ -319,8 +319,8 @@ def reference_forward(
     stitches, output_gate, evidence_weight = read_stitches(hub, experts, config, tensors)
     for stitch in stitches:
         stitch.present = present
-    if stitches:
-        stitches[-1].watch, watch = watch, None
+    if output_gate is None:
+        stitches[-1].watch = watch
     meetings = [Meeting(stitch, len(models)) for stitch in stitches]
     grad = torch.is_grad_enabled()
     this_thread = threading.local()

@@ -428,14 +428,15 @@ def test_benchmark_batches_are_not_padded():
     assert [(len(one.tokens[0]), one.prompt) for one in questions] == [(20, 5), (35, 5), (40, 5), (60, 6)]
 
 
-def test_benchmark_measures_what_it_says():
+@pytest.mark.parametrize("config", [{"num_stitches": 2}, MIXTURE], ids=str)
+def test_benchmark_measures_what_it_says(config):
     """Every way to decide runs; without limits all experts do, and "prompt" never calls an expert back."""
-    model, hub, experts = three("llama", num_stitches=2)
+    model, hub, experts = three("llama", **config)
     batch = benchmark.question_batches(sequences_of(LONG, PROMPT))
     assert len(batch) == 1 and torch.equal(batch[0].tokens, LONG)
     work = benchmark.Work(model)
     measured = {}
-    for gates, limits in benchmark.settings(3):
+    for gates, limits in benchmark.settings(3, stitches=True):
         with benchmark.deciding(gates):
             result = benchmark.decode(model, batch, work, limits)
         case = (gates, *limits.items())
@@ -445,6 +446,9 @@ def test_benchmark_measures_what_it_says():
     assert measured["last 4", ("max_active_experts", 0)]["experts_per_token"] == 0
     assert measured["prompt", ("max_active_experts", 1)]["experts_per_token"] == 1
     assert measured["last 1", ("max_active_experts", 1)]["experts_per_token"] > 1  # call-backs read what was missed
+
+    by_stitch = measured["last stitch", ("max_active_experts", 1)] == measured["last 4", ("max_active_experts", 1)]
+    assert by_stitch == (config is not MIXTURE)  # whose output gates decide
 
     want, _ = expected(model, hub, experts, LONG, None, k=1)
     right = torch.nn.functional.cross_entropy(want[:, PROMPT - 1 : -1].flatten(0, 1), LONG[:, PROMPT:].flatten())
