@@ -39,13 +39,17 @@ from .replication.work.presets import PRESETS
 from .reporting import show, table, write_results
 
 
+# Of gates that go by evidence nobody can be left out: an expert that does not run tells nothing.
+METHODS = [name for name in TRAINED if is_ours(name) and "evidence" not in name]
+
+
 @dataclass
 class Arguments:
     preset: str = field(default="quick", metadata={"help": "of the study", "choices": [*PRESETS]})
     set_number: int = field(default=0, metadata={"help": "which of its sets of models"})
     method: str = field(
         default="bts_outputs",
-        metadata={"help": "which of its stitched models", "choices": [name for name in TRAINED if is_ours(name)]},
+        metadata={"help": "which of its stitched models", "choices": [*METHODS]},
     )
     documents: int = field(default=150, metadata={"help": "at most so many of every kind; short ones are more"})
     cache_dir: str = ".cache/replicate"

@@ -58,10 +58,13 @@ def advice(results: Results) -> str:
         row = between(results, ours, simple, on) if ours and simple else None
         if not (ours and simple and row):
             continue
+        both = [
+            f"{bits(results, name, on):.3f} with {TITLES[name]} ({cost(results['methods'][name], results, name)})"
+            for name in (ours, simple)
+        ]
         lines.append(
-            f"- For {what}: {choice(row)}. {sentence(TITLES[ours])} takes {bits(results, ours, on):.3f} bits per "
-            f"byte, the best of all others, {TITLES[simple]}, {bits(results, simple, on):.3f}; difference "
-            f"{interval(row)}. {weights(results['methods'][ours])} weights are trained{time(results, ours)}."
+            f"- For {what}: {choice(row)}. Bits per byte: {both[0]}; {both[1]}, the best of the others. "
+            f"Difference {interval(row)}, {set_count(row)}."
         )
     lines += cross_advice(results)
     parts = {"stitches add": STITCHES, "evidence adds": EVIDENCE, "training on mixed documents adds": MIXED_TRAINING}
@@ -84,7 +87,7 @@ def choice(row: dict[str, Any]) -> str:
     return {
         "better": f"use **{ours}**",
         "worse": f"a simple way wins: use **{simple}**",
-        "not told apart": f"**{ours}** and {simple} cannot be told apart: take the cheaper one",
+        "not told apart": f"**{ours}** and **{simple}** cannot be told apart: take the cheaper one",
     }[outcome(row)]
 
 
@@ -99,25 +102,38 @@ def cross_advice(results: Results) -> list[str]:
         if not (ours and other and row):
             continue
         both = [
-            f"{found[name]['bits_per_byte']['mean']:.3f} bits per byte and {found[name]['average']['mean']:.1f}% right"
+            f"{found[name]['bits_per_byte']['mean']:.3f} with {TITLES[name]} ({found[name]['average']['mean']:.1f}% "
+            f"right, {cost(found[name])})"
             for name in (ours, other)
         ]
         lines.append(
             f"- For tasks that need two experts at once (word problems in French, {cross_title(results, part)}): "
-            f"{choice(row)}. {sentence(TITLES[ours])} has {both[0]}, the best of all others, {TITLES[other]}, "
-            f"{both[1]}; difference in bits {interval(row)}. {weights(found[ours])} weights are trained."
+            f"{choice(row)}. Bits per byte: {both[0]}; {both[1]}, the best of the others that were run. Difference "
+            f"{interval(row)}, {set_count(row)}.{overtrained(found[other])}"
         )
     return lines
 
 
-def sentence(title: str) -> str:
-    """A title where a sentence begins."""
-    return title[0].upper() + title[1:]
+def overtrained(row: dict[str, Any]) -> str:
+    """Of a rival whose bits on validation items have risen again: that the comparison is not with it at its best."""
+    means = {float(share): spread["mean"] for share, spread in row.get("curve", {}).items()}
+    if not means or means[max(means)] <= min(means.values()):
+        return ""
+    best = min(means, key=lambda share: means[share])
+    return (
+        f" The latter was better before the end ({means[best]:.3f} on validation items after {100 * best:.0f}% of the "
+        f"steps, {means[max(means)]:.3f} in the end): with fewer steps it would come closer."
+    )
+
+
+def set_count(row: dict[str, Any]) -> str:
+    return f"{row['sets']} set" + "s" * (row["sets"] != 1)
 
 
 def added(row: dict[str, Any]) -> str:
     """A paired difference in words."""
-    return f"{TITLES[row['ours']]} against {TITLES[row['baseline']]} {interval(row)}, {outcome(row)}"
+    names = f"{TITLES[row['ours']]} against {TITLES[row['baseline']]}"
+    return f"{names} {interval(row)}, {set_count(row)}, {outcome(row)}"
 
 
 WHERE = {
@@ -140,15 +156,23 @@ def simple_wins(results: Results) -> str:
     if not beaten:
         return "- Nowhere, in what was measured, is a form of ours beaten by another method."
     lines = [
-        f"  - {where}: " + "; ".join(f"{name} beats {' and '.join(forms)}" for name, forms in found.items())
+        f"  - {where}: " + "; ".join(f"{name} beats {listed(forms)}" for name, forms in found.items())
         for where, found in beaten.items()
     ]
     return "\n".join(["- Where a form of ours is beaten by another method:", *lines])
 
 
-def time(results: Results, name: str) -> str:
-    ratios = results["cost"].get("ratios", {}).get(name, {})
-    parts = [
+def listed(titles: list[str]) -> str:
+    """Names, of which some have commas."""
+    return " and ".join(f"*{title}*" for title in titles)
+
+
+def cost(row: dict[str, Any], results: Results | None = None, name: str = "") -> str:
+    """How many weights are trained, and time and FLOPs if the results have them."""
+    ratios = results["cost"].get("ratios", {}).get(name, {}) if results else {}
+    count = weights(row)
+    parts = ["nothing trained" if count == "-" else f"{count} weights trained"]
+    parts += [
         text.format(ratios[key])
         for key, text in {
             "seconds_per_step": "a step of training takes {:.1f} times one of training the seed",
@@ -156,7 +180,7 @@ def time(results: Results, name: str) -> str:
         }.items()
         if key in ratios
     ]
-    return "".join(f", {part}" for part in parts)
+    return ", ".join(parts)
 
 
 def small_table(results: Results) -> str:

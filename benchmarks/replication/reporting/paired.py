@@ -45,6 +45,9 @@ def row(table: Table, ours: str, baseline: str, on: str, figure: str) -> dict[st
             "low": found.low, "high": found.high, "sets": sets}  # fmt: skip
 
 
+BESIDES = [("bts_outputs_evidence", "outputs_evidence"), ("bts_kL", "bts_k1")]  # neither is the other's form
+
+
 def paired_rows(main: Table, cross: dict[str, Table]) -> list[dict[str, Any]]:
     """Each of our main forms against every baseline and against each other, and variants against the form that they
     are of; each table of the cross task, by what it is `on`, with all of ours."""
@@ -59,7 +62,7 @@ def paired_rows(main: Table, cross: dict[str, Table]) -> list[dict[str, Any]]:
         ]
         variants = [name for name in names if is_ours(name) and name not in FORMS]
         pairs += [(name, form_of(name)) for name in variants]
-        pairs += [("bts_outputs_evidence", "outputs_evidence")] if "bts_outputs_evidence" in names else []
+        pairs += [pair for pair in BESIDES if {*pair} <= {*names}]
         rows += [row(main, *pair, on, figure) for pair in pairs]
     for on, table in cross.items():
         for figure in (BITS, EXACT):

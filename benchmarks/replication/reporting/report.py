@@ -66,7 +66,8 @@ def head(results: Results) -> str:
         "One set of seed and experts: intervals cover the choice of test data, not other seeds and experts."
         if sets == 1
         else f"{sets} independent sets of seed and experts. Intervals are the middle 95% of what a figure was when "
-        "sets and documents were drawn again."
+        "sets and documents were drawn again. Drawn from few sets they are too narrow, and with one or two sets they "
+        "say next to nothing of other models; of hundreds of differences, some are called better or worse by chance."
     )
     left = [f"{part} ({done} of {all_})" for part, (done, all_) in results["pieces"]["parts"].items() if done < all_]
     if left:
@@ -84,8 +85,8 @@ def targets(results: Results) -> str:
     rows = []
     for target in results["targets"]:
         met = {True: "yes", False: "no", None: "not known"}[target["met"]]
-        missed = ", ".join(TITLES[name] for name in target["not_beaten"])
-        by = ", ".join(TITLES.get(name, name) for name in (target["by"] or "").split(", "))
+        missed = "; ".join(TITLES[name] for name in target["not_beaten"])
+        by = "; ".join(TITLES.get(name, name) for name in (target["by"] or "").split(", "))
         rows.append([target["text"], f"**{met}**", by, missed])
     return "## What was hoped for\n\n" + table(["target", "met", "by", "not beaten"], rows, left=4)
 
@@ -135,23 +136,26 @@ def elsewhere(results: Results) -> str:
 
 
 def curves(results: Results, figures: dict[str, str]) -> str:
-    shares = [f"{share:g}" for share in SHARES]
-    rows = []
-    for name, row in results["methods"].items():
-        if "curve" in row:
-            looks = [figure(row["curve"].get(share)) for share in shares]
-            rows.append([TITLES[name], sets_of(row), rates(row), *looks])
-    if not rows:
+    if not any("curve" in row for row in results["methods"].values()):
         return ""
-    heads = [f"after {100 * share:.0f}% of the steps" for share in SHARES]
     return (
         "## Who gets where how fast\n\nBits per byte on validation text. The router by sequence is trained in passes, "
         "and looked at once. Methods on other sets are of other models: by how much they differ stands above. *: the "
         "lowest or highest of the rates that were tried. †: not tried, but what an earlier run had chosen for the "
-        "method, or for the form that it is a variant of.\n\n"
-        + table(["method", "sets", "learning rate", *heads], rows)
-        + f"\n\n![learning curves]({figures['curves']})"
+        f"method, or for the form that it is a variant of.\n\n{looks(results['methods'])}\n\n"
+        f"![learning curves]({figures['curves']})"
     )
+
+
+def looks(methods: Results) -> str:
+    """Learning curves as a table."""
+    heads = [f"after {100 * share:.0f}% of the steps" for share in SHARES]
+    rows = [
+        [TITLES[name], sets_of(row), rates(row), *(figure(row["curve"].get(f"{share:g}")) for share in SHARES)]
+        for name, row in methods.items()
+        if "curve" in row
+    ]
+    return table(["method", "sets", "learning rate", *heads], rows)
 
 
 def forgetting(results: Results, figures: dict[str, str]) -> str:
@@ -222,7 +226,8 @@ def cross(results: Results, items: str) -> str:
         f"## Cross capability: word problems in French, {cross_title(results, items)}\n\nFrench and maths experts. "
         "Answers right to the letter, in percent, and bits per byte of the answers. Seed, experts, soup and BTM are "
         "not trained on them. *: the lowest or highest rate tried. †: chosen by an earlier run.\n\n"
-        f"{cross_table(results, items)}"
+        f"{cross_table(results, items)}\n\nBits per byte on validation items, on the way there:\n\n"
+        f"{looks(found)}"
     )
     if fewer:
         page += '\n\nOn other sets, so of other models; their differences stand under "Paired differences":\n\n'
@@ -287,7 +292,10 @@ def costs(results: Results) -> str:
         for name, row in results["cost"]["ratios"].items()
     ]
     heads = ["time per step", "FLOPs per step", "memory of a step", "FLOPs per token", "memory of inference"]
-    return "## Costs\n\nRatios to the seed; in training, to training all of it.\n\n" + table(["method", *heads], rows)
+    noise = "How noisy times are shows that of training the seed, measured against itself: it should be 1.\n\n"
+    return f"## Costs\n\nRatios to the seed; in training, to training all of it. {noise}" + table(
+        ["method", *heads], rows
+    )
 
 
 def claims(results: Results) -> str:
@@ -339,7 +347,7 @@ def setup(results: Results) -> str:
         "## How it was made\n\n"
         f"- Steps of {settings['batch']} blocks of 256 tokens: {stages}; combinations {settings['steps']}, cross task "
         f"{settings['cross_steps']}. Every trained method saw the same blocks in the same order.\n"
-        f"- {rates}\n- Sets by part: {parts}.\n"
+        f"- {rates}\n- Sets by part, where it is finished: {parts}.\n"
         f"{earlier_runs(results)}"
         f"- {results['core_minutes']:.0f} core minutes (processor time) so far, on {results['machine']}, Python "
         f"{results['python']}, {versions}; reported by commit {results['commit']}, pieces made by "

@@ -74,16 +74,19 @@ def test_the_page_says_what_to_use_for_tasks_of_two_experts():
         )
     }
     found = results_with(
-        ("bts_outputs", "dense", "cross", "bits_per_byte", -0.5, -0.6, -0.4),
-        ("bts_outputs", "dense", "cross_long", "bits_per_byte", 0.5, 0.4, 0.6),
+        ("bts_outputs", "dense", "cross", "bits_per_byte", -0.5, -0.6, -0.4, 1),
+        ("bts_outputs", "dense", "cross_long", "bits_per_byte", 0.5, 0.4, 0.6, 1),
     )
     found["settings"] = {"cross_steps": 250}
     found["cross"] = {"200": rows, "2000": rows, "2000 for 1000 steps": rows}
     usual, many = cross_advice(found)  # from 200 items there are no differences
     assert "2,000 training items, 250 steps)" in usual
-    assert "use **BTS with output gates**. BTS with output gates has 1.100 bits per byte and 5.0% right" in usual
-    assert "the best of all others, seed, all weights trained, 1.600 bits per byte and 1.0% right" in usual
-    assert "2,000 training items, 1000 steps" in many
+    assert "use **BTS with output gates**. Bits per byte: 1.100 with BTS with output gates (5.0% right, " in usual
+    assert "; 1.600 with seed, all weights trained (1.0% right, " in usual
+    assert "-0.500 (-0.600 to -0.400), 1 set." in usual
+    assert "2,000 training items, 1000 steps" in many and "fewer steps" not in usual
+    rows["dense"]["curve"] = {"0.25": {"mean": 1.7}, "0.5": {"mean": 1.4}, "1": {"mean": 1.5}}
+    assert "(1.400 on validation items after 50% of the steps, 1.500 in the end)" in cross_advice(found)[0]
     assert "a simple way wins: use **seed, all weights trained**" in many
     assert cross_advice({**found, "cross": {}}) == []
 
@@ -110,8 +113,8 @@ def test_the_page_says_where_a_simple_way_wins():
     )
     assert simple_wins(found) == (
         "- Where a form of ours is beaten by another method:\n"
-        "  - the average of the domains, bits per byte: BTM beats output gates alone and BTS, the paper's form\n"
-        "  - the cross task, right answers: seed, all weights trained beats BTS, the paper's form"
+        "  - the average of the domains, bits per byte: BTM beats *output gates alone* and *BTS, the paper's form*\n"
+        "  - the cross task, right answers: seed, all weights trained beats *BTS, the paper's form*"
     )
     assert "Nowhere" in simple_wins(results_with())
 
@@ -182,24 +185,34 @@ def test_predictions_are_held_against_what_was_found():
     small = {"ours": "outputs_evidence", "baseline": "btm_forgetting", "on": "average", "figure": "bits_per_byte",
              "difference": -0.004, "low": -0.005, "high": -0.003, "sets": 2}  # fmt: skip
     other = {**small, "difference": -0.5, "low": -0.6, "high": -0.4}
+    bits = {"btm": [2.0, 1.0, 1.0], "outputs_evidence": [0.0, 0.995, 0.994]}  # without the first set: -0.0055
     found |= {
         "preset": "full",
         "gaps": {"0.3M": [other], "0.3M, run 2": [small]},
-        "cross": {"2000": {"bts": {"average": {"mean": 12.34, "sd": None, "n": 1}}}},
-    }
-    page = predictions(found)
-    assert "3 of 4 came out as predicted" in page
-    rows = [
-        [cell.strip() for cell in line.split("|")[2:-1]] for line in page.splitlines() if line.startswith("| before")
-    ]
+        "cross": {"2000": {"bts": {"average": {"mean": 12.34, "sd": None, "n": 1}, "bits_per_byte": None}}},
+        "prompts": {name: {"german": {"chrf": {"alone": {"mean": score, "n": 1}}}}
+                    for name, score in (("btm", 14.0), ("bts", 13.0), ("outputs", 14.2))},
+        "methods": {name: {"bits_per_byte": {on: {"values": values} for on in ("average", "mixed")}}
+                    for name, values in bits.items()},
+    }  # fmt: skip
+    page = predictions(found)  # the last run's figure, of two over as many sets
+    lines = [line for line in page.splitlines() if line.startswith("| before")]
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines]
     average = "the average of the domains"
-    assert [row[0] for row in rows] == [
-        "BTS with output gates less output gates alone", "output gates alone less BTM", "BTS, the paper's form",
-        "output gates with evidence less BTM that forgets (0.95)",
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("BTS with output gates less output gates alone", average, "yes"),
+        ("output gates alone less BTM", average, "**no**"),
+        ("BTS, the paper's form", "the cross task, right answers in percent", "yes"),
+        ("output gates with evidence less BTM", average, "yes"),
+        ("output gates with evidence less BTM", "mixed text", "**no**"),
+        ("output gates alone less BTM", "german, chrF", "yes"),
+        ("BTS, the paper's form less BTM", "german, chrF", "**no**"),
+        ("output gates with evidence less BTM that forgets (0.95)", f"{average}, 0.3M", "yes"),
+    ]
+    assert "5 of 8 came out as predicted" in page
+    assert [rows[place][2:5] for place in (2, 3, 6)] == [
+        ["10.0 to 40.0", "12.3", "1"], ["-0.008 to -0.003", "-0.006", "2"], ["less than -2.0", "-1.0", "1"],
     ]  # fmt: skip
-    assert [row[1] for row in rows] == [average, average, "the cross task", f"{average}, 0.3M"]
-    assert [row[-1] for row in rows] == ["yes", "**no**", "yes", "yes"]
-    assert rows[2][2:4] == ["10 to 40", "12.3"]
     assert predictions({**found, "preset": "quick"}) == ""
 
 
