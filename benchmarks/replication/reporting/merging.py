@@ -45,7 +45,11 @@ def merged(new: Results, earlier: Results) -> Results:
         "forgetting": by_name(new["forgetting"], earlier["forgetting"], lambda row: row["mixed"]["n"]),
         "cost": costs(new["cost"], earlier["cost"]),
         "paired": pairs(new["paired"], earlier["paired"]),
-        "gaps": {**earlier["gaps"], **{f"{name}, run {number + 1}": rows for name, rows in new["gaps"].items()}},
+        **{
+            part: {**earlier[part], **{f"{name}, run {number + 1}": rows for name, rows in new[part].items()}}
+            for part in ("gaps", "trained_of")
+            if part in earlier
+        },
     }
     for part in ("cross", "sizes"):
         results[part] = {name: both(part, name) for name in dict.fromkeys([*earlier[part], *new[part]])}

@@ -319,17 +319,19 @@ def claims(results: Results) -> str:
 def experts(results: Results) -> str:
     rows = [
         [
+            what,
             name,
             figure(row["to_seed"]),
             ", ".join(map(str, row["trainings"])),
             f"{row['learned']} of {row['to_seed']['n']}",
         ]
-        for name, row in results["trained"].items()
+        for what, trained in results.get("trained_of", {"": results["trained"]}).items()
+        for name, row in trained.items()
     ]
     return (
         "## Experts\n\nBits per byte on their own domain's validation text, over the seed's. One that has not learned "
-        "its domain by its threshold is trained again, up to three times.\n\n"
-        + table(["expert", "over the seed's", "trainings, by set", "learned"], rows)
+        "its domain by its threshold is trained again, up to three times; the last one is taken, learned or not.\n\n"
+        + table(["models", "expert", "over the seed's", "trainings, by set", "learned"], rows, left=2)
     )
 
 

@@ -59,11 +59,13 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         "gates": gates(main),
     }
     results["paired"] = paired_rows(main, cross)
-    results["gaps"] = {
-        "experts as LoRAs" if table.part.lora else table.part.size: gap_rows(table)
+    kinds = {
+        "experts as LoRAs" if table.part.lora else table.part.size: table
         for table in tables.values()
         if table.part.kind != "cross" and table.methods
     }
+    results["gaps"] = {what: gap_rows(table) for what, table in kinds.items()}
+    results["trained_of"] = {what: trainings(plan, table) for what, table in kinds.items()}
     of_cross = [cross[on] for on in ("cross_long", "cross") if on in cross]
     results["claims"] = claims(main, of_cross) + other_claims(results)
     results["targets"] = targets(results)

@@ -131,6 +131,7 @@ def run_of(sets, bits, commit, asked=None):
         "sets": sets, "commit": commit, "commits": [commit], "core_minutes": 60, "trained": {}, "lora": {},
         "pieces": {"parts": {"main": [sets, 9]}}, "methods": {"bts": row}, "gates": {}, "cross": {},
         "sizes": {"0.75M": {"bts": row}}, "cost": {}, "forgetting": {}, "paired": [pair], "gaps": {"0.75M": [pair]},
+        "trained_of": {"0.75M": {}},
         "claims": [claim], "prompts": asked or {},
     }  # fmt: skip
 
@@ -146,6 +147,7 @@ def test_of_two_runs_each_figure_is_of_the_one_with_more_sets(new, earlier):
     (row,) = both["paired"]
     assert (row["difference"], row["sets"]) == (bits, taken)
     assert {name: rows[0]["difference"] for name, rows in both["gaps"].items()} == {"0.75M": 2.0, "0.75M, run 2": 1.0}
+    assert [*both["trained_of"]] == [*both["gaps"]]
     assert both["claims"][0]["sets"] == both["sets"] == taken
     assert both["prompts"] == asked
     assert (both["core_minutes"], both["commits"]) == (120, ["a", "b"])
