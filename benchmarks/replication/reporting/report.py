@@ -292,9 +292,9 @@ def costs(results: Results) -> str:
         for name, row in results["cost"]["ratios"].items()
     ]
     heads = ["time per step", "FLOPs per step", "memory of a step", "FLOPs per token", "memory of inference"]
-    noise = "How noisy times are shows that of training the seed, measured against itself: it should be 1.\n\n"
-    return f"## Costs\n\nRatios to the seed; in training, to training all of it. {noise}" + table(
-        ["method", *heads], rows
+    return (
+        "## Costs\n\nRatios to the seed; in training, to training all of it, which was also measured against itself: its "
+        "row shows how noisy times are.\n\n" + table(["method", *heads], rows)
     )
 
 
