@@ -293,8 +293,8 @@ def costs(results: Results) -> str:
     ]
     heads = ["time per step", "FLOPs per step", "memory of a step", "FLOPs per token", "memory of inference"]
     return (
-        "## Costs\n\nRatios to the seed; in training, to training all of it, which was also measured against itself: its "
-        "row shows how noisy times are.\n\n" + table(["method", *heads], rows)
+        "## Costs\n\nRatios to the seed; in training, to training all of it, which was also measured against itself: "
+        "its row shows how noisy times are.\n\n" + table(["method", *heads], rows)
     )
 
 
