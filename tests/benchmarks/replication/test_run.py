@@ -107,8 +107,8 @@ def test_the_command(plan, results, tmp_path, monkeypatch, capsys):
     reported = json.loads((tmp_path / "out.json").read_text())
     assert reported["methods"] == results[0]["methods"]
     assert "core hours left" in start("--hours")
-    alone = start("--hours", "--parts", "lora")
-    assert "| lora |" in alone and "| main |" not in alone
+    alone = start("--hours", "--parts", "cross200")
+    assert "| cross200 |" in alone and "| main |" not in alone
     with pytest.raises(SystemExit, match="nothing to report"):
         start("--report_only", cache=tmp_path)
 
@@ -183,7 +183,8 @@ def check_refused(start, earlier, plan, tmp_path):
 def test_experts_are_left_out_on_the_studys_models(plan, tmp_path, monkeypatch, capsys):
     """`benchmarks.dropping`, on the trained stitches and test documents of this study."""
     monkeypatch.setattr(dropping, "set_up", lambda threads: None)
-    monkeypatch.setattr(dropping, "settings", lambda experts: [("last 4", {}), ("prompt", {"max_active_experts": 1})])
+    cases = [("last 4", {}), ("prompt", {"max_active_experts": 1})]
+    monkeypatch.setattr(dropping, "settings", lambda experts, stitches: cases)
     monkeypatch.setitem(dropping.PRESETS, "smoke", plan.preset)
     monkeypatch.setattr(dropping, "PROMPT_TOKENS", 4)  # these documents are short
     monkeypatch.setattr(dropping, "SHORTEST", 6)
