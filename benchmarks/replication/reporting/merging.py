@@ -37,7 +37,6 @@ def merged(new: Results, earlier: Results) -> Results:
         "commits": sorted({*new["commits"], *earlier["commits"]}),
         "core_minutes": sum(run["core_minutes"] for run in runs),
         "sets": max(new["sets"], earlier["sets"]),
-        "trained": by_name(new["trained"], earlier["trained"], lambda row: row["to_seed"]["n"]),
         "methods": both("methods"),
         "lora": both("lora"),
         "prompts": new["prompts"] or earlier.get("prompts", {}),

@@ -134,7 +134,7 @@ def found_of(results: Results, prediction: Prediction) -> Row | None:
         return between(results, prediction.ours, prediction.baseline, prediction.on)
     kinds = [rows for what, rows in results["gaps"].items() if what.split(",")[0] == prediction.models]
     pair = (prediction.ours, prediction.baseline, prediction.on)
-    found = [row for rows in kinds for row in rows if (row["ours"], row["baseline"], row["on"]) == pair]
+    found = [row for rows in kinds if (row := between({"paired": rows}, *pair))]
     return max(reversed(found), key=lambda row: row["sets"], default=None)  # of the last run, of two with as many
 
 

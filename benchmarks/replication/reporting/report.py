@@ -325,7 +325,7 @@ def experts(results: Results) -> str:
             ", ".join(map(str, row["trainings"])),
             f"{row['learned']} of {row['to_seed']['n']}",
         ]
-        for what, trained in results.get("trained_of", {"": results["trained"]}).items()
+        for what, trained in results["trained_of"].items()
         for name, row in trained.items()
     ]
     return (

@@ -45,7 +45,6 @@ def summarize(plan: Plan, preset_name: str) -> dict[str, Any]:
         "preset": preset_name,
         "sets": len(main.sets("seed")),
         **origin(plan),
-        "trained": trainings(plan, main),
         "methods": {name: method_row(main, name) for name in main.methods},
         "cross": {
             table.part.results_key: {name: cross_method(table, name) for name in table.methods}

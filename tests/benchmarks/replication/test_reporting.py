@@ -128,7 +128,7 @@ def run_of(sets, bits, commit, asked=None):
             "low": bits, "high": bits, "sets": sets}  # fmt: skip
     claim = {"id": "bts_over_btm", "sets": sets}
     return {
-        "sets": sets, "commit": commit, "commits": [commit], "core_minutes": 60, "trained": {}, "lora": {},
+        "sets": sets, "commit": commit, "commits": [commit], "core_minutes": 60, "lora": {},
         "pieces": {"parts": {"main": [sets, 9]}}, "methods": {"bts": row}, "gates": {}, "cross": {},
         "sizes": {"0.75M": {"bts": row}}, "cost": {}, "forgetting": {}, "paired": [pair], "gaps": {"0.75M": [pair]},
         "trained_of": {"0.75M": {}},
